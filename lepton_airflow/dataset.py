@@ -1,0 +1,119 @@
+"""Datasets as Parquet files that describe themselves, and a DuckDB that can read only what it is given.
+
+PrepareData writes one Parquet file per split. Its key-value metadata holds a :class:`DatasetInfo` under the key
+``lepton``, so every later stage knows target, features, time, clusters and which rows it has, from the file alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.errors import BadInput, did_you_mean
+
+if TYPE_CHECKING:
+    import duckdb
+    import pandas as pd
+
+_KEY = b"lepton"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a dataset says of itself.
+
+    :ivar features: columns a model may see, in order; the other columns are target, time, clusters or ids.
+    :ivar categorical: the features that are categories (text); all others are numbers.
+    :ivar time_range: smallest and largest value of ``time_column`` in this split, both inclusive, ISO 8601; or None.
+    :ivar cluster_column: rows with an equal value depend on one another (one day's flights).
+    :ivar split: ``train``, ``valid``, ``test``, or None before splitting.
+    :ivar split_id: equal for the disjoint splits of one PrepareData run: two splits of one id share no row.
+    :ivar classes: the distinct values of a class target in training order; empty for a number to regress on.
+    """
+
+    target: str | None = None
+    task: str | None = None  # classification or regression
+    features: list[str] = field(default_factory=list)
+    categorical: list[str] = field(default_factory=list)
+    classes: list[Any] = field(default_factory=list)
+    time_column: str | None = None
+    time_range: list[str] | None = None
+    cluster_column: str | None = None
+    split: str | None = None
+    split_id: str | None = None
+    snapshot_sha256: str | None = None
+    rows: int = 0
+
+
+def read_info(path: Path) -> DatasetInfo:
+    """The description that a Parquet file carries; raises BadInput when it is no Parquet file or carries none."""
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except Exception as error:  # pyarrow raises several kinds for a damaged file
+        raise BadInput(f"{path.name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    if _KEY not in metadata:
+        raise BadInput(
+            f"{path.name} does not say what its target and features are: expected a split made by PrepareData; "
+            "pass prepare.output['train'] or the like."
+        )
+    known = {f.name for f in fields(DatasetInfo)}
+    return DatasetInfo(**{k: v for k, v in json.loads(metadata[_KEY]).items() if k in known})
+
+
+def info_sql(info: DatasetInfo) -> str:
+    """The ``KV_METADATA`` clause for DuckDB's ``COPY … TO`` that writes a dataset's description into the file."""
+    text = json.dumps(asdict(info), sort_keys=True, ensure_ascii=False, allow_nan=False).replace("'", "''")
+    return f"KV_METADATA {{lepton: '{text}'}}"
+
+
+def load_frame(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Some columns of a Parquet file in memory; raises BadInput with the columns there are when one is absent."""
+    import pyarrow.parquet as pq
+
+    present = pq.read_schema(path).names
+    for column in columns or ():
+        if column not in present:
+            raise BadInput(f"column {column!r} is not in {path.name}; {did_you_mean(column, present)}")
+    return pq.read_table(path, columns=list(columns) if columns is not None else None).to_pandas()
+
+
+def quote(identifier: str) -> str:
+    """An SQL identifier in double quotes, whatever is in it."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def connect(
+    workdir: Path, *, memory_limit_mb: int = 1024, threads: int = 2, readable: Sequence[Path] = ()
+) -> duckdb.DuckDBPyConnection:
+    """A DuckDB for the user's SQL: it spills to ``workdir``, reads only ``readable``, and cannot be reconfigured.
+
+    Paths in ``readable`` are files or directories. External access is off and the configuration locked before the
+    first user statement, because run parameters come from a form.
+    """
+    import duckdb
+
+    spill = workdir / "duckdb"
+    spill.mkdir(parents=True, exist_ok=True)
+    con = duckdb.connect(
+        config={
+            "memory_limit": f"{memory_limit_mb}MB",
+            "threads": threads,
+            "temp_directory": str(spill),
+            "preserve_insertion_order": False,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
+    )
+    con.execute("SET TimeZone = 'UTC'")
+    folders = [str(p) for p in (*readable, workdir) if p.is_dir()]
+    files = [str(p) for p in readable if not p.is_dir()]
+    con.execute("SET allowed_directories = $1", [folders])
+    con.execute("SET allowed_paths = $1", [files])
+    con.execute("SET enable_external_access = false")
+    con.execute("SET lock_configuration = true")
+    return con

@@ -1,0 +1,129 @@
+"""What can go wrong, and whether trying again may help.
+
+::
+
+    LeptonError                    1   may be retried
+    ├── BadInput                  80   data or a value cannot work; a retry would fail the same way
+    ├── BadConfiguration          80   a name, a setting or a combination is wrong
+    │   └── MissingExtra          80   a library of an optional extra is not installed
+    ├── ContractError             80   a request or a receipt is not one this version understands
+    ├── IntegrityError            80   bytes do not have the digest they are pinned to
+    ├── StoreError                 1   the artifact store did not answer, is full or is read-only
+    ├── RunnerError                1   the place where the stage ran failed it, not the stage
+    │   └── OutOfMemory            1   the stage went over its memory limit, or the kernel's
+    ├── Preempted                 75   asked to stop; what is finished is kept, a retry resumes
+    └── Skipped                   99   there is nothing to do for this run
+
+Every message is one sentence (or a few): what failed, on which value, what was expected, what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+DONE, FAILED, PREEMPTED, DO_NOT_RETRY, SKIP = 0, 1, 75, 80, 99
+
+
+class LeptonError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = FAILED
+
+
+class BadInput(LeptonError):
+    """The data, or a value computed from it, cannot be worked with."""
+
+    exit_code = DO_NOT_RETRY
+
+
+class BadConfiguration(LeptonError):
+    """A parameter, a name or a setting is wrong."""
+
+    exit_code = DO_NOT_RETRY
+
+
+class MissingExtra(BadConfiguration):
+    """A library that an optional extra brings is not installed where the stage runs."""
+
+    def __init__(self, wanted: str, library: str, extra: str) -> None:
+        super().__init__(
+            f"{wanted} needs {library}, which is not installed here: "
+            f"pip install 'lepton-airflow[{extra}]' where this stage runs."
+        )
+
+
+class ContractError(LeptonError):
+    """A request or a receipt cannot be read by this version."""
+
+    exit_code = DO_NOT_RETRY
+
+
+class IntegrityError(LeptonError):
+    """Bytes differ from the digest that names them."""
+
+    exit_code = DO_NOT_RETRY
+
+
+class StoreError(LeptonError):
+    """The artifact store could not be read or written."""
+
+
+class RunnerError(LeptonError):
+    """The place where a stage ran failed: it was killed, or left no receipt."""
+
+
+class OutOfMemory(RunnerError):
+    """The stage used more memory than it was given."""
+
+
+class Preempted(LeptonError):
+    """The stage was asked to stop; a retry goes on from what it kept."""
+
+    exit_code = PREEMPTED
+
+
+class Skipped(LeptonError):
+    """There is nothing to do for this run."""
+
+    exit_code = SKIP
+
+
+_BY_EXIT_CODE = {SKIP: Skipped, PREEMPTED: Preempted, DO_NOT_RETRY: BadInput}
+
+
+def from_record(kind: str, message: str, exit_code: int) -> LeptonError:
+    """Rebuild the error that a receipt records, so that a caller sees the kind the stage raised."""
+    known = {cls.__name__: cls for cls in _family(LeptonError)}
+    cls = known.get(kind, _BY_EXIT_CODE.get(exit_code, LeptonError))
+    error = cls.__new__(cls)  # MissingExtra builds its own message, so __init__ is passed over
+    Exception.__init__(error, message)
+    return error
+
+
+def _family(cls: type[LeptonError]) -> Iterable[type[LeptonError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _family(child)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: ``did you mean 'x'? Known: …``."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names) or 'none'}."
+
+
+def require(library: str, wanted: str, extra: str) -> None:
+    """Raise :class:`MissingExtra` unless the distribution ``library`` is installed.
+
+    Asks the installed metadata, not ``import``: a folder named like a library (``great_expectations/``)
+    would import as an empty namespace package.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version(library)
+    except PackageNotFoundError:
+        raise MissingExtra(wanted, library, extra) from None

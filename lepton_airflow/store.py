@@ -1,0 +1,458 @@
+"""Artifacts by URI and digest: atomic, content-addressed, on any fsspec file system.
+
+Layout under the root::
+
+    artifacts/<first 32 hex digits of the digest>/<name>     a file, or a directory of files
+    receipts/<run key>.json                                  what the task instance last did
+    cache/<stage>/<cache key>.json                           the receipt that a hit returns
+    exclusive keys (ledger/…, registrations/…)               made once, by create_exclusive
+
+The path of an artifact holds its digest, so writing it again writes the same bytes: concurrent writers do no harm,
+and a blob that was altered is healed by the next run that makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lepton_airflow.contract import Artifact, Receipt, digest_of, pin, split_pin
+from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, IntegrityError, StoreError
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+# Object stores show an object only when its upload is complete, so they need no temporary name.
+_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The plain contents of an Airflow Connection, as it reaches a stage. Its repr shows no secret."""
+
+    id: str
+    type: str
+    host: str | None = None
+    login: str | None = None
+    password: str | None = field(default=None, repr=False)
+    schema: str | None = None
+    port: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+class Store:
+    """An artifact store at a URI.
+
+    :param root: an fsspec URI or a local path; a relative path is taken from the current directory.
+    :param connection: opens the store (S3 keys, …); None: ambient identity.
+    """
+
+    def __init__(self, root: str, connection: Connection | None = None) -> None:
+        import fsspec
+
+        if "://" not in root:
+            root = Path(root).expanduser().absolute().as_uri()
+        self.connection = connection
+        self.protocol = root.partition("://")[0]
+        try:
+            self.fs, self._root = fsspec.core.url_to_fs(root, **_storage_options(self.protocol, connection))
+        except (ValueError, ImportError) as error:
+            raise BadConfiguration(f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI.") from None
+        self._root = self._root.rstrip("/")
+        self.root = Path(self._root).as_uri() if self._local else f"{self.protocol}://{self._root}"
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    @property
+    def _local(self) -> bool:
+        return self.protocol in ("file", "local")
+
+    # -- artifacts ---------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, content: Path | bytes | str) -> Artifact:
+        """Store a file, a directory or bytes; the same content always gets the same URI."""
+        if not name or "/" in name or name in (".", ".."):
+            raise BadConfiguration(f"{name!r} is not a name for an artifact: expected one path segment.")
+        if isinstance(content, str):
+            content = content.encode()
+        sha256, size = _digest_bytes(content) if isinstance(content, bytes) else digest_path(content)
+        key = f"artifacts/{sha256[:32]}/{name}"
+        with self._errors(f"writing {key}"):
+            if isinstance(content, bytes):
+                self._write(key, content)
+            elif content.is_dir():
+                self._write_tree(key, content)
+            else:
+                self._write(key, content)
+        return Artifact(uri=pin(self.uri(key), sha256), sha256=sha256, bytes=size)
+
+    def fetch(self, uri: str, workdir: Path) -> Path:
+        """A local path of what a URI names, its digest verified when the URI is pinned.
+
+        :raises IntegrityError: the bytes are not those of the pin.
+        :raises BadInput: there is nothing at the URI.
+        """
+        plain, wanted = split_pin(uri)
+        fs, path = self._resolve(plain)
+        with self._errors(f"reading {plain}"):
+            if not fs.exists(path):
+                raise BadInput(f"{plain} does not exist; expected an artifact or a file there. Run what makes it again.")
+            if _is_local(fs):
+                local = Path(path)
+            else:
+                local = workdir / "fetched" / hashlib.sha256(uri.encode()).hexdigest()[:16] / path.rstrip("/").rpartition("/")[2]
+                if not local.exists():
+                    local.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get(path, str(local), recursive=fs.isdir(path))
+        if wanted:
+            found, _ = digest_path(local)
+            if found != wanted:
+                raise IntegrityError(
+                    f"{plain} has sha256 {found[:12]}…, it is pinned to {wanted[:12]}…: it was altered or is damaged. "
+                    "Clear the task that made it, to make it again."
+                )
+        return local
+
+    def digest(self, uri: str) -> str:
+        """sha256 of what a URI names now (any pin is ignored); a directory's is that of its manifest."""
+        plain, _ = split_pin(uri)
+        fs, path = self._resolve(plain)
+        with self._errors(f"reading {plain}"):
+            if not fs.exists(path):
+                raise BadInput(f"{plain} does not exist; expected a file or a directory there.")
+            if _is_local(fs):
+                return digest_path(Path(path))[0]
+            if not fs.isdir(path):
+                return self._stream_digest(fs, path)
+            base = path.rstrip("/")
+            names = sorted(p[len(base) + 1 :] for p in fs.find(base))
+            return digest_of([[n, self._stream_digest(fs, f"{base}/{n}")] for n in names])
+
+    def intact(self, artifact: Artifact) -> bool:
+        """Whether an artifact is there with its digest."""
+        try:
+            return self.digest(artifact.uri) == artifact.sha256
+        except BadInput:
+            return False
+
+    # -- small JSON records -----------------------------------------------------------------------------------------
+
+    def uri(self, key: str) -> str:
+        """The URI of a key under the root."""
+        return f"{self.root}/{key}"
+
+    def read(self, key: str) -> bytes | None:
+        """The bytes of a key, or None when there is none."""
+        with self._errors(f"reading {key}"):
+            try:
+                return bytes(self.fs.cat_file(self._path(key)))
+            except FileNotFoundError:
+                return None
+
+    def write(self, key: str, content: bytes) -> None:
+        """Write bytes to a key; readers see the old ones or the new ones, never a part."""
+        with self._errors(f"writing {key}"):
+            self._write(key, content)
+
+    def keys(self, prefix: str) -> list[str]:
+        """All keys below a prefix, sorted."""
+        with self._errors(f"listing {prefix}"):
+            try:
+                found = self.fs.find(self._path(prefix))
+            except FileNotFoundError:
+                return []
+            return sorted(p[len(self._root) + 1 :] for p in found if not p.rpartition("/")[2].startswith(".tmp-"))
+
+    def delete(self, key: str) -> None:
+        """Remove a key, a file or a directory, if it is there."""
+        with self._errors(f"deleting {key}"):
+            if self.fs.exists(self._path(key)):
+                self.fs.rm(self._path(key), recursive=True)
+
+    def create_exclusive(self, key: str, content: bytes) -> bool:
+        """Write a key only if nobody has; True for the one who did, False for all others.
+
+        O_EXCL (by hard link, so that the content appears whole) on local disks, If-None-Match on S3. Other
+        backends cannot promise it and are refused.
+        """
+        path = self._path(key)
+        with self._errors(f"creating {key}"):
+            if self._local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                temporary = f"{os.path.dirname(path)}/.tmp-{secrets.token_hex(8)}"
+                try:
+                    _write_synced(temporary, content)
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+                finally:
+                    Path(temporary).unlink(missing_ok=True)
+                return True
+            if self.protocol in ("s3", "s3a"):
+                try:
+                    self.fs.pipe_file(path, content, mode="create")
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if "PreconditionFailed" in str(error) or "412" in str(error):
+                        return False
+                    raise
+                return True
+        raise BadConfiguration(
+            f"store {self.root}: {self.protocol}:// cannot create a key exactly once, which registration and "
+            "promotion need: use a local (or NFS) directory or s3://."
+        )
+
+    # -- receipts and cache -----------------------------------------------------------------------------------------
+
+    def record(self, receipt: Receipt) -> None:
+        """Keep a receipt as the last one of its task instance."""
+        self.write(f"receipts/{receipt.run_key}.json", receipt.to_json().encode())
+
+    def receipt(self, run_key: str) -> Receipt | None:
+        """The last receipt of a task instance, or None; an unreadable one counts as none."""
+        return self._read_receipt(f"receipts/{run_key}.json")
+
+    def _read_receipt(self, key: str) -> Receipt | None:
+        text = self.read(key)
+        if text is None:
+            return None
+        try:
+            return Receipt.from_json(text)
+        except ContractError as error:
+            log.warning("%s is passed over: %s", key, error)
+            return None
+
+    def cache_lookup(self, stage: str, cache_key: str, ttl_s: float | None = None) -> tuple[Receipt | None, str]:
+        """The receipt of an equal earlier run whose artifacts are all intact, or None; and why, in a few words."""
+        entry = self._read_receipt(_cache_entry(stage, cache_key))
+        if entry is None:
+            return None, "miss: not computed before"
+        age_s = time.time() - datetime.fromisoformat(entry.created).timestamp()
+        if ttl_s is not None and age_s > ttl_s:
+            return None, f"miss: the entry is {age_s:.0f} s old, older than cache_ttl_s={ttl_s:g}"
+        for name, artifact in entry.artifacts.items():
+            if not self.intact(artifact):
+                return None, f"miss: artifact {name!r} is missing or altered"
+        return entry, f"hit: computed {entry.created} in {entry.seconds:.1f} s"
+
+    def cache_record(self, receipt: Receipt) -> None:
+        """Make a finished receipt what an equal run gets."""
+        if receipt.cache_key:
+            entry = replace(receipt, status="done")
+            self.write(_cache_entry(receipt.stage, receipt.cache_key), entry.to_json().encode())
+
+    def cache_entries(self) -> list[tuple[str, Receipt]]:
+        """All cache entries with their keys, oldest first."""
+        found = [(key, self._read_receipt(key)) for key in self.keys("cache")]
+        return sorted(((k, r) for k, r in found if r is not None), key=lambda item: item[1].created)
+
+    def cache_evict(self, *, stage: str | None = None, older_than_s: float = 0.0) -> tuple[int, int]:
+        """Drop cache entries and then the artifacts that nothing reaches any more.
+
+        An artifact stays when a cache entry, a registration or a ledger entry names it, or when it is younger than an
+        hour (a run may be about to name it). Returns the numbers of entries and of bytes removed.
+        """
+        limit = time.time() - older_than_s
+        dropped = 0
+        for key, entry in self.cache_entries():
+            if (stage is None or entry.stage == stage) and datetime.fromisoformat(entry.created).timestamp() <= limit:
+                self.delete(key)
+                dropped += 1
+        kept = b"\n".join(
+            self.read(key) or b"" for prefix in ("cache", "registrations", "ledger") for key in self.keys(prefix)
+        ).decode(errors="replace")
+        freed = 0
+        with self._errors("evicting artifacts"):
+            for folder in self._folders("artifacts"):
+                if folder in kept or self._age_s(f"artifacts/{folder}") < _GRACE_S:
+                    continue
+                freed += self.fs.du(self._path(f"artifacts/{folder}"))
+                self.delete(f"artifacts/{folder}")
+        return dropped, freed
+
+    def _folders(self, prefix: str) -> list[str]:
+        try:
+            return [p["name"].rstrip("/").rpartition("/")[2] for p in self.fs.ls(self._path(prefix), detail=True)]
+        except FileNotFoundError:
+            return []
+
+    def _age_s(self, key: str) -> float:
+        newest = 0.0
+        for path in self.fs.find(self._path(key)):
+            info = self.fs.info(path)
+            stamp = info.get("mtime") or info.get("LastModified") or info.get("created") or 0.0
+            newest = max(newest, stamp.timestamp() if isinstance(stamp, datetime) else float(stamp))
+        return time.time() - newest
+
+    # -- file system --------------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def _resolve(self, uri: str) -> tuple[Any, str]:
+        """The file system and path of a URI; one below the root uses the store's own Connection."""
+        import fsspec
+
+        if uri.startswith(self.root + "/"):
+            return self.fs, self._path(uri[len(self.root) + 1 :])
+        if "://" not in uri:
+            uri = Path(uri).expanduser().absolute().as_uri()
+        protocol = uri.partition("://")[0]
+        same = self.connection if protocol == self.protocol else None
+        try:
+            fs, path = fsspec.core.url_to_fs(uri, **_storage_options(protocol, same))
+        except (ValueError, ImportError) as error:
+            raise BadConfiguration(f"{uri!r} cannot be opened: {error}.") from None
+        return fs, path
+
+    def _write(self, key: str, content: bytes | Path) -> None:
+        path = self._path(key)
+        parent, _, _ = path.rpartition("/")
+        if self._local:
+            os.makedirs(parent, exist_ok=True)
+            temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+            try:
+                _write_synced(temporary, content)
+                os.replace(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+            return
+        if self.protocol in _ATOMIC_PUT:
+            self._upload(content, path)
+            return
+        self.fs.makedirs(parent, exist_ok=True)
+        temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+        self._upload(content, temporary)
+        self.fs.mv(temporary, path)
+
+    def _upload(self, content: bytes | Path, path: str) -> None:
+        if isinstance(content, bytes):
+            self.fs.pipe_file(path, content)
+        else:
+            self.fs.put_file(str(content), path)
+
+    def _write_tree(self, key: str, directory: Path) -> None:
+        if not self._local:
+            for file in _files(directory):
+                self._write(f"{key}/{file.relative_to(directory).as_posix()}", file)
+            return
+        target = Path(self._path(key))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
+        try:
+            shutil.copytree(directory, temporary)
+            try:
+                os.rename(temporary, target)
+            except OSError:  # it is there already: keep it if it is whole, else put this one in its place
+                if digest_path(target)[0] != digest_path(directory)[0]:
+                    aside = target.parent / f".tmp-{secrets.token_hex(8)}"
+                    os.rename(target, aside)
+                    os.rename(temporary, target)
+                    shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @staticmethod
+    def _stream_digest(fs: Any, path: str) -> str:
+        digest = hashlib.sha256()
+        with fs.open(path, "rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            raise StoreError(
+                f"store {self.root}: {doing} failed: {reason}. Check that it is reachable, writable and has space; "
+                "nothing that was there is changed."
+            ) from error
+
+
+_GRACE_S = 3600.0
+
+
+def _cache_entry(stage: str, cache_key: str) -> str:
+    return f"cache/{stage}/{cache_key[:40]}.json"
+
+
+def now() -> str:
+    """The time in UTC as ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def digest_path(path: Path) -> tuple[str, int]:
+    """sha256 and size in bytes of a file, or of a directory: that of its sorted manifest of names and digests."""
+    if not path.is_dir():
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+        return digest.hexdigest(), size
+    entries, total = [], 0
+    for file in _files(path):
+        sha256, size = digest_path(file)
+        entries.append([file.relative_to(path).as_posix(), sha256])
+        total += size
+    return digest_of(sorted(entries)), total
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file())
+
+
+def _digest_bytes(content: bytes) -> tuple[str, int]:
+    return hashlib.sha256(content).hexdigest(), len(content)
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _write_synced(path: str, content: bytes | Path) -> None:
+    """Write and flush to disk, so that a rename after a power cut cannot leave an empty file under the final name."""
+    with open(path, "xb") as out:
+        if isinstance(content, bytes):
+            out.write(content)
+        else:
+            with content.open("rb") as source:
+                shutil.copyfileobj(source, out, _CHUNK)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _storage_options(protocol: str, connection: Connection | None) -> dict[str, Any]:
+    """fsspec's options for a Connection; a Connection's extra may hold more under ``storage_options``."""
+    if connection is None:
+        return {}
+    options: dict[str, Any] = dict(connection.extra.get("storage_options", {}))
+    if protocol in ("s3", "s3a"):
+        for key, value in (("key", connection.login), ("secret", connection.password)):
+            if value:
+                options.setdefault(key, value)
+        endpoint = connection.extra.get("endpoint_url") or connection.host
+        if endpoint:
+            options.setdefault("endpoint_url", endpoint)
+    return options
+
+
+def connections_from_json(text: str | bytes) -> dict[str, Connection]:
+    """Read the JSON in which a runner hands Connections over: ``[{"id", "type", "host", …}]``."""
+    return {item["id"]: Connection(**item) for item in json.loads(text or "[]")}
