@@ -1,0 +1,59 @@
+"""Which rows belong together, as codes 0..G-1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lepton_airflow.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+
+def cluster_codes(clusters: ArrayLike | None, n: int) -> tuple[NDArray[np.int64], int]:
+    """Number the clusters of n rows: codes of shape (n,) and how many there are. None: each row is its own.
+
+    Keys may be anything hashable (dates, strings, numbers); a missing key is refused, since rows without a day are
+    not one day.
+    """
+    import numpy as np
+
+    if clusters is None:
+        codes, count = np.arange(n), n
+        if count < 2:
+            raise BadInput(f"rows: only {n}, expected at least 2 to judge chance; widen the window.")
+        return codes, count
+    keys = np.asarray(clusters)
+    if keys.shape != (n,):
+        raise BadInput(f"clusters: shape {keys.shape} for {n} rows, expected one key per row, shape ({n},).")
+    if keys.dtype == object:
+        missing = np.fromiter((_is_missing(key) for key in keys), bool, n)
+    else:
+        missing = keys != keys  # NaN and NaT are the values that differ from themselves
+    if np.any(missing):
+        raise BadInput(
+            f"clusters: {int(missing.sum()):,} of {n:,} keys are missing, first in row {int(np.argmax(missing))}; "
+            "expected a key on every row, so drop these rows or fill the column."
+        )
+    if keys.dtype == object:  # not sortable in general
+        numbers: dict[object, int] = {}
+        codes = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, n)
+        count = len(numbers)
+    else:
+        unique, codes = np.unique(keys, return_inverse=True)
+        count = len(unique)
+    if count < 2:
+        raise BadInput(
+            f"clusters: all {n:,} rows have the key {keys[0]!s}, expected at least 2 clusters to judge chance; "
+            "widen the window or cluster by something finer."
+        )
+    return codes, count
+
+
+def _is_missing(key: object) -> bool:
+    """None, NaN, NaT, and pandas.NA, whose comparisons are not even booleans."""
+    import numpy as np
+
+    same = key == key
+    return key is None or not (isinstance(same, (bool, np.bool_)) and bool(same))
