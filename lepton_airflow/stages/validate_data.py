@@ -1,0 +1,518 @@
+"""Check a snapshot against a Great Expectations suite, before anything is learned from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lepton_airflow.contract import digest_of, split_pin
+from lepton_airflow.dataset import connect, quote
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
+from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
+
+if TYPE_CHECKING:
+    import duckdb
+    from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
+    from great_expectations.validator.validator import Validator
+
+log = logging.getLogger(__name__)
+
+INFER = "infer"
+
+# A receipt, the message in it included, has at most 8 KB.
+_MAX_FAILURES_SHOWN = 12
+_MAX_EXAMPLES_SHOWN = 5
+_MAX_LINE = 320
+
+
+@dataclass(kw_only=True)
+class ValidateData(Stage):
+    """Check a snapshot against a Great Expectations suite, and stop the pipeline where the data breaks it.
+
+    ``ValidateData(dataset=ingest.output["snapshot"], suite="great_expectations/flights.json")``
+
+    With the engine ``duckdb`` the expectations become SQL over the Parquet file, which is never loaded; ``pandas``
+    loads all of it and knows the few expectations that have no SQL (increasing values, strftime formats). NaN counts
+    as missing on both. An expectation of ``"severity": "warning"`` or ``"info"`` is reported and fails nothing.
+
+    Artifacts: ``validation``, the full result as Great Expectations' JSON, and ``data_docs``, one HTML page that loads
+    nothing from anywhere; both are stored before the stage fails. Value: ``passed``. With ``suite="infer"`` the one
+    artifact is ``suite``: expectations that the snapshot meets, to review, edit and keep beside the DAG.
+
+    :param dataset: the Parquet snapshot: a file, or a directory of files.
+    :param suite: a path or URI of a suite's JSON, the suite itself as a dict, or ``infer``.
+    :param suite_dir: directory that a relative ``suite`` path is under; else the stage's working directory.
+    :param suite_parameters: values of the ``{"$PARAMETER": name}`` in the suite, such as the bounds of this run's window.
+    :param engine: ``duckdb`` or ``pandas``.
+    :param on_failure: ``fail``, or ``warn`` to log what failed and go on.
+    :param max_offending: examples of offending values kept per failed expectation [values].
+    :param memory_limit_mb: memory DuckDB may use before it spills to disk [MB].
+    :param threads: threads of DuckDB [threads].
+    :raises BadInput: a critical expectation failed and ``on_failure`` is ``fail``; the text names expectations,
+        columns, counts and examples.
+    :raises BadConfiguration: the suite is not there, is no suite, or names an unknown expectation.
+    """
+
+    engines: ClassVar[tuple[str, ...]] = ("great-expectations", "duckdb", "pandas")
+    extra: ClassVar[str] = "validate"
+    outputs: ClassVar[tuple[str, ...]] = ("validation", "data_docs", "suite", "passed")
+
+    dataset: ArtifactUri
+    suite: str | dict[str, Any]
+    suite_dir: str | None = None
+    suite_parameters: dict[str, Any] = field(default_factory=dict)
+    engine: Literal["duckdb", "pandas"] = "duckdb"
+    on_failure: Literal["fail", "warn"] = "fail"
+    max_offending: int = 20
+    memory_limit_mb: int = 1024
+    threads: int = 2
+
+    def input_digests(self, run: RunInfo) -> dict[str, str] | None:
+        """The dataset's digest and that of the suite's content, so that an edited suite is a new result."""
+        digests = super().input_digests(run) or {}
+        if isinstance(self.suite, str) and self.suite != INFER:
+            digests["suite"] = digest_of(self._suite(run))
+        return digests
+
+    def run(self, run: RunInfo) -> Result:
+        require("duckdb", "ValidateData", self.extra)
+        path = run.fetch(self.dataset)
+        con = connect(
+            run.workdir, memory_limit_mb=self.memory_limit_mb, threads=self.threads, readable=[path]
+        )
+        try:
+            columns = _open(con, path)
+            if self.suite == INFER:
+                return _infer(con, columns, split_pin(self.dataset)[0], run)
+            require("great-expectations", "ValidateData", self.extra)
+            return self._validate(con, path, self._suite(run), run)
+        finally:
+            con.close()
+
+    def _validate(
+        self, con: duckdb.DuckDBPyConnection, path: Path, suite: dict[str, Any], run: RunInfo
+    ) -> Result:
+        from great_expectations.core import ExpectationSuiteValidationResult
+        from great_expectations.validator.validator import calc_validation_statistics
+
+        with _quiet():
+            validator = _validator(con, path, self.engine)
+            expectations = _expectations(suite, set(self.suite_parameters))
+            results = _evaluate(validator, expectations, self.suite_parameters, self.max_offending)
+            statistics = calc_validation_statistics(results)
+            report = ExpectationSuiteValidationResult(
+                results=results,
+                success=statistics.success,
+                suite_name=suite["name"],
+                statistics={
+                    "evaluated_expectations": statistics.evaluated_expectations,
+                    "successful_expectations": statistics.successful_expectations,
+                    "unsuccessful_expectations": statistics.unsuccessful_expectations,
+                    "success_percent": statistics.success_percent,
+                },
+                meta={"run_id": {"run_name": run.run_key}, "batch_spec": {"data_asset_name": path.name}},
+            )
+            document = json.dumps(report.to_json_dict(), indent=1, sort_keys=True, ensure_ascii=False)
+            artifacts = {
+                "validation": run.save("validation.json", document),
+                "data_docs": run.save("data_docs.html", _html(report)),
+            }
+        (rows,) = con.execute("SELECT count(*) FROM dataset").fetchone() or (0,)
+        failed = [r for r in results if not r.success]
+        critical = [r for r in failed if _severity(r) == "critical"]
+        metrics = {
+            "rows": rows,
+            "expectations": len(results),
+            "failed": len(failed),
+            "failed_critical": len(critical),
+        }
+        if not failed:
+            summary = f"{path.name}: all {len(results)} expectations of suite {suite['name']!r} hold on {rows} rows."
+            return Result(summary, artifacts, {"passed": True}, metrics)
+        where = f"suite {suite['name']!r} on {path.name} ({rows} rows)"
+        text = _failure_text(failed, len(results), where)
+        links = f"Full result: {artifacts['validation'].uri} Data Docs: {artifacts['data_docs'].uri}"
+        if critical and self.on_failure == "fail":
+            raise BadInput(
+                f"{text}\n{links}\nMend the data at its source and ingest again, or change the suite."
+            )
+        log.warning("%s\n%s", text, links)
+        return Result(text.partition("\n")[0], artifacts, {"passed": not critical}, metrics)
+
+    def _suite(self, run: RunInfo) -> dict[str, Any]:
+        """The suite as a dict with a name and a list of expectations, from wherever the parameter says."""
+        if isinstance(self.suite, dict):
+            return _checked_suite(self.suite, "the suite given inline", "inline")
+        uri = self.suite
+        if "://" not in uri:
+            local = Path(self.suite_dir or ".", uri).expanduser().absolute()
+            if not split_pin(uri)[1] and not local.is_file():
+                found = [p.name for p in local.parent.glob("*.json")]
+                raise BadConfiguration(
+                    f"suite={self.suite!r}: there is no file {local}; {did_you_mean(local.name, found)} "
+                    "Pass an absolute path, set suite_dir, or pass the suite as a dict."
+                )
+            uri = str(local)
+        try:
+            loaded = json.loads(run.fetch(uri).read_text("utf-8"))
+        except (ValueError, IsADirectoryError) as error:
+            raise BadConfiguration(f"suite {self.suite} is not a JSON file: {error}.") from None
+        return _checked_suite(loaded, f"suite {self.suite}", Path(split_pin(uri)[0]).stem)
+
+
+def _checked_suite(suite: Any, what: str, name: str) -> dict[str, Any]:
+    if (
+        not isinstance(suite, dict)
+        or not isinstance(suite.get("expectations"), list)
+        or not suite["expectations"]
+    ):
+        raise BadConfiguration(
+            f'{what} has no expectations: expected {{"name": …, "expectations": [{{"type": …, "kwargs": {{…}}}}, …]}}. '
+            'ValidateData(suite="infer") proposes one from a snapshot.'
+        )
+    return {"name": name} | suite
+
+
+def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
+    """Make the view ``dataset`` over the Parquet, with NaN as null, as pandas sees it; its columns and their types."""
+    import duckdb
+
+    source = str(path / "**" / "*.parquet") if path.is_dir() else str(path)
+    parquet = "read_parquet('" + source.replace("'", "''") + "')"
+    try:
+        columns = {row[0]: row[1] for row in con.execute(f"DESCRIBE SELECT * FROM {parquet}").fetchall()}
+    except duckdb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"{path.name} cannot be read as Parquet: {reason}. Run the task that wrote it again."
+        ) from None
+    floats = [quote(name) for name, kind in columns.items() if kind in ("FLOAT", "DOUBLE")]
+    replaced = ", ".join(f"nullif({name}, 'NaN') AS {name}" for name in floats)
+    con.execute(f"CREATE VIEW dataset AS SELECT *{f' REPLACE ({replaced})' if floats else ''} FROM {parquet}")
+    return columns
+
+
+# -- Great Expectations -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's own notices out of the task log; what matters of them is in the results."""
+    logger = logging.getLogger("great_expectations")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Validator:
+    """A validator over the data, in a context that lives in memory and sends nothing."""
+    import great_expectations as gx
+    from great_expectations.core.batch import Batch
+    from great_expectations.validator.validator import Validator
+
+    context = gx.get_context(mode="ephemeral")
+    context.enable_analytics(False)
+    context.variables.progress_bars = {"globally": False}
+    if engine == "pandas":
+        import pyarrow.parquet as pq
+        from great_expectations.execution_engine import PandasExecutionEngine
+        from great_expectations.execution_engine.pandas_batch_data import PandasBatchData
+
+        in_memory = PandasExecutionEngine()
+        frame = pq.read_table(path).to_pandas()
+        batch = Batch(data=PandasBatchData(execution_engine=in_memory, dataframe=frame))
+        return Validator(execution_engine=in_memory, data_context=context, batches=[batch])
+
+    from great_expectations.execution_engine.sqlalchemy_batch_data import SqlAlchemyBatchData
+
+    from lepton_airflow.gx_duckdb import DuckDBExecutionEngine
+
+    in_database = DuckDBExecutionEngine(con)
+    batch = Batch(data=SqlAlchemyBatchData(execution_engine=in_database, table_name="dataset"))
+    return Validator(execution_engine=in_database, data_context=context, batches=[batch])
+
+
+def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[ExpectationConfiguration]:
+    """The suite's expectations, each checked; raises BadConfiguration on the first that is none."""
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
+    from great_expectations.expectations.registry import list_registered_expectation_implementations
+
+    known = list_registered_expectation_implementations()
+    checked = []
+    for position, item in enumerate(suite["expectations"]):
+        kind = item.get("type") or item.get("expectation_type") if isinstance(item, dict) else None
+        where = f"suite {suite['name']!r}, expectation {position + 1}"
+        if kind not in known:
+            close = did_you_mean(str(kind), known)
+            raise BadConfiguration(
+                f"{where}: there is no expectation {kind!r}; {close.partition(' Known')[0]}"
+            )
+        kwargs = item.get("kwargs", {})
+        for name in _parameter_names(kwargs):
+            if name not in parameters:
+                raise BadConfiguration(
+                    f"{where}: {kind} needs the suite parameter {name!r}: pass suite_parameters={{{name!r}: …}}."
+                )
+        try:
+            config = ExpectationConfiguration(
+                type=kind,
+                kwargs=kwargs,
+                meta=item.get("meta"),
+                severity=item.get("severity", "critical"),
+                id=str(position),
+            )
+            config.to_domain_obj()
+        except Exception as error:  # pydantic's, the parser's and GX's own share no base class
+            reason = " ".join(str(error).split())
+            raise BadConfiguration(f"{where}: {kind}({_arguments(kwargs)}) is not valid: {reason}") from None
+        checked.append(config)
+    return checked
+
+
+def _parameter_names(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if "$PARAMETER" in value:
+            yield re.split(r"\W", str(value["$PARAMETER"]).strip())[0]
+        for item in value.values():
+            yield from _parameter_names(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _parameter_names(item)
+
+
+def _evaluate(
+    validator: Validator,
+    expectations: list[ExpectationConfiguration],
+    parameters: dict[str, Any],
+    max_offending: int,
+) -> list[ExpectationValidationResult]:
+    """Count first, and look for examples only where something was counted.
+
+    GX asks for examples of every expectation, one more scan for each that holds; a limit of 0 rows costs none.
+    """
+
+    def ask(wanted: list[ExpectationConfiguration], result_format: str, examples: int) -> dict[str, Any]:
+        configs = validator.process_expectations_for_validation(wanted, parameters)
+        settings = {"result_format": result_format, "partial_unexpected_count": examples}
+        runtime = {"catch_exceptions": True, "result_format": settings}
+        found = validator.graph_validate(configurations=configs, runtime_configuration=runtime)
+        return {str(r.expectation_config.id): r for r in found if r.expectation_config is not None}
+
+    results = ask(expectations, "BASIC", 0)
+    found = [c for c in expectations if results[str(c.id)].result.get("unexpected_count")]
+    if found and max_offending:
+        results |= ask(found, "SUMMARY", max_offending)
+    return [results[str(c.id)] for c in expectations]
+
+
+def _severity(result: ExpectationValidationResult) -> str:
+    severity = result.expectation_config.severity if result.expectation_config else "critical"
+    return str(getattr(severity, "value", severity))
+
+
+def _html(report: ExpectationSuiteValidationResult) -> str:
+    """Great Expectations' page of the result, without the scripts, styles and images it would load from elsewhere."""
+    from great_expectations.render.renderer.page_renderer import ValidationResultsPageRenderer
+    from great_expectations.render.view import DefaultJinjaPageView
+
+    page = str(
+        DefaultJinjaPageView().render(ValidationResultsPageRenderer(run_info_at_end=True).render(report))
+    )
+    page = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL | re.IGNORECASE)
+    page = re.sub(r"<(?:link|img)\b[^>]*>", "", page, flags=re.IGNORECASE)
+    # The policy also keeps markup that is in the data from doing anything.
+    return re.sub(r"<head>", f"<head>{_HEAD}", page, count=1)
+
+
+_HEAD = """
+    <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+    <style>
+      body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
+      table { border-collapse: collapse; margin: .5em 0; }
+      td, th { border: 1px solid #ddd; padding: .3em .6em; text-align: left; vertical-align: top; }
+      nav.navbar, button, .modal, .ge-walkthrough-modal { display: none; }
+    </style>"""
+
+
+# -- what went wrong, in words ----------------------------------------------------------------------------------------
+
+
+def _failure_text(failed: list[ExpectationValidationResult], total: int, where: str) -> str:
+    """One line per failed expectation, the critical ones first."""
+    ordered = sorted(failed, key=lambda r: _severity(r) != "critical")
+    lines = [f"{len(failed)} of {total} expectations failed: {where}."]
+    lines += [_shorten(f"- {_failure(r)}", _MAX_LINE) for r in ordered[:_MAX_FAILURES_SHOWN]]
+    if len(ordered) > _MAX_FAILURES_SHOWN:
+        lines.append(f"- and {len(ordered) - _MAX_FAILURES_SHOWN} more, in the full result.")
+    return "\n".join(lines)
+
+
+def _failure(result: ExpectationValidationResult) -> str:
+    config = result.expectation_config
+    assert config is not None
+    name = f"{config.type}({_shorten(_arguments(config.kwargs), 140)})"
+    if _severity(result) != "critical":
+        name = f"[{_severity(result)}] {name}"
+    error = _error(result)
+    if error:
+        return f"{name}: could not be evaluated: {error}"
+    found = result.result
+    if found.get("unexpected_count"):
+        count, total = found["unexpected_count"], found.get("element_count") or 0
+        share = f" of {total} ({100 * count / total:.3g}%)" if total else ""
+        examples = dict.fromkeys(_shorten(_plain(v), 40) for v in found.get("partial_unexpected_list", []))
+        shown = ", ".join(list(examples)[:_MAX_EXAMPLES_SHOWN])
+        return f"{name}: {count}{share} unexpected" + (f", e.g. {shown}" if shown else "")
+    mismatched = (found.get("details") or {}).get("mismatched")
+    if mismatched:
+        return f"{name}: {_shorten(_arguments(dict(sorted(mismatched.items()))), 140)}"
+    if "observed_value" in found:
+        return f"{name}: observed {_shorten(_plain(found['observed_value']), 100)}"
+    return name
+
+
+def _arguments(kwargs: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{k}={_plain(v)}" for k, v in kwargs.items() if k not in ("batch_id", "catch_exceptions")
+    )
+
+
+def _plain(value: Any) -> str:
+    """A value as it would be written by hand: numpy's and pandas' scalars without their class names."""
+    if isinstance(value, dict):
+        return "{" + _arguments(value) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    if isinstance(value, str):
+        return repr(value)
+    return str(value)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _error(result: ExpectationValidationResult) -> str | None:
+    """Why an expectation could not be evaluated, as one sentence, or None when it was."""
+    info = result.exception_info or {}
+    records = [info] if "raised_exception" in info else list(info.values())
+    messages = [str(r.get("exception_message")) for r in records if r.get("raised_exception")]
+    if not messages:
+        return None
+    message = messages[0]
+    missing = re.search(r'The column "(.*)" in BatchData does not exist', message)
+    if missing:
+        return f"column {missing[1]!r} is not in the data"
+    if "No provider found" in message or "not implemented for SQL" in message:
+        other = "pandas" if "DuckDB" in message or "SQL" in message else "duckdb"
+        return f"it does not exist for this engine; set engine={other!r}"
+    database = re.search(r"duckdb\.\w+\) (.*)", message)
+    return (database[1] if database else message.splitlines()[0]).strip()
+
+
+# -- infer ------------------------------------------------------------------------------------------------------------
+
+_INTEGERS = (
+    "TINYINT",
+    "SMALLINT",
+    "INTEGER",
+    "BIGINT",
+    "UTINYINT",
+    "USMALLINT",
+    "UINTEGER",
+    "UBIGINT",
+    "HUGEINT",
+)
+_MAX_VALUES_IN_SET = 20
+_SLACK = 0.1  # of the observed range, and of the share of nulls
+
+
+def _infer(con: duckdb.DuckDBPyConnection, columns: dict[str, str], source: str, run: RunInfo) -> Result:
+    """Propose a suite that the snapshot meets, with some slack, for a person to review."""
+    (rows,) = con.execute("SELECT count(*) FROM dataset").fetchone() or (0,)
+    if not rows:
+        raise BadInput(
+            f"{source} has no rows, so there is nothing to infer a suite from. Infer it from a full snapshot."
+        )
+    proposed: list[dict[str, Any]] = [
+        _expect("table_row_count_to_be_between", min_value=rows // 2, max_value=rows * 2),
+        _expect("table_columns_to_match_set", column_set=list(columns), exact_match=True),
+    ]
+    for name, kind in columns.items():
+        proposed += _infer_column(con, name, kind, rows)
+    name = Path(source).stem
+    suite = {
+        "name": name,
+        "meta": {
+            "notes": f"Proposed from {rows} rows of {Path(source).name}. Review every bound before use."
+        },
+        "expectations": proposed,
+    }
+    artifact = run.save(f"{name}.json", json.dumps(suite, indent=2, ensure_ascii=False) + "\n")
+    summary = f"proposed {len(proposed)} expectations from {rows} rows, to review: {artifact.uri}"
+    log.info(summary)
+    return Result(summary, {"suite": artifact}, {}, {"rows": rows, "expectations": len(proposed)})
+
+
+def _infer_column(
+    con: duckdb.DuckDBPyConnection, name: str, kind: str, rows: int
+) -> Iterator[dict[str, Any]]:
+    column = quote(name)
+    present, distinct = con.execute(
+        f"SELECT count({column}), approx_count_distinct({column}) FROM dataset"
+    ).fetchone() or (0, 0)
+    yield _expect("column_values_to_be_in_type_list", column=name, type_list=[kind.partition("(")[0]])
+    if present == 0:
+        return
+    if present == rows:
+        yield _expect("column_values_to_not_be_null", column=name)
+    else:
+        mostly = round(max(0.0, present / rows - _SLACK), 2)
+        yield _expect("column_values_to_not_be_null", column=name, mostly=mostly)
+    if distinct > 0.9 * present and kind in (*_INTEGERS, "VARCHAR", "UUID"):
+        (exact,) = con.execute(f"SELECT count(DISTINCT {column}) FROM dataset").fetchone() or (0,)
+        if exact == present:
+            yield _expect("column_values_to_be_unique", column=name)
+    if kind in (*_INTEGERS, "FLOAT", "DOUBLE") or kind.startswith("DECIMAL"):
+        low, high = con.execute(f"SELECT min({column}), max({column}) FROM dataset").fetchone() or (0, 0)
+        slack = _SLACK * (float(high) - float(low))
+        bounds = [float(low) - slack, float(high) + slack]
+        if low >= 0:
+            bounds[0] = max(0.0, bounds[0])
+        if kind in _INTEGERS:
+            bounds = [bounds[0] // 1, -(-bounds[1] // 1)]
+        yield _expect(
+            "column_values_to_be_between",
+            column=name,
+            min_value=_number(bounds[0]),
+            max_value=_number(bounds[1]),
+        )
+    elif kind == "VARCHAR" and distinct <= _MAX_VALUES_IN_SET:
+        values = con.execute(
+            f"SELECT DISTINCT {column} FROM dataset WHERE {column} IS NOT NULL ORDER BY 1"
+        ).fetchall()
+        yield _expect("column_values_to_be_in_set", column=name, value_set=[v for (v,) in values])
+    elif kind == "VARCHAR":
+        low, high = con.execute(
+            f"SELECT min(length({column})), max(length({column})) FROM dataset"
+        ).fetchone() or (0, 0)
+        yield _expect("column_value_lengths_to_be_between", column=name, min_value=low, max_value=high)
+
+
+def _expect(kind: str, **kwargs: Any) -> dict[str, Any]:
+    return {"type": f"expect_{kind}", "kwargs": kwargs}
+
+
+def _number(value: float) -> float | int:
+    """A bound to read: whole where it is, else four significant digits."""
+    return int(value) if value == int(value) else float(f"{value:.4g}")
