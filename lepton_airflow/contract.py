@@ -93,6 +93,7 @@ class Request:
     store: str
     identity: RunIdentity = field(default_factory=RunIdentity)
     window: Window | None = None
+    window_note: str = ""  # why there is no window, for the stage that needs one
     cache: str = "use"  # use: take a hit; refresh: run again and record; off: neither look nor record
     cache_ttl_s: float | None = None  # a hit older than this is a miss; None: entries do not age
     store_connection: str | None = None  # id of the Connection that opens the store; None: ambient identity

@@ -147,6 +147,12 @@ class Store:
         except BadInput:
             return False
 
+    def present(self, artifact: Artifact) -> bool:
+        """Whether an artifact is there with its size: the cheap question, for what was just written."""
+        fs, path = self._resolve(split_pin(artifact.uri)[0])
+        with self._errors(f"reading {artifact.uri}"):
+            return bool(fs.exists(path)) and int(fs.du(path) if fs.isdir(path) else fs.size(path)) == artifact.bytes
+
     # -- small JSON records -----------------------------------------------------------------------------------------
 
     def uri(self, key: str) -> str:

@@ -8,6 +8,7 @@ operator; a stage of your own package is found through the entry point group ``l
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.metadata
@@ -62,6 +63,7 @@ class RunInfo:
     run_key: str
     identity: RunIdentity = field(default_factory=RunIdentity)
     window: Window | None = None
+    window_note: str = ""  # why there is no window
     connections: Mapping[str, Connection] = field(default_factory=dict)
     cache_key: str | None = None
     refresh: bool = False  # the user asked that nothing finished earlier be reused
@@ -104,6 +106,7 @@ class Stage:
 
     cacheable: ClassVar[bool] = True  # False for what changes the world outside the store (a registry, an endpoint)
     measures_machine: ClassVar[bool] = False  # True: the CPU model enters the cache key
+    resumable: ClassVar[bool] = False  # True: asks run.should_stop itself, so that SIGTERM loses nothing
     engines: ClassVar[tuple[str, ...]] = ()  # distributions whose versions enter the cache key and the receipt
     extra: ClassVar[str] = ""  # the extra of lepton-airflow that brings them
     outputs: ClassVar[tuple[str, ...]] = ()  # names of the artifacts and values it returns: its XCom keys
@@ -353,13 +356,17 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _from_text(text: str, hint: Any) -> Any:
+    origin = typing.get_origin(hint) or hint
     try:
-        if hint is bool:
+        if origin is bool:
             return {"true": True, "false": False}[text.strip().lower()]
-        if hint in (int, float):
-            return hint(text)
-    except (KeyError, ValueError):
-        pass
+        if origin in (int, float):
+            return origin(text)
+        if origin in (list, dict):  # Jinja renders a dict as Python writes it
+            value = ast.literal_eval(text)
+            return value if isinstance(value, origin) else None
+    except (KeyError, ValueError, SyntaxError):
+        return None
     return None
 
 

@@ -1,0 +1,158 @@
+"""The one door through which a stage runs, on every host: ``python -m lepton_airflow``.
+
+``stages`` and ``describe`` need neither Airflow nor an engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import textwrap
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from lepton_airflow import __version__
+from lepton_airflow.errors import ContractError, LeptonError
+from lepton_airflow.stages import all_stages, describe, get_stage
+from lepton_airflow.store import Store, connections_from_json
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lepton_airflow", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the stage that a request names and write its receipt")
+    run.add_argument("request", type=Path)
+    run.add_argument("receipt", type=Path)
+    run.add_argument("--connections-fd", type=int, help="inherited pipe from which the Connections are read, as JSON")
+    run.add_argument("--parent-fd", type=int, help="inherited pipe; when its other end closes, the stage ends")
+    run.set_defaults(call=_run)
+
+    stages = commands.add_parser("stages", help="list the stages, one line each")
+    stages.set_defaults(call=_stages)
+
+    show = commands.add_parser("describe", help="show a stage's parameters: types, defaults, units")
+    show.add_argument("stage")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    show.set_defaults(call=_describe)
+
+    cache = commands.add_parser("cache", help="look at the cache or make room in it").add_subparsers(
+        required=True, metavar="ls|evict"
+    )
+    ls = cache.add_parser("ls", help="list what can be reused, oldest first")
+    evict = cache.add_parser("evict", help="drop entries, and the artifacts that nothing needs any more")
+    evict.add_argument("--older-than-s", type=float, default=0.0, help="only entries at least this old [seconds]")
+    for command, call in ((ls, _cache_ls), (evict, _cache_evict)):
+        command.add_argument("--store", default=os.environ.get("AIRFLOW__LEPTON__STORE"), help="the store's URI")
+        command.add_argument("--stage", help="only this stage's entries")
+        command.set_defaults(call=call)
+
+    args = parser.parse_args(argv)
+    try:
+        return int(args.call(args))
+    except LeptonError as error:
+        print(f"lepton_airflow: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lepton_airflow.contract import Request
+    from lepton_airflow.door import end_with_parent, perform, redact, stop_on_sigterm
+
+    if args.parent_fd is not None:
+        end_with_parent(args.parent_fd)
+    text = ""
+    if args.connections_fd is not None:
+        with open(args.connections_fd) as pipe:
+            text = pipe.read()
+    connections = connections_from_json(text)
+    formatter = logging.Formatter("%(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(formatter)
+    handler.addFilter(_Redaction(lambda message: redact(message, connections)))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    try:
+        request = Request.from_json(args.request.read_bytes())
+    except OSError as error:
+        raise ContractError(f"the request {args.request} cannot be read: {error.strerror}.") from None
+    kind = all_stages().get(request.stage)
+    receipt = perform(request, connections, stop_on_sigterm(kind))
+    temporary = args.receipt.with_name(args.receipt.name + ".tmp")
+    temporary.write_text(receipt.to_json())
+    temporary.replace(args.receipt)
+    level = logging.ERROR if receipt.error else logging.INFO
+    logging.getLogger("lepton_airflow").log(level, "%s %s: %s", receipt.stage, receipt.status, receipt.summary)
+    return int(receipt.error["exit_code"]) if receipt.error else 0
+
+
+class _Redaction(logging.Filter):
+    """Keeps the Connections' secrets out of the log."""
+
+    def __init__(self, redact) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self._redact = redact
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = self._redact(record.getMessage()), None
+        return True
+
+
+def _stages(args: argparse.Namespace) -> int:
+    found = all_stages()
+    width = max(map(len, found), default=0)
+    for name, stage in found.items():
+        print(f"{name:<{width}}  {(stage.__doc__ or '').strip().splitlines()[0]}")
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    stage = get_stage(args.stage)
+    parameters = describe(stage)
+    if args.json:
+        print(json.dumps({"stage": args.stage, "parameters": [asdict(p) for p in parameters]}, indent=1))
+        return 0
+    first = (stage.__doc__ or "").strip().splitlines()[0]
+    print(f"{args.stage}: {first}\n")
+    for p in parameters:
+        print(f"  {p.name}: {p.type} = {p.default}" if p.default != "required" else f"  {p.name}: {p.type}  (required)")
+        for line in textwrap.wrap(p.text, 100):
+            print(f"      {line}")
+    print(f"\nreturns: {', '.join(stage.outputs) or 'no outputs'}")
+    print(f"reused from the cache: {'yes' if stage.cacheable else 'never'}")
+    if stage.extra:
+        print(f"needs: pip install 'lepton-airflow[{stage.extra}]' where it runs")
+    return 0
+
+
+def _store(args: argparse.Namespace) -> Store:
+    if not args.store:
+        raise ContractError("which store? Pass --store URI, or set AIRFLOW__LEPTON__STORE.")
+    return Store(args.store)
+
+
+def _cache_ls(args: argparse.Namespace) -> int:
+    for _, entry in _store(args).cache_entries():
+        if args.stage in (None, entry.stage):
+            size = sum(a.bytes for a in entry.artifacts.values())
+            print(f"{entry.created}  {entry.stage:<14} {(entry.cache_key or '')[:12]}  {size:>12,} B  {entry.seconds:>8.1f} s")
+    return 0
+
+
+def _cache_evict(args: argparse.Namespace) -> int:
+    entries, freed = _store(args).cache_evict(stage=args.stage, older_than_s=args.older_than_s)
+    print(f"{entries} entries and {freed:,} bytes removed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

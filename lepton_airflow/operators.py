@@ -1,0 +1,252 @@
+"""Put a stage into a DAG: one named operator per stage, ``<Stage>Operator``, with the stage's fields as arguments.
+
+The stage is the single source: signature, docstring and template fields are made from it, so ``help()``, completion,
+``default_args``, templates, XComArgs and ``.partial().expand()`` work. Every operator takes besides, keyword-only:
+
+:param runner: where the stage runs, such as ``Subprocess(memory_limit_mb=4096)``; default: the installation's.
+:param store: URI of the artifact store (templated); default: the installation's.
+:param cache: ``use`` an equal earlier result, ``refresh`` it, or keep the cache ``off`` (templated). The run param
+    ``refresh_cache`` set to true refreshes every task of a run.
+:param cache_ttl_s: age above which an earlier result is not used [seconds]; default: the installation's.
+:param window: ``{"start": …, "end": …}`` (templated) to use instead of the run's own window.
+
+A task pushes its receipt as ``return_value`` and one XCom per artifact and named value, so that
+``prepare.output["train"]`` is a pinned URI.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar
+
+from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException
+from airflow.sdk import BaseOperator
+
+from lepton_airflow import settings, window as windows
+from lepton_airflow.contract import Receipt, Request, RunIdentity
+from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
+from lepton_airflow.runners import Runner
+from lepton_airflow.stages import Stage, all_stages, markers
+from lepton_airflow.store import Connection, Store
+
+_COMMON: dict[str, Any] = {"runner": None, "store": None, "cache": "use", "cache_ttl_s": None, "window": None}
+
+
+class StageOperator(BaseOperator):
+    """Run one stage; the base of all named operators and of those for your own stages.
+
+    ``class ScoreOperator(StageOperator, stage=Score)`` makes an operator of the stage ``Score``.
+    """
+
+    stage: ClassVar[type[Stage]]
+    template_ext: Sequence[str] = (".sql",)
+    ui_color = "#e8f0fb"
+
+    def __init_subclass__(cls, stage: type[Stage] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if stage is None:
+            return
+        names = [f.name for f in fields(stage)]
+        clash = sorted(set(names) & {*_COMMON, *inspect.signature(BaseOperator.__init__).parameters})
+        if clash:
+            raise BadConfiguration(f"{stage.__name__}: field {clash[0]!r} is an argument of every operator; rename it.")
+        cls.stage = stage
+        cls.template_fields = (*names, "store", "cache", "window")
+        cls.template_fields_renderers = {n: "sql" for n in names if n in ("query", "features")}
+        cls.__doc__ = f"{inspect.getdoc(stage)}\n\n{_returns(stage)}"
+
+        def __init__(self: StageOperator, **kwargs: Any) -> None:
+            own = {name: kwargs.pop(name) for name in names if name in kwargs}
+            common = {name: kwargs.pop(name, default) for name, default in _COMMON.items()}
+            _check_names(cls, kwargs)
+            _check_literals(stage, own)
+            super(cls, self).__init__(**kwargs)
+            for f in fields(stage):
+                default = f.default_factory() if f.default_factory is not MISSING else f.default
+                setattr(self, f.name, own.get(f.name, default))
+            for name, value in common.items():
+                setattr(self, name, value)
+
+        __init__.__signature__ = _signature(stage)  # type: ignore[attr-defined]
+        __init__.__doc__ = f"Make the task; arguments are those of {stage.__name__}, see the class."
+        cls.__init__ = __init__  # type: ignore[method-assign]
+
+    def execute(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the stage where ``runner`` says, and turn green only on the receipt found in the store."""
+        try:
+            request = self._request(context)
+            connections = [_connection(conn_id) for conn_id in request.connections]
+            self._active = self.runner or settings.default_runner()
+            receipt = self._active.run(request, connections, context)
+            self._prove(request, receipt, {c.id: c for c in connections})
+        except LeptonError as error:
+            if error.exit_code == SKIP:
+                raise AirflowSkipException(str(error)) from None
+            if error.exit_code == DO_NOT_RETRY:
+                raise AirflowFailException(str(error)) from None
+            raise
+        finally:
+            self._active = None
+        self.log.info("%s: %s", receipt.status, receipt.summary)
+        for name, artifact in receipt.artifacts.items():
+            context["ti"].xcom_push(key=name, value=artifact.uri)
+        for name, value in receipt.values.items():
+            context["ti"].xcom_push(key=name, value=value)
+        return receipt.to_dict()
+
+    def on_kill(self) -> None:
+        """Stop the stage when Airflow stops the task."""
+        active = getattr(self, "_active", None)
+        if active is not None:
+            active.cancel()
+
+    def _request(self, context: Mapping[str, Any]) -> Request:
+        dag_run, ti = context["dag_run"], context["ti"]
+        stage = self.stage.__name__
+        folder = str(getattr(context.get("dag"), "folder", "") or "")
+        parameters = {f.name: _beside(getattr(self, f.name), folder) for f in fields(self.stage)}
+        if self.window:
+            span: Any = self.window
+            if not isinstance(span, Mapping) or set(span) != {"start", "end"}:
+                raise BadConfiguration(f"window={span!r}: expected {{'start': …, 'end': …}}.")
+            window, note = windows.checked(span["start"], span["end"], "window"), ""
+        else:
+            window, note = windows.resolve(context)
+        store_connection = settings.setting("store_conn_id") if not self.store else None
+        built = _untemplated(self.stage, parameters)
+        refresh = (context.get("params") or {}).get("refresh_cache") is True
+        return Request(
+            stage=stage,
+            parameters=parameters,
+            store=str(self.store or settings.default_store()),
+            store_connection=store_connection,
+            connections=tuple(dict.fromkeys([*([store_connection] if store_connection else []), *built])),
+            window=window,
+            window_note=note,
+            cache="refresh" if refresh and self.cache == "use" else str(self.cache),
+            cache_ttl_s=self.cache_ttl_s if self.cache_ttl_s is not None else settings.default_ttl_s(),
+            identity=RunIdentity(
+                deployment=settings.setting("deployment", "airflow") or "airflow",
+                dag_id=ti.dag_id,
+                task_id=ti.task_id,
+                run_id=ti.run_id,
+                map_index=ti.map_index if ti.map_index is not None else -1,
+                try_number=ti.try_number,
+                run_type=str(getattr(dag_run.run_type, "value", dag_run.run_type)),
+            ),
+        )
+
+    def _prove(self, request: Request, receipt: Receipt, connections: Mapping[str, Connection]) -> None:
+        """Raise unless the store holds this receipt and every artifact it names."""
+        store = Store(request.store, connections.get(request.store_connection or ""))
+        kept = store.receipt(request.run_key)
+        if kept is None or (kept.run_key, kept.cache_key) != (receipt.run_key, receipt.cache_key):
+            raise RunnerError(
+                f"{request.stage}: the store does not hold the receipt of this run ({request.run_key}): another run "
+                "of the same task may have replaced it, or runner and worker see different stores. Clear the task."
+            )
+        for name, artifact in kept.artifacts.items():
+            if receipt.artifacts.get(name) != artifact or not store.present(artifact):
+                raise RunnerError(f"{request.stage}: artifact {name!r} is not in the store as the receipt says. Clear the task.")
+
+
+def _beside(value: Any, folder: str) -> Any:
+    """Paths that start with ``./`` or ``../`` are taken from the DAG file's folder, at any depth of a value."""
+    if isinstance(value, str) and value.startswith(("./", "../")) and folder:
+        return os.path.normpath(os.path.join(folder, value))
+    if isinstance(value, Mapping):
+        return {k: _beside(v, folder) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_beside(v, folder) for v in value]
+    return value
+
+
+def _untemplated(stage: type[Stage], parameters: Mapping[str, Any]) -> list[str]:
+    from lepton_airflow.stages import build
+
+    return build(stage.__name__, parameters).connection_ids()
+
+
+def _connection(conn_id: str) -> Connection:
+    from airflow.sdk import Connection as AirflowConnection
+
+    found = AirflowConnection.get(conn_id)
+    return Connection(
+        id=conn_id,
+        type=found.conn_type or "",
+        host=found.host,
+        login=found.login,
+        password=found.password,
+        schema=found.schema,
+        port=found.port,
+        extra=dict(found.extra_dejson),
+    )
+
+
+def _check_names(operator: type[BaseOperator], kwargs: Mapping[str, Any]) -> None:
+    known = {*inspect.signature(BaseOperator.__init__).parameters, "default_args"}
+    for name in kwargs:
+        if name not in known and not name.startswith("_"):
+            own = [p for p in inspect.signature(operator).parameters if p != "kwargs"]
+            raise TypeError(f"{operator.__name__} has no argument {name!r}; {did_you_mean(name, own)}")
+
+
+def _check_literals(stage: type[Stage], values: Mapping[str, Any]) -> None:
+    hints = typing.get_type_hints(stage)
+    for name, value in values.items():
+        choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
+        if choices and isinstance(value, str) and "{{" not in value and value not in choices:
+            raise BadConfiguration(f"{stage.__name__}: {name}={value!r}; {did_you_mean(value, map(str, choices))}")
+
+
+def _signature(stage: type[Stage]) -> inspect.Signature:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter(
+            f.name,
+            keyword,
+            annotation=f.type,
+            default=f.default
+            if f.default is not MISSING
+            else f.default_factory()
+            if f.default_factory is not MISSING
+            else inspect.Parameter.empty,
+        )
+        for f in fields(stage)
+    ]
+    common = [inspect.Parameter(name, keyword, default=default) for name, default in _COMMON.items()]
+    parameters = [
+        inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        *sorted(own, key=lambda p: p.default is not inspect.Parameter.empty),
+        *common,
+        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+    return inspect.Signature(parameters)
+
+
+def _returns(stage: type[Stage]) -> str:
+    marked = ", ".join(f"``{name}``" for name in stage.outputs)
+    artifacts = ", ".join(f"``{n}``" for n, marker in markers(stage).items() if marker == "artifact")
+    lines = ["Every argument above is templated. See :mod:`lepton_airflow.operators` for the arguments all stages share."]
+    if artifacts:
+        lines.append(f"Artifacts ({artifacts}) are URIs, best pinned ones: the output of an earlier stage.")
+    if marked:
+        lines.append(f"Pushes one XCom each: {marked}; ``return_value`` is the receipt.")
+    return "\n".join(lines)
+
+
+def _named_operators() -> dict[str, type[StageOperator]]:
+    made = {}
+    for name, stage in all_stages().items():
+        namespace = {"__module__": __name__, "__qualname__": f"{name}Operator"}
+        made[f"{name}Operator"] = type(StageOperator)(f"{name}Operator", (StageOperator,), namespace, stage=stage)
+    return made
+
+
+_NAMED = _named_operators()
+globals().update(_NAMED)
+__all__ = ["StageOperator", *_NAMED]

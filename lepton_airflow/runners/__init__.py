@@ -1,0 +1,59 @@
+"""Where a stage runs: one file here is one place. A runner knows no ML; every one opens the same door.
+
+A runner is a mutable dataclass: settings in the constructor, host-independent defaults, a stable ``repr``. It starts
+``python -m lepton_airflow run`` somewhere, waits, and returns the receipt, or raises the error the receipt records.
+Each passes ``lepton_airflow.testing.RunnerConformance``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lepton_airflow.contract import Receipt, Request
+from lepton_airflow.errors import RunnerError, from_record
+from lepton_airflow.store import Connection
+
+__all__ = ["InProcess", "Runner", "Subprocess", "settle"]
+
+
+class Runner(ABC):
+    """One place where a stage can run.
+
+    A runner must: hand ``connections`` over without writing them to disk, argv, environment or log; bring the stage's
+    log lines into the ``lepton_airflow.stage`` logger while it runs; leave no process behind, however the run ends;
+    and return a receipt only when the stage wrote one for this run key.
+    """
+
+    @abstractmethod
+    def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
+        """Run the request to its end; raises the LeptonError that the receipt records, or RunnerError without one."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Stop what :meth:`run` started: ask, wait for the grace period, then kill. Safe to call at any time."""
+
+
+def settle(request: Request, receipt: Receipt) -> Receipt:
+    """The receipt if it is of this request and good; else raises what it records."""
+    if receipt.run_key != request.run_key or receipt.stage != request.stage:
+        raise RunnerError(
+            f"{request.stage}: the receipt is of {receipt.stage} with run key {receipt.run_key}, expected "
+            f"{request.run_key}: two runs share a place; clear the task."
+        )
+    if receipt.error:
+        raise from_record(receipt.error["kind"], receipt.error["message"], int(receipt.error["exit_code"]))
+    return receipt
+
+
+def __getattr__(name: str) -> Any:
+    if name == "InProcess":
+        from lepton_airflow.runners.in_process import InProcess
+
+        return InProcess
+    if name == "Subprocess":
+        from lepton_airflow.runners.subprocess import Subprocess
+
+        return Subprocess
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,25 @@
+"""Run a stage in this very process: for a debugger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lepton_airflow.contract import Receipt, Request
+from lepton_airflow.door import perform
+from lepton_airflow.runners import Runner, settle
+from lepton_airflow.store import Connection
+
+
+@dataclass
+class InProcess(Runner):
+    """Run the stage in the process of the task, so that breakpoints work; nothing is isolated or limited."""
+
+    def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
+        """Run the request here, through the same JSON as every other runner."""
+        request = Request.from_json(request.to_json())
+        return settle(request, Receipt.from_json(perform(request, {c.id: c for c in connections}).to_json()))
+
+    def cancel(self) -> None:
+        """Nothing to stop: the task process itself is being ended."""

@@ -1,0 +1,64 @@
+"""The ``[lepton]`` section of an installation's Airflow configuration (``AIRFLOW__LEPTON__STORE`` and so on).
+
+=================  =========================================================================================
+store              URI of the artifact store; default: ``lepton`` under AIRFLOW_HOME
+store_conn_id      id of the Connection that opens the store; default: ambient identity
+runner             default runner: ``Subprocess``, or JSON such as ``{"Subprocess": {"memory_limit_mb": 4096}}``
+deployment         name of this Airflow, when several share one store; default: ``airflow``
+cache_ttl_s        age in seconds above which a cache entry is a miss; default: entries do not age
+=================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lepton_airflow import runners
+from lepton_airflow.errors import BadConfiguration, did_you_mean
+
+
+def setting(name: str, fallback: str | None = None) -> str | None:
+    """One value of the ``[lepton]`` section, or the fallback when it is not set."""
+    from airflow.configuration import conf
+
+    value: str | None = conf.get("lepton", name, fallback=None)
+    return value or fallback
+
+
+def default_store() -> str:
+    """Where artifacts go when neither the task nor the installation says it."""
+    from airflow.configuration import AIRFLOW_HOME
+
+    return setting("store") or f"{AIRFLOW_HOME}/lepton"
+
+
+def default_ttl_s() -> float | None:
+    """The installation's age limit of cache entries in seconds."""
+    text = setting("cache_ttl_s")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise BadConfiguration(f"[lepton] cache_ttl_s={text!r} is not a number of seconds.") from None
+
+
+def default_runner() -> runners.Runner:
+    """The installation's runner: a name, or JSON of one name with its settings."""
+    text = setting("runner", "Subprocess") or "Subprocess"
+    try:
+        value: Any = json.loads(text) if text.lstrip().startswith("{") else {text: {}}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or len(value) != 1:
+        raise BadConfiguration(
+            f'[lepton] runner={text!r}: expected a name such as Subprocess, or {{"Subprocess": {{"grace_s": 5}}}}.'
+        )
+    ((name, settings),) = value.items()
+    known = [n for n in runners.__all__ if n[0].isupper() and n != "Runner"]
+    if name not in known:
+        raise BadConfiguration(f"[lepton] runner={name!r}: {did_you_mean(name, known)}")
+    try:
+        runner: runners.Runner = getattr(runners, name)(**settings)
+    except TypeError as error:
+        raise BadConfiguration(f"[lepton] runner={text!r}: {error}") from None
+    return runner
