@@ -1,8 +1,8 @@
 """How sure are we of a metric? Bootstrap intervals for rows or whole clusters of rows.
 
-Nothing is ever resampled row by row: a resample is a vector of weights over the clusters, most metrics are functions of
-weighted sums, and ROC AUC is one pass over scores that are sorted once. So time is about (rows x resamples) additions
-at worst, far less with few clusters, and memory stays at a few times that of the rows.
+Nothing is ever resampled row by row: a resample is a vector of weights over the clusters, most metrics are
+functions of weighted sums, and ROC AUC is one pass over scores that are sorted once. So time is about (rows x
+resamples) additions at worst, far less with few clusters, and memory stays at a few times that of the rows.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Put a confidence interval around each named metric of these predictions.
 
-    ``y`` and ``p`` as in :mod:`lepton_airflow.statistics.metrics`; ``clusters`` (n,) names what is dependent, a day or
-    a customer. Percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over rows, or over whole clusters (Field &
-    Welsh 2007; Cameron, Gelbach & Miller 2008). The percentiles are those of Hesterberg (2015, section 5.3), widened
-    from the normal to the t distribution with G - 1 degrees of freedom, as plain ones are too narrow for few clusters.
-    A metric that these rows do not define (ROC AUC of a single class) is left out. The same seed gives the same result.
+    ``y`` and ``p`` as in :mod:`lepton_airflow.statistics.metrics`; ``clusters`` (n,) names what is dependent,
+    a day or a customer. Percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over rows, or over whole
+    clusters (Field & Welsh 2007; Cameron, Gelbach & Miller 2008). The percentiles are those of Hesterberg
+    (2015, section 5.3), widened from the normal to the t distribution with G - 1 degrees of freedom, as plain
+    ones are too narrow for few clusters. A metric that these rows do not define (ROC AUC of a single class)
+    is left out. The same seed gives the same result.
     """
     import numpy as np
     from scipy import stats
@@ -107,7 +108,9 @@ def _evaluators(
         elif name == "r2":
             evaluators[name] = _r2(y, p, codes, count)
         else:
-            evaluators[name] = _from_confusion(name, y, metrics.predicted_classes(p, threshold), p, codes, count)
+            evaluators[name] = _from_confusion(
+                name, y, metrics.predicted_classes(p, threshold), p, codes, count
+            )
     return evaluators
 
 
@@ -118,7 +121,7 @@ def _mean_loss(name: str, losses: NDArray[np.float64], codes: NDArray[np.int64],
     rows = np.bincount(codes, minlength=count)
 
     def evaluate(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        mean = (weights @ total) / (weights @ rows)
+        mean: NDArray[np.float64] = (weights @ total) / (weights @ rows)
         return np.sqrt(mean) if name == "rmse" else mean
 
     return evaluate
@@ -129,7 +132,10 @@ def _r2(y: NDArray[Any], p: NDArray[np.float64], codes: NDArray[np.int64], count
 
     centred = y - y.mean()  # keeps the sum of squares accurate where the mean is large
     sums = np.stack(
-        [np.bincount(codes, weights=column, minlength=count) for column in (np.square(y - p), np.square(centred), centred)]
+        [
+            np.bincount(codes, weights=column, minlength=count)
+            for column in (np.square(y - p), np.square(centred), centred)
+        ]
     )
     rows = np.bincount(codes, minlength=count)
 
@@ -149,7 +155,8 @@ def _from_confusion(
     codes: NDArray[np.int64],
     count: int,
 ) -> Evaluate:
-    """Accuracy, precision, recall and F1 from how often each class is true, predicted, and both, by cluster."""
+    """Accuracy, precision, recall and F1 from how often each class is true, predicted, and both, by
+    cluster."""
     import numpy as np
     from scipy import sparse
 
@@ -169,7 +176,9 @@ def _from_confusion(
             both, below = 2 * both, true + said
         else:
             below = said if name == "precision" else true
-        ratio = both / np.where(below > 0, below, np.inf)  # without a denominator: 0, as in sklearn's zero_division=0
+        ratio = both / np.where(
+            below > 0, below, np.inf
+        )  # without a denominator: 0, as in sklearn's zero_division=0
         if p.ndim == 1:
             return ratio[1]
         occurs = (true + said) > 0
@@ -198,7 +207,11 @@ def _auc(
 
 
 def _binary_auc(
-    truth: NDArray[np.bool_], score: NDArray[np.float64], codes: NDArray[np.int64], count: int, n_resamples: int
+    truth: NDArray[np.bool_],
+    score: NDArray[np.float64],
+    codes: NDArray[np.int64],
+    count: int,
+    n_resamples: int,
 ) -> Evaluate:
     """The weighted share of (positive, negative) pairs in the right order, a tie counting half."""
     import numpy as np
@@ -224,12 +237,13 @@ def _binary_auc(
         won = [float(row[of_positive] @ wins(row[of_negative])) for row in weights]
         return share(np.array(won), weights)
 
-    # One pass over the rows per resample, or one per cluster: with fewer clusters than resamples, count the pairs won
-    # between each two clusters once; a resample is then a small quadratic form in the weights.
+    # One pass over the rows per resample, or one per cluster: with fewer clusters than resamples, count the
+    # pairs won between each two clusters once; a resample is then a small quadratic form in the weights.
     if count >= n_resamples:
         return by_rank
     won_between = np.stack(
-        [np.bincount(of_positive, weights=wins(of_negative == g), minlength=count) for g in range(count)], axis=1
+        [np.bincount(of_positive, weights=wins(of_negative == g), minlength=count) for g in range(count)],
+        axis=1,
     )
 
     def by_pairs(weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def cluster_codes(clusters: ArrayLike | None, n: int) -> tuple[NDArray[np.int64], int]:
     """Number the clusters of n rows: codes of shape (n,) and how many there are. None: each row is its own.
 
-    Keys may be anything hashable (dates, strings, numbers); a missing key is refused, since rows without a day are
-    not one day.
+    Keys may be anything hashable (dates, strings, numbers); a missing key is refused, since rows without a
+    day are not one day.
     """
     import numpy as np
 

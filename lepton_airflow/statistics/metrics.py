@@ -1,9 +1,9 @@
 """Point estimates: how good are these predictions?
 
-Conventions of the whole folder. ``y`` has shape (n,). A binary ``y`` is 0 or 1 and its ``p`` of shape (n,) or (n, 1) is
-the probability of 1; of a (n, 2) ``p`` column 1 is taken. A multi-class ``y`` holds the column numbers 0..k-1 of a
-(n, k) ``p``. Bad values are refused with :class:`~lepton_airflow.errors.BadInput`, unknown names with
-:class:`~lepton_airflow.errors.BadConfiguration`.
+Conventions of the whole folder. ``y`` has shape (n,). A binary ``y`` is 0 or 1 and its ``p`` of shape (n,) or
+(n, 1) is the probability of 1; of a (n, 2) ``p`` column 1 is taken. A multi-class ``y`` holds the column
+numbers 0..k-1 of a (n, k) ``p``. Bad values are refused with :class:`~lepton_airflow.errors.BadInput`,
+unknown names with :class:`~lepton_airflow.errors.BadConfiguration`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "r2": True,
 }
 
-# ONNX models answer in float32, where 1 - p below this is 0: one saturated row must not make the log loss infinite, and
-# the same model must get the same log loss whether its scores arrive as float32 or as float64.
+# ONNX models answer in float32, where 1 - p below this is 0: one saturated row must not make the log loss
+# infinite, and the same model must get the same log loss whether its scores arrive as float32 or as float64.
 LOG_LOSS_CLIP = 2.0**-23
 
 
 def classification_metrics(y: ArrayLike, p: ArrayLike, threshold: float = 0.5) -> dict[str, float | None]:
-    """Score predicted probabilities: accuracy, precision, recall, F1, ROC AUC, log loss (nats) and Brier score.
+    """Score predicted probabilities: accuracy, precision, recall, F1, ROC AUC, log loss (nats) and Brier
+    score.
 
-    ``p >= threshold`` predicts 1. With more than two classes the largest column is predicted, precision, recall and F1
-    are macro averages, ROC AUC is the macro average of one class against the rest (Hand & Till 2001, section 2) over
-    the classes that occur, and the Brier score sums over the classes (Brier 1950). ``roc_auc`` is None where only one
-    class occurs; a precision or recall without a denominator is 0.
+    ``p >= threshold`` predicts 1. With more than two classes the largest column is predicted, precision,
+    recall and F1 are macro averages, ROC AUC is the macro average of one class against the rest (Hand & Till
+    2001, section 2) over the classes that occur, and the Brier score sums over the classes (Brier 1950).
+    ``roc_auc`` is None where only one class occurs; a precision or recall without a denominator is 0.
     """
     import numpy as np
     from sklearn import metrics
@@ -84,11 +85,14 @@ def regression_metrics(y: ArrayLike, pred: ArrayLike) -> dict[str, float | None]
 
 
 def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names as a tuple, or refuse the first unknown one and a mix of classification and regression."""
+    """Return the names as a tuple, or refuse the first unknown one and a mix of classification and
+    regression."""
     names = tuple(names)
     for name in names:
         if name not in HIGHER_IS_BETTER:
-            raise BadConfiguration(f"metrics: {name!r} is not a metric; {did_you_mean(name, HIGHER_IS_BETTER)}")
+            raise BadConfiguration(
+                f"metrics: {name!r} is not a metric; {did_you_mean(name, HIGHER_IS_BETTER)}"
+            )
     if 0 < sum(name in REGRESSION for name in names) < len(names):
         raise BadConfiguration(
             f"metrics: {', '.join(names)} mix classification ({', '.join(CLASSIFICATION)}) "
@@ -164,7 +168,8 @@ def predicted_classes(scores: NDArray[np.float64], threshold: float) -> NDArray[
 def one_versus_rest(
     labels: NDArray[np.int64], scores: NDArray[np.float64]
 ) -> list[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
-    """Return the (truth, score) pairs that ROC AUC averages over: the classes that occur beside another one."""
+    """Return the (truth, score) pairs that ROC AUC averages over: the classes that occur beside another
+    one."""
     pairs = [(labels == 1, scores)] if scores.ndim == 1 else []
     if scores.ndim == 2:
         pairs = [(labels == k, scores[:, k]) for k in range(scores.shape[1])]
@@ -172,20 +177,22 @@ def one_versus_rest(
 
 
 def row_losses(name: str, y: NDArray[Any], p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the loss of each row, shape (n,), for the metrics that are a mean of row losses (rmse: the squares)."""
+    """Return the loss of each row, shape (n,), for the metrics that are a mean of row losses (rmse: the
+    squares)."""
     import numpy as np
 
-    if name == "mae":
-        return np.abs(y - p)
-    if name == "rmse":
-        return np.square(y - p)
     rows = np.arange(len(y))
-    if name == "brier":
-        if p.ndim == 1:
-            return np.square(y - p)
-        return np.square(p).sum(axis=1) - 2 * p[rows, y] + 1
-    of_truth = np.where(y == 1, p, 1 - p) if p.ndim == 1 else p[rows, y]
-    return -np.log(np.clip(of_truth, LOG_LOSS_CLIP, 1.0))
+    losses: NDArray[np.float64]
+    if name == "mae":
+        losses = np.abs(p - y)
+    elif name == "rmse" or (name == "brier" and p.ndim == 1):
+        losses = np.square(p - y)
+    elif name == "brier":
+        losses = np.square(p).sum(axis=1) - 2 * p[rows, y] + 1
+    else:
+        of_truth = np.where(y == 1, p, 1 - p) if p.ndim == 1 else p[rows, y]
+        losses = -np.log(np.clip(of_truth, LOG_LOSS_CLIP, 1.0))
+    return losses
 
 
 def _finite(what: str, values: ArrayLike) -> NDArray[np.float64]:
@@ -194,7 +201,9 @@ def _finite(what: str, values: ArrayLike) -> NDArray[np.float64]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise BadInput(f"{what}: expected numbers, got {np.asarray(values).dtype} values; encode them first.") from None
+        raise BadInput(
+            f"{what}: expected numbers, got {np.asarray(values).dtype} values; encode them first."
+        ) from None
     bad = ~np.isfinite(numbers)
     if bad.any():
         row = int(np.argmax(bad.reshape(len(numbers), -1).any(axis=1)))
@@ -211,4 +220,6 @@ def _same_rows(truth: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
             f"predictions: shape {scores.shape} against labels of shape {truth.shape}, expected one label per row."
         )
     if len(truth) == 0:
-        raise BadInput("labels: 0 rows, expected at least one; check the window and the filters of the evaluation data.")
+        raise BadInput(
+            "labels: 0 rows, expected at least one; check the window and the filters of the evaluation data."
+        )
