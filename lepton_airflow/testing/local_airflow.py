@@ -1,0 +1,327 @@
+"""A real Airflow on this machine: scheduler, triggerer, DAG processor and API server, on loopback and free ports.
+
+The demo and the tests drive it the way a person does: through its REST API.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lepton_airflow.errors import LeptonError
+
+COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
+_ENDED = frozenset({"success", "failed"})
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class LocalAirflow:
+    """Start a whole Airflow under ``home``, ask it, and stop it; also a context manager.
+
+    :param home: AIRFLOW_HOME; its database, logs and process ids live there, so a later process can stop it.
+    :param dags: folder of DAG files.
+    :param port: port of the API server and UI; 0: a free one.
+    :param env: further environment variables, such as ``AIRFLOW__LEPTON__STORE`` or ``AIRFLOW_CONN_…``.
+    :param parallelism: task instances that may run at once.
+    :param database: SQLAlchemy URL of the metadata database; default: sqlite under ``home``.
+    """
+
+    home: Path
+    dags: Path
+    port: int = 0
+    env: Mapping[str, str] = field(default_factory=dict)
+    parallelism: int = 2
+    database: str | None = None
+    _token: str | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.home = self.home.absolute()
+        self.port = self.port or free_port()
+
+    def __enter__(self) -> LocalAirflow:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where the UI is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self) -> dict[str, str]:
+        """The environment that every component and command of this Airflow runs in."""
+        keep = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{keep.get('PATH', '')}"
+        return keep | {
+            "PATH": path,
+            "AIRFLOW_HOME": str(self.home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+            "AIRFLOW__CORE__PARALLELISM": str(self.parallelism),
+            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # loopback only: whoever reaches it is this user
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "AIRFLOW__API__BASE_URL": self.url,
+            "AIRFLOW__API__SECRET_KEY": self._secret("api"),
+            "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database or f"sqlite:///{self.home}/airflow.db",
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+            "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
+            "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
+            **self.env,
+        }
+
+    def _secret(self, name: str) -> str:
+        file = self.home / f"{name}.secret"
+        if not file.exists():
+            self.home.mkdir(parents=True, exist_ok=True)
+            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "w") as out:
+                out.write(secrets.token_hex(32))
+        return file.read_text()
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    def start(self, components: Sequence[str] = COMPONENTS, wait_s: float = 120) -> None:
+        """Make the database, start the components and wait until the API answers.
+
+        :raises LeptonError: the port is taken, or a component ended at once; its log is named.
+        """
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if "api-server" in components and s.connect_ex(("127.0.0.1", self.port)) == 0:
+                raise LeptonError(f"port {self.port} is in use: stop what listens there, or choose another port.")
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.command("db", "migrate")
+        for component in components:
+            self.start_component(component)
+        deadline = time.monotonic() + wait_s
+        while not self._answers():
+            self._check_alive(components)
+            if time.monotonic() > deadline:
+                raise LeptonError(f"Airflow did not answer on {self.url} within {wait_s:.0f} s; see {self.home}/*.log.")
+            time.sleep(0.5)
+
+    def start_component(self, component: str) -> int:
+        """Start one component in the background; returns its process id."""
+        extra = {
+            "api-server": ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"],
+            "scheduler": ["--skip-serve-logs"],
+            "triggerer": ["--skip-serve-logs"],
+        }.get(component, [])
+        with (self.home / f"{component}.log").open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "airflow", component, *extra],
+                env=self.environment(),
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        (self.home / f"{component}.id").write_text(f"{process.pid} {_started_at(process.pid)}")
+        return process.pid
+
+    def pid(self, component: str) -> int | None:
+        """The process id of a component that this home started and that still runs, else None."""
+        file = self.home / f"{component}.id"
+        if not file.exists():
+            return None
+        pid, _, started = file.read_text().partition(" ")
+        return int(pid) if started and _started_at(int(pid)) == started else None
+
+    def stop_component(self, component: str, sig: signal.Signals = signal.SIGTERM, wait_s: float = 15) -> None:
+        """End one component and its children; SIGKILL ends it at once, as a power cut would."""
+        pid = self.pid(component)
+        if pid is not None:
+            _end_group(pid, sig, wait_s)
+        (self.home / f"{component}.id").unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """End every component that this home started."""
+        for component in reversed(COMPONENTS):
+            self.stop_component(component)
+
+    def _answers(self) -> bool:
+        with suppress(OSError, urllib.error.URLError, ValueError):
+            with urllib.request.urlopen(f"{self.url}/api/v2/monitor/health", timeout=5) as reply:
+                return bool(json.load(reply)["metadatabase"]["status"] == "healthy")
+        return False
+
+    def _check_alive(self, components: Iterable[str]) -> None:
+        for component in components:
+            if self.pid(component) is None:
+                log = self.home / f"{component}.log"
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise LeptonError(f"Airflow's {component} ended at once; the end of {log}:\n{tail}")
+
+    # -- asking it ---------------------------------------------------------------------------------------------------
+
+    def command(self, *args: str, timeout_s: float = 180) -> str:
+        """Run ``airflow ARGS`` in this Airflow's environment; returns what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "airflow", *args],
+            env=self.environment(),
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        if done.returncode:
+            raise LeptonError(f"airflow {' '.join(args)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        return done.stdout
+
+    def api(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        """One call of the REST API (``/api/v2`` is put before the path); returns the JSON, None when there is none."""
+        if self._token is None:
+            with urllib.request.urlopen(f"{self.url}/auth/token", timeout=30) as reply:
+                self._token = json.load(reply)["access_token"]
+        address = f"{self.url}/api/v2{urllib.parse.quote(path, safe='/:~')}"
+        if query:
+            address += "?" + urllib.parse.urlencode(query, doseq=True)
+        request = urllib.request.Request(
+            address,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                text = reply.read()
+        except urllib.error.HTTPError as error:
+            raise LeptonError(f"{method} {path}: {error.code} {error.read().decode(errors='replace')[:600]}") from None
+        return json.loads(text) if text else None
+
+    def wait_for_dag(self, dag_id: str, wait_s: float = 120) -> None:
+        """Wait until the DAG processor has stored a DAG; raises with the import error when it has one."""
+
+        def known() -> bool:
+            errors = self.api("GET", "/importErrors")["import_errors"]
+            if errors:
+                raise LeptonError(f"{errors[0]['filename']} does not import:\n{errors[0]['stack_trace'][-2000:]}")
+            with suppress(LeptonError):
+                return bool(self.api("GET", f"/dags/{dag_id}")["dag_id"])
+            return False
+
+        self.until(known, f"DAG {dag_id} to be parsed", wait_s)
+
+    def trigger(
+        self,
+        dag_id: str,
+        conf: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+        logical_date: str | None = None,
+    ) -> str:
+        """Start one manual run; returns its run id."""
+        body: dict[str, Any] = {"conf": dict(conf or {}), "logical_date": logical_date}
+        if run_id:
+            body["dag_run_id"] = run_id
+        return str(self.api("POST", f"/dags/{dag_id}/dagRuns", body)["dag_run_id"])
+
+    def wait(self, dag_id: str, run_id: str, wait_s: float = 300) -> str:
+        """Wait for the end of a run; returns ``success`` or ``failed``."""
+        state = ""
+
+        def ended() -> bool:
+            nonlocal state
+            state = self.api("GET", f"/dags/{dag_id}/dagRuns/{run_id}")["state"]
+            return state in _ENDED
+
+        self.until(ended, f"run {run_id} of {dag_id} to end", wait_s)
+        return state
+
+    def runs(self, dag_id: str) -> list[dict[str, Any]]:
+        """All runs of a DAG, oldest data first."""
+        found = self.api("GET", f"/dags/{dag_id}/dagRuns", limit=100)["dag_runs"]
+        return sorted(found, key=lambda r: (r["data_interval_start"] or "", r["run_after"]))
+
+    def tasks(self, dag_id: str, run_id: str) -> dict[str, dict[str, Any]]:
+        """The task instances of a run, by task id (``id[n]`` where mapped)."""
+        found = self.api("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances", limit=200)["task_instances"]
+        return {t["task_id"] + (f"[{t['map_index']}]" if t["map_index"] >= 0 else ""): t for t in found}
+
+    def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value", map_index: int = -1) -> Any:
+        """One XCom value."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}"
+        value = self.api("GET", path, map_index=map_index, deserialize="true", stringify="false")["value"]
+        return value
+
+    def log(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1, map_index: int = -1) -> str:
+        """The log of one try of a task, as the UI shows it."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{try_number}"
+        lines = self.api("GET", path, full_content="true", map_index=map_index)["content"]
+        return "\n".join(line if isinstance(line, str) else json.dumps(line, default=str) for line in lines)
+
+    def clear(self, dag_id: str, run_id: str, task_ids: Sequence[str], downstream: bool = False) -> None:
+        """Clear tasks of a run so that they run again."""
+        self.api(
+            "POST",
+            f"/dags/{dag_id}/clearTaskInstances",
+            {
+                "dry_run": False,
+                "dag_run_id": run_id,
+                "task_ids": list(task_ids),
+                "only_failed": False,
+                "reset_dag_runs": True,
+                "include_downstream": downstream,
+            },
+        )
+
+    def until(self, condition: Callable[[], bool], what: str, wait_s: float) -> None:
+        """Wait for a condition; raises LeptonError naming it when the time is over."""
+        deadline = time.monotonic() + wait_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise LeptonError(f"waited {wait_s:.0f} s in vain for {what}; logs are in {self.home}.")
+            time.sleep(0.5)
+
+
+def _started_at(pid: int) -> str:
+    """The kernel's start time of a process, which tells it from a later one with the same id; empty when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    state, *rest = text.rpartition(")")[2].split()
+    return "" if state == "Z" else rest[18]
+
+
+def _end_group(pid: int, sig: signal.Signals, wait_s: float) -> None:
+    started = _started_at(pid)
+    with suppress(ProcessLookupError):
+        os.killpg(pid, sig)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline and _started_at(pid) == started:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
