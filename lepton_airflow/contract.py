@@ -17,7 +17,7 @@ from lepton_airflow.errors import ContractError
 PROTOCOL = 1
 MAX_RECEIPT_BYTES = 8192  # a receipt travels through XCom, which is a row of Airflow's database
 
-RESERVED = frozenset({"return_value"})  # XCom's own key; no artifact or value may take it
+RESERVED = frozenset({"return_value", "metrics"})  # XCom keys of every receipt; no artifact or value may take them
 
 _PIN = re.compile(r"^(?P<uri>.+)@sha256:(?P<digest>[0-9a-f]{64})$", re.DOTALL)
 

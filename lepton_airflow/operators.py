@@ -11,7 +11,7 @@ The stage is the single source: signature, docstring and template fields are mad
 :param window: ``{"start": …, "end": …}`` (templated) to use instead of the run's own window.
 
 A task pushes its receipt as ``return_value`` and one XCom per artifact and named value, so that
-``prepare.output["train"]`` is a pinned URI.
+``prepare.output["train"]`` is a pinned URI; ``metrics`` is the flat dict of its metrics.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class StageOperator(BaseOperator):
             context["ti"].xcom_push(key=name, value=artifact.uri)
         for name, value in receipt.values.items():
             context["ti"].xcom_push(key=name, value=value)
+        if receipt.metrics:
+            context["ti"].xcom_push(key="metrics", value=receipt.metrics)
         return receipt.to_dict()
 
     def on_kill(self) -> None:
@@ -235,7 +237,7 @@ def _returns(stage: type[Stage]) -> str:
     if artifacts:
         lines.append(f"Artifacts ({artifacts}) are URIs, best pinned ones: the output of an earlier stage.")
     if marked:
-        lines.append(f"Pushes one XCom each: {marked}; ``return_value`` is the receipt.")
+        lines.append(f"Pushes one XCom each: {marked}; ``metrics``, a flat dict; ``return_value``, the receipt.")
     return "\n".join(lines)
 
 
