@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 def raw_flights() -> Path:
     """The raw sources of 2013's flights, landed once in ``.cache/flights`` (see ``demo/flights.py``)."""
     spec = importlib.util.spec_from_file_location("flights", ROOT / "demo" / "flights.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder: Path = module.land(ROOT / ".cache" / "flights")
