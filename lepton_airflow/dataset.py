@@ -7,12 +7,12 @@ PrepareData writes one Parquet file per split. Its key-value metadata holds a :c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.errors import BadInput, did_you_mean
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean
 
 if TYPE_CHECKING:
     import duckdb
@@ -50,11 +50,12 @@ class DatasetInfo:
 
 def read_info(path: Path) -> DatasetInfo:
     """The description that a Parquet file carries; raises BadInput when it is no Parquet file or carries none."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         metadata = pq.read_metadata(path).metadata or {}
-    except Exception as error:  # pyarrow raises several kinds for a damaged file
+    except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path.name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
     if _KEY not in metadata:
         raise BadInput(
@@ -85,6 +86,60 @@ def load_frame(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
 def quote(identifier: str) -> str:
     """An SQL identifier in double quotes, whatever is in it."""
     return '"' + identifier.replace('"', '""') + '"'
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: DuckDB draws the query under its own."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def literal(path: Path) -> str:
+    """A path as an SQL text."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duckdb.Statement:
+    """The one SELECT that the user's SQL must be; raises BadConfiguration otherwise. Nothing is run."""
+    import duckdb
+
+    try:
+        statements = con.extract_statements(sql)
+    except duckdb.Error as error:
+        raise BadConfiguration(f"{what}: {first_line(error)}. Expected one SELECT of DuckDB's SQL.") from None
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        found = ", ".join(s.type.name for s in statements) or "nothing"
+        raise BadConfiguration(f"{what} must be one SELECT, and is {found}: {' '.join(sql.split())[:80]!r}.")
+    return statements[0]
+
+
+def bind(statement: duckdb.Statement, values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The values that a statement's ``$names`` take; raises BadConfiguration for a name without a value."""
+    wanted = sorted(statement.named_parameters)
+    for name in wanted:
+        if name not in values and name in ("window_start", "window_end"):
+            raise BadConfiguration(
+                f"{what} uses ${name}, and this run has no window: run it on a schedule with data intervals, "
+                "or give the window as run parameters."
+            )
+        if name not in values:
+            raise BadConfiguration(
+                f"{what} uses ${name}; {did_you_mean(name, values)} Give it in parameters."
+            )
+    return {name: values[name] for name in wanted}
+
+
+def column_types(
+    con: duckdb.DuckDBPyConnection, sql: str, values: Mapping[str, Any], what: str
+) -> dict[str, str]:
+    """Columns and types that a SELECT gives; raises BadConfiguration when two of them have one name."""
+    types: dict[str, str] = {}
+    for name, kind, *_ in con.execute(f"DESCRIBE {sql}", values).fetchall():
+        if name.lower() in (known.lower() for known in types):
+            raise BadConfiguration(
+                f"{what} gives the column {name!r} twice (case does not count in SQL): rename one with AS."
+            )
+        types[name] = kind
+    return types
 
 
 def connect(

@@ -62,7 +62,7 @@ class Store:
         import fsspec
 
         if "://" not in root:
-            root = Path(root).expanduser().absolute().as_uri()
+            root = _file_uri(root)
         self.connection = connection
         self.protocol = root.partition("://")[0]
         try:
@@ -70,7 +70,7 @@ class Store:
         except (ValueError, ImportError) as error:
             raise BadConfiguration(f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI.") from None
         self._root = self._root.rstrip("/")
-        self.root = Path(self._root).as_uri() if self._local else f"{self.protocol}://{self._root}"
+        self.root = _file_uri(self._root) if self._local else f"{self.protocol}://{self._root}"
 
     def __repr__(self) -> str:
         return f"Store({self.root!r})"
@@ -139,6 +139,18 @@ class Store:
             base = path.rstrip("/")
             names = sorted(p[len(base) + 1 :] for p in fs.find(base))
             return digest_of([[n, self._stream_digest(fs, f"{base}/{n}")] for n in names])
+
+    def glob(self, uri: str) -> list[str]:
+        """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted; a plain URI if it exists.
+
+        A path that exists as it is written is that file, even with such a sign in its name.
+        """
+        fs, path = self._resolve(uri)
+        with self._errors(f"listing {uri}"):
+            if fs.exists(path):
+                return [uri]
+            found = [p for p in fs.glob(path) if not fs.isdir(p)]
+        return sorted(_file_uri(p) if _is_local(fs) else fs.unstrip_protocol(p) for p in found)
 
     def intact(self, artifact: Artifact) -> bool:
         """Whether an artifact is there with its digest."""
@@ -315,7 +327,7 @@ class Store:
         if uri.startswith(self.root + "/"):
             return self.fs, self._path(uri[len(self.root) + 1 :])
         if "://" not in uri:
-            uri = Path(uri).expanduser().absolute().as_uri()
+            uri = _file_uri(uri)
         protocol = uri.partition("://")[0]
         same = self.connection if protocol == self.protocol else None
         try:
@@ -426,6 +438,11 @@ def _files(directory: Path) -> list[Path]:
 
 def _digest_bytes(content: bytes) -> tuple[str, int]:
     return hashlib.sha256(content).hexdigest(), len(content)
+
+
+def _file_uri(path: str) -> str:
+    """The URI of a local path as fsspec reads it: it does not undo percent-encoding, so there is none."""
+    return f"file://{Path(path).expanduser().absolute()}"
 
 
 def _is_local(fs: Any) -> bool:

@@ -1,0 +1,224 @@
+"""IngestData: several raw sources become one immutable Parquet snapshot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lepton_airflow.contract import split_pin
+from lepton_airflow.dataset import bind, column_types, connect, first_line, literal, quote, select_statement
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
+from lepton_airflow.sources import Landed, Landing, Source
+from lepton_airflow.stages import Result, RunInfo, Stage
+
+if TYPE_CHECKING:
+    import duckdb
+
+log = logging.getLogger(__name__)
+
+_SCHEMA_BYTES = 3000  # of the receipt's 8 KB; the snapshot itself has the whole schema
+
+
+@dataclass(kw_only=True)
+class IngestData(Stage):
+    """Collect rows from files and databases into one immutable Parquet snapshot.
+
+    ``query`` is one DuckDB SELECT over the sources, which are tables of their names. Equal inputs give byte-equal
+    snapshots whatever the number of threads, as long as the query itself is deterministic: give every ``DISTINCT
+    ON``, ``first()`` and ``row_number()`` an order, and average with ``favg`` where the last bit counts.
+
+    ``sources={"flights": "s3://raw/flights/*.csv", "weather": {"uri": "weather.jsonl", "types": {"hour": "INTEGER"}},
+    "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE at >= $window_start"}}``
+
+    :param sources: name to a URI, a glob, a list of them, or a dict: uri, format (csv, tsv, jsonl, parquet), types,
+        delimiter, null_values, date_format, encoding, union, connection; or connection (postgres, sqlite), sql, version.
+    :param query: one SELECT; ``$window_start`` and ``$window_end`` are the run's window as TIMESTAMPTZ, and
+        ``parameters`` are bound by name.
+    :param parameters: values bound to the query by name; values from a form belong here, not in the text.
+    :param order_by: columns that order the snapshot; ties are put in order by all other columns.
+    :param max_rejected_share: largest share of one source's rows that may be unreadable [share, 0 to 1].
+    :param allow_empty: whether a snapshot without rows is fine.
+    :param memory_limit_mb: what DuckDB may hold; the rest is spilled to disk [MB].
+    :param threads: threads of DuckDB; the result does not depend on it.
+    :raises BadInput: a source is missing, empty, damaged or rejects too many rows, or the query gives no row.
+    :raises BadConfiguration: the query is not one SELECT over the sources, or needs a window and there is none.
+    """
+
+    sources: dict[str, Any]
+    query: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    order_by: list[str] = field(default_factory=list)
+    max_rejected_share: float = 0.01
+    allow_empty: bool = False
+    memory_limit_mb: int = 1024
+    threads: int = 2
+
+    engines: ClassVar[tuple[str, ...]] = ("duckdb", "pyarrow")
+    extra: ClassVar[str] = "ingest"
+    outputs: ClassVar[tuple[str, ...]] = ("snapshot", "rejected", "rows", "sources", "schema")
+
+    def input_digests(self, run: RunInfo) -> dict[str, str] | None:
+        """Digests of the files of every source; None as soon as one is a database without a stated version."""
+        digests = {source.name: source.digest(run) for source in self._sources()}
+        known = {name: digest for name, digest in digests.items() if digest is not None}
+        return known if len(known) == len(digests) else None
+
+    def connection_ids(self) -> list[str]:
+        """The Connections that the sources name."""
+        return sorted({s.connection for s in self._sources() if s.connection})
+
+    def _sources(self) -> list[Source]:
+        if not self.sources:
+            raise BadConfiguration(
+                "sources is empty: expected at least one name with a URI, e.g. {'flights': 'raw/*.csv'}."
+            )
+        sources = [Source.parse(name, spec) for name, spec in self.sources.items()]
+        lower = [s.name.lower() for s in sources]
+        if len(set(lower)) < len(lower):
+            raise BadConfiguration(
+                f"sources {', '.join(self.sources)}: two names differ by case only, which SQL ignores."
+            )
+        return sources
+
+    def run(self, run: RunInfo) -> Result:
+        """Land the sources, run the query, and save the snapshot.
+
+        :return: artifacts ``snapshot`` and, if a row was unreadable, ``rejected`` (source, file, line, column,
+            error, raw); values ``rows``, ``sources`` (rows, rejected, digest of each) and ``schema``.
+        """
+        require("duckdb", "IngestData", self.extra)
+        if not 0 <= self.max_rejected_share <= 1:
+            raise BadConfiguration(
+                f"max_rejected_share={self.max_rejected_share}: expected a share from 0 to 1."
+            )
+        sources = self._sources()
+        files = {source.name: {} if source.sql else source.files(run) for source in sources}
+        readable = [path for found in files.values() for path in found]
+        con = connect(
+            run.workdir, memory_limit_mb=self.memory_limit_mb, threads=self.threads, readable=readable
+        )
+        try:
+            landing, landed = Landing(con, run), []
+            for source in sources:
+                began = time.monotonic()
+                landed.append(landing.land(source, files[source.name]))
+                log.info(
+                    "%s: %d rows, %d rejected, from %s (%.1f s)",
+                    source.name, landed[-1].rows, landed[-1].rejected,
+                    f"{len(files[source.name])} file(s)" if files[source.name] else source.connection,
+                    time.monotonic() - began,
+                )  # fmt: skip
+                run.check_stop()
+            artifacts = {}
+            if any(one.rejected for one in landed):
+                artifacts["rejected"] = run.save("rejected.parquet", _rejected(con, run.workdir))
+                self._check_rejected(con, landed, artifacts["rejected"].uri)
+            snapshot, schema, rows = self._query(con, landed, run)
+        finally:
+            con.close()
+        artifacts["snapshot"] = run.save("snapshot.parquet", snapshot)
+        counts = {
+            one.name: {"rows": one.rows, "rejected": one.rejected, "digest": source.digest(run)}
+            for one, source in zip(landed, sources, strict=True)
+        }
+        read, rejected = sum(one.rows for one in landed), sum(one.rejected for one in landed)
+        return Result(
+            summary=f"{rows} rows with {len(schema)} columns from {read} rows of {len(sources)} source(s)"
+            f"{_span(run)}; {rejected} rejected.",
+            artifacts=artifacts,
+            values={"rows": rows, "sources": counts, "schema": _bounded(schema)},
+            metrics={"rows": rows, "rows_read": read, "rows_rejected": rejected},
+        )
+
+    def _check_rejected(self, con: duckdb.DuckDBPyConnection, landed: list[Landed], kept: str) -> None:
+        for one in landed:
+            total = one.rows + one.rejected
+            if total and one.rejected / total > self.max_rejected_share:
+                file, line, error, raw = con.execute(
+                    "SELECT file, line, error, raw FROM rejected WHERE source = $1 ORDER BY file, line LIMIT 1",
+                    [one.name],
+                ).fetchall()[0]
+                where = f"{file} line {line}" if line else "a row"
+                raise BadInput(
+                    f"source {one.name!r}: {one.rejected} of {total} rows ({one.rejected / total:.2%}) cannot be read, at "
+                    f"most {self.max_rejected_share:.2%} may (max_rejected_share); the first is {where}: "
+                    f"{first_line(ValueError(error))} in {raw[:120]!r}. All are kept in {split_pin(kept)[0]}; "
+                    "correct the source, its types, delimiter or encoding."
+                )
+
+    def _query(
+        self, con: duckdb.DuckDBPyConnection, landed: list[Landed], run: RunInfo
+    ) -> tuple[Path, dict[str, str], int]:
+        import duckdb
+
+        statement = select_statement(con, self.query, "query")
+        values = bind(statement, self.parameters | _window(run), "query")
+        tables = "; ".join(f"{one.name}({', '.join(one.columns)})" for one in landed)
+        try:
+            schema = column_types(con, statement.query, values, "query")
+            for column in self.order_by:
+                if column not in schema:
+                    raise BadConfiguration(f"order_by names {column!r}; {did_you_mean(column, schema)}")
+            # Equal rows are the only ones that all columns leave in doubt, so the bytes do not depend on the plan.
+            order = ", ".join(map(quote, [*self.order_by, *(c for c in schema if c not in self.order_by)]))
+            target = run.workdir / "snapshot.parquet"
+            log.info(
+                "query: %d columns, ordered by %s", len(schema), ", ".join(self.order_by) or "all of them"
+            )
+            con.execute(
+                f"COPY (SELECT * FROM (\n{statement.query}\n) ORDER BY {order}) "
+                f"TO {literal(target)} (FORMAT parquet, COMPRESSION zstd)",
+                values,
+            )
+        except duckdb.OutOfMemoryException as error:
+            raise BadConfiguration(
+                f"query: {first_line(error)} Raise memory_limit_mb={self.memory_limit_mb}."
+            ) from None
+        except duckdb.PermissionException as error:
+            raise BadConfiguration(
+                f"query may read only its sources: {first_line(error)}. Sources: {tables}."
+            ) from None
+        except (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException) as error:
+            raise BadConfiguration(f"query: {first_line(error)}. Sources: {tables}.") from None
+        except duckdb.Error as error:
+            raise BadInput(f"query: {first_line(error)}. Sources: {tables}.") from None
+        rows = con.execute("SELECT count(*) FROM read_parquet($1)", [str(target)]).fetchall()[0][0]
+        if not rows and not self.allow_empty:
+            counts = ", ".join(f"{one.name} {one.rows}" for one in landed)
+            raise BadInput(
+                f"the query gives no row{_span(run)}; rows read: {counts}. "
+                "Check the window and the conditions, or set allow_empty=true."
+            )
+        return target, schema, rows
+
+
+def _window(run: RunInfo) -> dict[str, Any]:
+    if run.window is None:
+        return {}
+    return {f"window_{edge}": datetime.fromisoformat(getattr(run.window, edge)) for edge in ("start", "end")}
+
+
+def _span(run: RunInfo) -> str:
+    return f" for the window {run.window.start} to {run.window.end}" if run.window else ""
+
+
+def _rejected(con: duckdb.DuckDBPyConnection, workdir: Path) -> Path:
+    target = workdir / "rejected.parquet"
+    con.execute(f"COPY (FROM rejected ORDER BY ALL) TO {literal(target)} (FORMAT parquet)")
+    return target
+
+
+def _bounded(schema: dict[str, str]) -> dict[str, str]:
+    """As many columns as the receipt can carry, and how many more there are."""
+    kept: dict[str, str] = {}
+    for name, kind in schema.items():
+        if len(json.dumps(kept | {name: kind})) > _SCHEMA_BYTES:
+            kept["…"] = f"and {len(schema) - len(kept)} more"
+            break
+        kept[name] = kind
+    return kept
