@@ -1,0 +1,184 @@
+"""Make a trained model a version in MLflow, exactly once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lepton_airflow.contract import pin, split_pin
+from lepton_airflow.errors import BadConfiguration, Skipped
+from lepton_airflow.lease import Lease, lease
+from lepton_airflow.mlflow_registry import SUPERSEDED, MlflowRegistry, open_registry
+from lepton_airflow.package import ModelCard, ModelPackage
+from lepton_airflow.registry import (
+    Registration,
+    alias_targets,
+    as_window,
+    check_model_name,
+    record_registration,
+    registration_of,
+    registrations,
+)
+from lepton_airflow.stages import ArtifactUri, ConnectionId, Result, RunInfo, Stage
+from lepton_airflow.store import now
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class RegisterModel(Stage):
+    """Register a model package as a version in MLflow, once per task instance however often it is called.
+
+    The package is logged as the artifact of an MLflow run (with ``MLmodel``, signature, metrics and hyperparameters)
+    and then becomes a version, tagged with its window, digests and origin. Which version a task instance has is decided
+    by a record in the store; MLflow shows it, and a retry repairs what a crash left undone. When a cleared task brings
+    a package with another digest, it gets a new version and the old one the tag ``lepton.superseded_by``.
+
+    Returns the values ``name``, ``version`` (a number) and ``model_uri`` (``models:/name/version``).
+
+    :param model: the model package, ``train.output["model"]``.
+    :param name: name of the registered model.
+    :param metrics: numbers to keep with the version, ``evaluate.output["metrics"]`` or any flat dict.
+    :param tracking_uri: MLflow as a database, ``sqlite:////data/mlflow.db``, or as a server, ``http://host:5000``.
+    :param mlflow: id of an Airflow Connection to an MLflow server; use it instead of ``tracking_uri`` with credentials.
+    :param experiment: MLflow experiment that gets the run; None: the name of the model.
+    :param alias: alias for this version, unless it stands for one of newer data; None: no alias.
+    :param tags: more tags for run and version.
+    :param description: text shown with the version.
+    :param on_backfill: in a backfill, ``skip`` registers nothing; ``register_only`` and ``full`` register as always.
+    :raises IntegrityError: the package does not have the digest that it is pinned to.
+    :raises BadConfiguration: no tracking URI, MLflow's file store, a name MLflow cannot take, or refused credentials.
+    """
+
+    cacheable: ClassVar[bool] = False
+    engines: ClassVar[tuple[str, ...]] = ("mlflow-skinny",)
+    extra: ClassVar[str] = "register"
+    outputs: ClassVar[tuple[str, ...]] = ("name", "version", "model_uri")
+
+    model: ArtifactUri
+    name: str
+    metrics: dict[str, Any] | None = None
+    tracking_uri: str | None = None
+    mlflow: ConnectionId | None = None
+    experiment: str | None = None
+    alias: str | None = "candidate"
+    tags: dict[str, str] = field(default_factory=dict)
+    description: str = ""
+    on_backfill: Literal["register_only", "skip", "full"] = "register_only"
+
+    def run(self, run: RunInfo) -> Result:
+        check_model_name(self.name)
+        metrics = _numbers(self.metrics)
+        if run.identity.run_type == "backfill" and self.on_backfill == "skip":
+            raise Skipped(
+                f"model {self.name!r} is not registered: this is a backfill and on_backfill='skip'."
+            )
+        path = run.fetch(self.model)
+        package = ModelPackage.open(path)
+        pinned = self.model if split_pin(self.model)[1] else pin(self.model, run.store.digest(self.model))
+        connection = run.connection(self.mlflow) if self.mlflow else None
+        with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
+            with lease(run.store, f"register/{self.name}", run.check_stop) as held:
+                registration, made = self._register(run, mlflow, held, path, package.card, pinned, metrics)
+                mlflow.point(self.name, alias_targets(registrations(run.store, self.name)))
+            link = mlflow.link(self.name, registration.version)
+        verb = "registered as" if made else "was registered by this task before as"
+        return Result(
+            summary=f"{self.name} {verb} version {registration.version} (package {registration.sha256[:12]}).",
+            values={
+                "name": self.name,
+                "version": registration.version,
+                "model_uri": f"models:/{self.name}/{registration.version}",
+            },
+            metrics=dict(metrics),
+            links={"mlflow": link} if link else {},
+        )
+
+    def _register(
+        self,
+        run: RunInfo,
+        mlflow: MlflowRegistry,
+        held: Lease,
+        path: Path,
+        card: ModelCard,
+        pinned: str,
+        metrics: dict[str, float],
+    ) -> tuple[Registration, bool]:
+        """The registration of this run key, and whether it is new."""
+        sha256 = split_pin(pinned)[1] or ""
+        tags = self._tags(run, card, metrics)
+        before = registration_of(run.store, self.name, run.run_key)
+        if before and before.sha256 == sha256 and mlflow.has(self.name, before.version, run.run_key, sha256):
+            mlflow.log(before.mlflow_run_id, metrics, card)
+            mlflow.annotate(self.name, before.version, tags)
+            mlflow.drop_doubles(self.name, run.run_key, sha256, keep=before.version)
+            return before, False
+        version, mlflow_run_id = mlflow.publish(
+            self.name,
+            path,
+            card,
+            run_key=run.run_key,
+            sha256=sha256,
+            experiment=self.experiment or self.name,
+            metrics=metrics,
+            tags=tags,
+            description=self.description,
+            check=held.check,
+        )
+        registration = Registration(
+            name=self.name,
+            version=version,
+            package=pinned,
+            run_key=run.run_key,
+            sequence=before.sequence + 1 if before else 1,
+            mlflow_run_id=mlflow_run_id,
+            alias=self.alias,
+            window=card.window or as_window(run.window),
+            supersedes=before.version if before else None,
+            identity=asdict(run.identity),
+            created=now(),
+        )
+        if not record_registration(run.store, registration):
+            # We were frozen past our lease, and another one has registered: its record counts, our version is a double.
+            return self._register(run, mlflow, held, path, card, pinned, metrics)
+        if before and before.sha256 != sha256:
+            log.warning("version %s supersedes %s: the package changed since", version, before.version)
+            mlflow.annotate(self.name, before.version, {SUPERSEDED: str(version)})
+        return registration, True
+
+    def _tags(self, run: RunInfo, card: ModelCard, metrics: Mapping[str, float]) -> dict[str, str]:
+        identity = run.identity
+        window = card.window or as_window(run.window)
+        tags = {
+            "lepton.dag_id": identity.dag_id,
+            "lepton.task_id": identity.task_id,
+            "lepton.run_id": identity.run_id,
+            "lepton.run_type": identity.run_type,
+            "lepton.task": card.task,
+            "lepton.target": card.target,
+            "lepton.trainer": card.trainer,
+            "lepton.code": card.code,
+            "lepton.window": f"{window['start']} to {window['end']}" if window else "",
+        }
+        tags |= {f"lepton.data.{role}": digest for role, digest in card.data.items()}
+        tags |= {f"metric.{name}": f"{value:.6g}" for name, value in metrics.items()}
+        return {k: str(v) for k, v in (tags | self.tags).items() if v != ""}
+
+
+def _numbers(metrics: dict[str, Any] | None) -> dict[str, float]:
+    """The metrics that have a value; raises BadConfiguration for one that is no number."""
+    found = {}
+    for name, value in (metrics or {}).items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadConfiguration(
+                f"metrics[{name!r}]={value!r} is not a number: pass a flat dict such as {{'roc_auc': 0.71}}."
+            )
+        if math.isfinite(value):
+            found[name] = float(value)
+    return found
