@@ -1,0 +1,32 @@
+# Every target sets up .venv first (minutes once, then nothing): see .ci/setup.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-stop test lint bench
+python := .venv/bin/python
+export PYTHON
+
+help: ## Show this list
+	@sed -nE 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## Make .venv with the pinned versions; every other target does it by itself
+	@.ci/setup
+
+demo: setup ## Start Airflow, retrain on real flights month by month, print what happened and where to look
+	@$(python) demo/run.py up
+
+demo-stop: setup ## End what make demo started
+	@$(python) demo/run.py down
+
+test: setup ## Run all tests
+	@$(python) -m pytest
+
+lint: setup ## Check style, types and the layers of the architecture
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+	.venv/bin/lint-imports --no-logo
+
+bench: setup ## Run every benchmark and write docs/benchmarks.md
+	@$(python) benchmarks/run.py
+
+bench-%: setup ## Run one benchmark (parse, pipeline); its last line is one JSON object
+	@$(python) benchmarks/run.py $*
