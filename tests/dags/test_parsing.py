@@ -1,0 +1,59 @@
+"""Every DAG file parses with Airflow alone: nothing heavy imported, nothing looked up, nothing fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DAGS = Path(__file__).parents[2] / "dags"
+FILES = sorted(DAGS.glob("*.py"))
+HEAVY = """
+    adbc_driver_manager duckdb evidently great_expectations kubernetes kubernetes_asyncio matplotlib mlflow numpy onnx
+    onnxruntime optuna pandas pyarrow scipy skl2onnx sklearn sqlalchemy_adbc torch
+""".split()
+
+# Runs in an interpreter of its own. A look-up or a connection while parsing ends it with what was tried.
+PARSE = """
+import gc, json, runpy, socket, sys
+import airflow.sdk
+from airflow.sdk import Connection, Variable
+def refuse(what):
+    def refused(*args, **kwargs):
+        raise AssertionError(f"{what} while parsing: {args[1:] or kwargs}")
+    return refused
+Connection.get = classmethod(refuse("Connection looked up"))
+Variable.get = classmethod(refuse("Variable looked up"))
+before = set(sys.modules)
+socket.socket.connect = refuse("network used")
+socket.getaddrinfo = refuse("name resolved")
+names = runpy.run_path(sys.argv[1])
+dags = [o for o in gc.get_objects() if isinstance(o, airflow.sdk.DAG)]
+print(json.dumps({
+    "dags": sorted({d.dag_id for d in dags}),
+    "heavy": sorted({m.partition(".")[0] for m in set(sys.modules) - before} & set(sys.argv[2:])),
+}))
+"""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_dag_file_parses_with_airflow_alone(file: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, str(file), *HEAVY],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"AIRFLOW_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["dags"] == [file.stem]
+    assert found["heavy"] == []
+
+
+def test_one_stage_is_a_short_file() -> None:
+    lines = (DAGS / "one_stage.py").read_text().splitlines()
+    assert len(lines) < 25
