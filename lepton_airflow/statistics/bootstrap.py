@@ -142,7 +142,8 @@ def _r2(y: NDArray[Any], p: NDArray[np.float64], codes: NDArray[np.int64], count
     def evaluate(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         residual, square, linear = (weights @ column for column in sums)
         spread = square - np.square(linear) / (weights @ rows)
-        return 1 - residual / np.where(spread > 0, spread, np.nan)
+        explained: NDArray[np.float64] = 1 - residual / np.where(spread > 0, spread, np.nan)
+        return explained
 
     return evaluate
 
@@ -170,19 +171,18 @@ def _from_confusion(
 
     def evaluate(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         both, true, said = (table @ weights.T for table in tables)  # each (classes, b)
+        ratio: NDArray[np.float64]
         if name == "accuracy":
-            return both.sum(axis=0) / true.sum(axis=0)
+            ratio = both.sum(axis=0) / true.sum(axis=0)
+            return ratio
         if name == "f1":
             both, below = 2 * both, true + said
         else:
             below = said if name == "precision" else true
-        ratio = both / np.where(
-            below > 0, below, np.inf
-        )  # without a denominator: 0, as in sklearn's zero_division=0
-        if p.ndim == 1:
-            return ratio[1]
+        by_class = both / np.where(below > 0, below, np.inf)  # without a denominator: 0, as zero_division=0
         occurs = (true + said) > 0
-        return (ratio * occurs).sum(axis=0) / occurs.sum(axis=0)
+        ratio = by_class[1] if p.ndim == 1 else (by_class * occurs).sum(axis=0) / occurs.sum(axis=0)
+        return ratio
 
     return evaluate
 
@@ -225,7 +225,8 @@ def _binary_auc(
     def wins(weight_of_negatives: NDArray[np.float64]) -> NDArray[np.float64]:
         """For each positive, the weight of the negatives below it and half of those tied with it."""
         running = np.concatenate([[0.0], np.cumsum(weight_of_negatives)])
-        return (running[below] + running[not_above]) / 2
+        won: NDArray[np.float64] = (running[below] + running[not_above]) / 2
+        return won
 
     def share(won: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         pairs = (weights @ np.bincount(of_positive, minlength=count)) * (

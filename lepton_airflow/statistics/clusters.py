@@ -33,8 +33,9 @@ def cluster_codes(clusters: ArrayLike | None, n: int) -> tuple[NDArray[np.int64]
         missing = keys != keys  # NaN and NaT are the values that differ from themselves
     if np.any(missing):
         raise BadInput(
-            f"clusters: {int(missing.sum()):,} of {n:,} keys are missing, first in row {int(np.argmax(missing))}; "
-            "expected a key on every row, so drop these rows or fill the column."
+            f"clusters: {int(missing.sum()):,} of {n:,} keys are missing, "
+            f"first in row {int(np.argmax(missing))}; expected a key on every row; "
+            "drop these rows or fill the column."
         )
     if keys.dtype == object:  # not sortable in general
         numbers: dict[object, int] = {}
@@ -45,8 +46,8 @@ def cluster_codes(clusters: ArrayLike | None, n: int) -> tuple[NDArray[np.int64]
         count = len(unique)
     if count < 2:
         raise BadInput(
-            f"clusters: all {n:,} rows have the key {keys[0]!s}, expected at least 2 clusters to judge chance; "
-            "widen the window or cluster by something finer."
+            f"clusters: all {n:,} rows have the key {keys[0]!s}, "
+            "expected at least 2 clusters to judge chance; widen the window or cluster by something finer."
         )
     return codes, count
 

@@ -94,8 +94,9 @@ def _counts(reference: ArrayLike, current: ArrayLike) -> tuple[NDArray[np.float6
     for name, values in (("reference", before), ("current", now)):
         if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
             raise BadInput(
-                f"distance: the {name} counts sum to {values.sum():g} with a minimum of {values.min(initial=0):g}, "
-                "expected finite counts from 0 up, not all 0; check the window of that sample."
+                f"distance: the {name} counts sum to {values.sum():g} "
+                f"with a minimum of {values.min(initial=0):g}, expected finite counts "
+                "from 0 up, not all 0; check the window of that sample."
             )
     return before, now
 
@@ -106,8 +107,8 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or len(numbers) == 0 or not np.isfinite(numbers).all():
         raise BadInput(
-            f"distance: the {name} sample has shape {numbers.shape} and {int((~np.isfinite(numbers)).sum()):,} missing "
-            "or infinite values, expected a non-empty column of finite numbers; drop the missing ones and compare "
-            "their share by itself."
+            f"distance: the {name} sample has shape {numbers.shape} and "
+            f"{int((~np.isfinite(numbers)).sum()):,} missing or infinite values, expected a non-empty column "
+            "of finite numbers; drop the missing ones and compare their share by itself."
         )
     return numbers

@@ -140,7 +140,8 @@ def regression_arrays(y: ArrayLike, pred: ArrayLike) -> tuple[NDArray[np.float64
     _same_rows(truth, predicted)
     if predicted.ndim != 1:
         raise BadInput(
-            f"predictions: shape {predicted.shape} for a regression, expected one number per row, shape ({len(truth)},)."
+            f"predictions: shape {predicted.shape} for a regression, expected one number per row, "
+            f"shape ({len(truth)},); score each output by itself."
         )
     return truth, predicted
 
@@ -201,15 +202,14 @@ def _finite(what: str, values: ArrayLike) -> NDArray[np.float64]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise BadInput(
-            f"{what}: expected numbers, got {np.asarray(values).dtype} values; encode them first."
-        ) from None
+        kind = np.asarray(values).dtype
+        raise BadInput(f"{what}: values of type {kind}, expected numbers; encode them first.") from None
     bad = ~np.isfinite(numbers)
     if bad.any():
         row = int(np.argmax(bad.reshape(len(numbers), -1).any(axis=1)))
         raise BadInput(
-            f"{what}: {int(bad.sum()):,} of {numbers.size:,} values are missing or infinite, first in row {row}; "
-            "expected finite numbers, so drop or repair these rows before scoring."
+            f"{what}: {int(bad.sum()):,} of {numbers.size:,} values are missing or infinite, "
+            f"first in row {row}; expected finite numbers, so drop or repair these rows before scoring."
         )
     return numbers
 
@@ -217,9 +217,8 @@ def _finite(what: str, values: ArrayLike) -> NDArray[np.float64]:
 def _same_rows(truth: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
     if truth.ndim != 1 or len(truth) != len(scores):
         raise BadInput(
-            f"predictions: shape {scores.shape} against labels of shape {truth.shape}, expected one label per row."
+            f"predictions: shape {scores.shape} against labels of shape {truth.shape}, "
+            "expected one label per row; score the model on the rows that the labels come from."
         )
     if len(truth) == 0:
-        raise BadInput(
-            "labels: 0 rows, expected at least one; check the window and the filters of the evaluation data."
-        )
+        raise BadInput("labels: 0 rows, expected at least one; check the window of the evaluation data.")

@@ -1,0 +1,182 @@
+"""Point estimates against scikit-learn, and what is refused."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from lepton_airflow.errors import BadConfiguration, BadInput
+from lepton_airflow.statistics import (
+    CLASSIFICATION,
+    HIGHER_IS_BETTER,
+    REGRESSION,
+    classification_metrics,
+    regression_metrics,
+)
+from lepton_airflow.statistics.clusters import cluster_codes
+from lepton_airflow.statistics.metrics import check_metric_names
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def test_binary_metrics_agree_with_sklearn(rng):
+    y = rng.integers(0, 2, 500)
+    p = np.clip(rng.normal(0.4 + 0.2 * y, 0.2), 0.01, 0.99).round(2)
+    said = p >= 0.4
+    assert classification_metrics(y, p, threshold=0.4) == pytest.approx(
+        {
+            "accuracy": reference.accuracy_score(y, said),
+            "precision": reference.precision_score(y, said),
+            "recall": reference.recall_score(y, said),
+            "f1": reference.f1_score(y, said),
+            "roc_auc": reference.roc_auc_score(y, p),
+            "log_loss": reference.log_loss(y, p),
+            "brier": reference.brier_score_loss(y, p),
+        }
+    )
+    assert classification_metrics(y, np.stack([1 - p, p], axis=1)) == pytest.approx(
+        classification_metrics(y, p)
+    )
+
+
+def test_multiclass_metrics_agree_with_sklearn(rng):
+    y = rng.integers(0, 4, 500)
+    p = rng.dirichlet(np.ones(4), 500)
+    said = p.argmax(axis=1)
+    assert classification_metrics(y, p) == pytest.approx(
+        {
+            "accuracy": reference.accuracy_score(y, said),
+            "precision": reference.precision_score(y, said, average="macro"),
+            "recall": reference.recall_score(y, said, average="macro"),
+            "f1": reference.f1_score(y, said, average="macro"),
+            "roc_auc": reference.roc_auc_score(y, p, multi_class="ovr"),
+            "log_loss": reference.log_loss(y, p),
+            "brier": reference.brier_score_loss(y, p),
+        }
+    )
+
+
+def test_a_class_that_does_not_occur_is_left_out_of_the_auc(rng):
+    y = rng.integers(0, 2, 200)
+    p = rng.dirichlet(np.ones(3), 200)
+    expected = np.mean([reference.roc_auc_score(y == k, p[:, k]) for k in (0, 1)])
+    assert classification_metrics(y, p)["roc_auc"] == pytest.approx(expected)
+
+
+def test_one_class_has_no_auc_but_everything_else():
+    found = classification_metrics([0, 0, 0], [0.1, 0.2, 0.9])
+    assert found["roc_auc"] is None
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["precision"] == found["recall"] == 0.0
+
+
+def test_a_saturated_score_costs_the_same_as_float32_and_as_float64():
+    as_float32 = classification_metrics([0, 1], np.array([1.0, 0.5], dtype=np.float32))["log_loss"]
+    assert as_float32 == classification_metrics([0, 1], [1.0, 0.5])["log_loss"]
+    assert as_float32 < 10
+
+
+def test_regression_metrics_agree_with_sklearn(rng):
+    y = rng.normal(1e4, 3, 300)
+    predicted = y + rng.normal(0, 1, 300)
+    assert regression_metrics(y, predicted) == pytest.approx(
+        {
+            "mae": reference.mean_absolute_error(y, predicted),
+            "rmse": reference.root_mean_squared_error(y, predicted),
+            "r2": reference.r2_score(y, predicted),
+        }
+    )
+    assert regression_metrics([2.0, 2.0], [1.0, 2.0])["r2"] is None
+
+
+def test_every_metric_has_a_direction():
+    assert set(HIGHER_IS_BETTER) == {*CLASSIFICATION, *REGRESSION}
+    y, good, bad = [0, 1, 0, 1], [0.1, 0.9, 0.2, 0.8], [0.6, 0.4, 0.7, 0.1]
+    scores = [
+        (classification_metrics(y, good), classification_metrics(y, bad)),
+        (regression_metrics(y, good), regression_metrics(y, bad)),
+    ]
+    for better, worse in scores:
+        for name, value in better.items():
+            assert (value > worse[name]) == HIGHER_IS_BETTER[name], name
+
+
+@pytest.mark.parametrize(
+    ("y", "p", "sentence"),
+    [
+        ([], [], "0 rows"),
+        ([0, 1], [0.5], "expected one label per row"),
+        ([0, 2], [0.5, 0.5], "row 1 is 2, expected a whole number from 0 to 1"),
+        ([0, 0.5], [0.5, 0.5], "row 1 is 0.5"),
+        ([0, 1], [0.5, 1.5], "row 1 is 1.5, expected a probability"),
+        ([0, 1], [np.nan, 0.5], "1 of 2 values are missing or infinite, first in row 0"),
+        ([0, np.inf], [0.5, 0.5], "first in row 1"),
+        (["yes", "no"], [0.5, 0.5], "expected numbers; encode them"),
+    ],
+)
+def test_bad_classification_input_is_refused_in_one_sentence(y, p, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        classification_metrics(y, p)
+
+
+def test_a_regression_with_several_outputs_is_refused():
+    with pytest.raises(BadInput, match=r"shape \(2, 3\) for a regression"):
+        regression_metrics([1.0, 2.0], np.ones((2, 3)))
+
+
+def test_metric_names_are_checked():
+    with pytest.raises(BadConfiguration, match="did you mean 'roc_auc'"):
+        check_metric_names(["roc_acu"])
+    with pytest.raises(BadConfiguration, match="one kind at a time"):
+        check_metric_names(["accuracy", "rmse"])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["b", "a", "b"],
+        [2, 1, 2],
+        np.array(["2013-01-02", "2013-01-01", "2013-01-02"], dtype="datetime64[D]"),
+        np.array([datetime.date(2013, 1, 2), datetime.date(2013, 1, 1), datetime.date(2013, 1, 2)]),
+        np.array(["b", 1, "b"], dtype=object),
+    ],
+)
+def test_clusters_may_have_any_keys(keys):
+    codes, count = cluster_codes(keys, 3)
+    assert count == 2
+    assert codes[0] == codes[2] != codes[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (["a", "a", "a"], "all 3 rows have the key a"),
+        (["a", "b"], "expected one key per row"),
+        (np.array(["a", None, "b"], dtype=object), "1 of 3 keys are missing, first in row 1"),
+        ([1.0, 2.0, np.nan], "first in row 2"),
+        (np.array(["2013-01-02", "NaT", "NaT"], dtype="datetime64[D]"), "2 of 3 keys are missing"),
+    ],
+)
+def test_bad_clusters_are_refused_in_one_sentence(keys, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        cluster_codes(keys, 3)
+
+
+def test_pandas_missing_keys_are_seen():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(BadInput, match="1 of 3 keys are missing"):
+        cluster_codes(pandas.array(["a", None, "b"], dtype="string"), 3)
+
+
+def test_importing_the_package_imports_no_numpy():
+    heavy = {"numpy", "scipy", "sklearn"}
+    code = f"import sys, lepton_airflow.statistics; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
