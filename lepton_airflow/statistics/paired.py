@@ -309,9 +309,9 @@ def _unbiased(
 def _degrees_of_freedom(share: NDArray[np.float64], codes: NDArray[np.int64]) -> float:
     """Match chi-square to the variance estimate, as Bell & McCaffrey (2002) and Imbens & Kolesár (2016) do.
 
-    The working model is that the rows of a cluster rise and fall together. Clusters of one size give G - 1; a
-    few large ones among small ones give less, as they should: with 10 to 30 clusters of log-normal sizes G - 1
-    rejected a true hypothesis in 6 to 10% of simulations at a nominal 5%, and this in 2 to 4%.
+    The working model is that the rows of a cluster rise and fall together. Clusters of one size give G - 1;
+    a few large ones among small ones give less, as they should: with 10 to 30 clusters of log-normal sizes
+    G - 1 rejected a true hypothesis in 6 to 10% of simulations at a nominal 5%, and this in 2 to 4%.
     """
     import numpy as np
 
