@@ -48,7 +48,6 @@ class ValidateData(Stage):
 
     :param dataset: the Parquet snapshot: a file, or a directory of files.
     :param suite: a path or URI of a suite's JSON, the suite itself as a dict, or ``infer``.
-    :param suite_dir: directory that a relative ``suite`` path is under; else the stage's working directory.
     :param suite_parameters: values of the ``{"$PARAMETER": name}`` in the suite, such as the bounds of this run's window.
     :param engine: ``duckdb`` or ``pandas``.
     :param on_failure: ``fail``, or ``warn`` to log what failed and go on.
@@ -66,7 +65,6 @@ class ValidateData(Stage):
 
     dataset: ArtifactUri
     suite: str | dict[str, Any]
-    suite_dir: str | None = None
     suite_parameters: dict[str, Any] = field(default_factory=dict)
     engine: Literal["duckdb", "pandas"] = "duckdb"
     on_failure: Literal["fail", "warn"] = "fail"
@@ -119,7 +117,9 @@ class ValidateData(Stage):
                 },
                 meta={"run_id": {"run_name": run.run_key}, "batch_spec": {"data_asset_name": path.name}},
             )
-            document = json.dumps(report.to_json_dict(), indent=1, sort_keys=True, ensure_ascii=False)
+            document = json.dumps(
+                report.to_json_dict(), indent=1, sort_keys=True, ensure_ascii=False, default=_scalar
+            )
             artifacts = {
                 "validation": run.save("validation.json", document),
                 "data_docs": run.save("data_docs.html", _html(report)),
@@ -152,12 +152,12 @@ class ValidateData(Stage):
             return _checked_suite(self.suite, "the suite given inline", "inline")
         uri = self.suite
         if "://" not in uri:
-            local = Path(self.suite_dir or ".", uri).expanduser().absolute()
+            local = Path(uri).expanduser().absolute()
             if not split_pin(uri)[1] and not local.is_file():
                 found = [p.name for p in local.parent.glob("*.json")]
                 raise BadConfiguration(
                     f"suite={self.suite!r}: there is no file {local}; {did_you_mean(local.name, found)} "
-                    "Pass an absolute path, set suite_dir, or pass the suite as a dict."
+                    "In a DAG, a path that starts with ./ or ../ is taken from the DAG file's folder."
                 )
             uri = str(local)
         try:
@@ -313,6 +313,11 @@ def _evaluate(
     if found and max_offending:
         results |= ask(found, "SUMMARY", max_offending)
     return [results[str(c.id)] for c in expectations]
+
+
+def _scalar(value: Any) -> Any:
+    """A numpy scalar, which GX leaves in some results, as JSON's own."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _severity(result: ExpectationValidationResult) -> str:
