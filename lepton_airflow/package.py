@@ -149,7 +149,9 @@ class ModelPackage:
         """Read a package's card; the ONNX session starts with the first prediction."""
         for name in ("model.json", "model.onnx"):
             if not (path / name).is_file():
-                raise BadInput(f"{path.name} has no {name}: expected a model package, such as train.output['model'].")
+                raise BadInput(
+                    f"{path.name} has no {name}: expected a model package, such as train.output['model']."
+                )
         return cls(path, ModelCard.from_json((path / "model.json").read_bytes()))
 
     @cached_property
@@ -217,7 +219,11 @@ def open_session(model: bytes) -> onnxruntime.InferenceSession:
 
 
 def predict_onnx(
-    session: onnxruntime.InferenceSession, features: Sequence[Feature], task: str, classes: int, frame: pd.DataFrame
+    session: onnxruntime.InferenceSession,
+    features: Sequence[Feature],
+    task: str,
+    classes: int,
+    frame: pd.DataFrame,
 ) -> NDArray[np.float32]:
     """Run a packaged graph over a frame of raw features; shapes as in :meth:`ModelPackage.predict`."""
     import numpy as np
@@ -244,10 +250,14 @@ def feature_frame(frame: pd.DataFrame, features: Sequence[Feature]) -> pd.DataFr
     columns: dict[str, Any] = {}
     for feature in features:
         if feature.name not in frame.columns:
-            raise BadInput(f"feature {feature.name!r} is not among the columns; {did_you_mean(feature.name, frame.columns)}")
+            raise BadInput(
+                f"feature {feature.name!r} is not among the columns; {did_you_mean(feature.name, frame.columns)}"
+            )
         column = frame[feature.name]
         if isinstance(column, pd.DataFrame):
-            raise BadInput(f"feature {feature.name!r} is there {column.shape[1]} times; give every column its own name.")
+            raise BadInput(
+                f"feature {feature.name!r} is there {column.shape[1]} times; give every column its own name."
+            )
         if feature.kind == "category":
             missing = column.isna().to_numpy()
             text = np.array([v if isinstance(v, str) else str(v) for v in column], dtype=object)
@@ -299,7 +309,9 @@ def row_fingerprints(path: Path, features: Iterable[Feature], target: str) -> ND
     for batch in _batches(path, [*(f.name for f in features), target], BATCH_ROWS):
         rows = feature_frame(batch, features)
         rows.columns = pd.RangeIndex(len(features))
-        numeric = pd.api.types.is_numeric_dtype(batch[target])  # an integer column with a null arrives as float
+        numeric = pd.api.types.is_numeric_dtype(
+            batch[target]
+        )  # an integer column with a null arrives as float
         rows["target"] = batch[target].astype(np.float64) if numeric else batch[target].astype(str)
         parts.append(np.unique(pd.util.hash_pandas_object(rows, index=False, categorize=False).to_numpy()))
     return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.uint64)
@@ -354,7 +366,9 @@ def _span(time_range: Sequence[str]) -> tuple[datetime, datetime]:
     try:
         start, end = (datetime.fromisoformat(text) for text in time_range)
     except (ValueError, TypeError):
-        raise BadInput(f"time_range {list(time_range)!r}: expected two ISO 8601 times; prepare the data again.") from None
+        raise BadInput(
+            f"time_range {list(time_range)!r}: expected two ISO 8601 times; prepare the data again."
+        ) from None
     if len(time_range[1]) <= len("2013-01-31"):
         end += timedelta(days=1) - timedelta.resolution
     return _utc(start), _utc(end)

@@ -1,0 +1,87 @@
+"""Preprocessing that the standard models share, and that becomes ONNX exactly.
+
+Rare, unknown and (where rare) missing categories are one and the same to a model: skl2onnx cannot convert scikit-learn's
+own grouping of infrequent categories, so the frequent ones are chosen here and all others are "unknown" to the encoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sklearn.compose import ColumnTransformer
+
+    from lepton_airflow.training import TrainerRun
+
+
+def scaled_and_one_hot(
+    train: pd.DataFrame, run: TrainerRun, *, max_categories: int, min_frequency: int, sparse: bool
+) -> ColumnTransformer:
+    """Fit: numbers get the median for missing, then mean 0 and variance 1; frequent categories become one column each.
+
+    A row of a rare or unknown category is 0 in all of its columns.
+    """
+    from sklearn.compose import ColumnTransformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    kept = {c: sorted(frequent(train[c], max_categories, min_frequency)) for c in run.categorical}
+    kept = {c: names for c, names in kept.items() if names}
+    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
+    one_hot = OneHotEncoder(
+        categories=list(kept.values()), handle_unknown="ignore", sparse_output=sparse, dtype="float64"
+    )
+    columns = ColumnTransformer(
+        [("numbers", numbers, run.numbers)] * bool(run.numbers)
+        + [("categories", one_hot, list(kept))] * bool(kept),
+        sparse_threshold=1.0 if sparse else 0.0,
+    )
+    return columns.fit(train[run.features])
+
+
+def ordinal(
+    train: pd.DataFrame, run: TrainerRun, *, max_categories: int, min_frequency: int
+) -> ColumnTransformer:
+    """Fit: numbers pass (missing stays NaN), a frequent category becomes its rank by mean target, others NaN.
+
+    With two classes or a number to predict, the best split of a category's values is one of this order (Breiman et al.
+    1984, *Classification and Regression Trees*, section 4.2); with more classes the rank is by frequency.
+    """
+    from sklearn.compose import ColumnTransformer
+    from sklearn.preprocessing import OrdinalEncoder
+
+    kept = {}
+    for c in run.categorical:
+        names = frequent(train[c], max_categories, min_frequency)
+        if len(run.classes) <= 2:
+            mean = train[run.target].groupby(train[c].to_numpy()).mean()
+            names = sorted(names, key=lambda name: (mean[name], name))
+        if names:
+            kept[c] = names
+    rank = OrdinalEncoder(
+        categories=[_objects(names) for names in kept.values()],
+        handle_unknown="use_encoded_value",
+        unknown_value=float("nan"),
+    )
+    columns = ColumnTransformer(
+        [("numbers", "passthrough", run.numbers)] * bool(run.numbers)
+        + [("categories", rank, list(kept))] * bool(kept)
+    )
+    return columns.fit(train[run.features])
+
+
+def frequent(column: pd.Series[str], max_categories: int, min_frequency: int) -> list[str]:
+    """The most frequent values with at least ``min_frequency`` rows, most frequent first, equal ones by name."""
+    counts = column.value_counts()
+    counts = counts[counts >= min_frequency]
+    return [
+        str(name) for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_categories]
+    ]
+
+
+def _objects(names: list[str]) -> Any:
+    import numpy as np
+
+    return np.array(names, dtype=object)

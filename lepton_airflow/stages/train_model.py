@@ -1,0 +1,395 @@
+"""TrainModel: rows in, a checked ONNX model package out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lepton_airflow.contract import digest_of, split_pin
+from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, require
+from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage, versions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from lepton_airflow.fitted import Fitted
+    from lepton_airflow.package import Touched
+    from lepton_airflow.training import Checkpoints, Rows, Trainer
+
+log = logging.getLogger(__name__)
+
+_PARITY_ROWS = 4000  # spread evenly over train and valid
+_PROBE_ROWS = 200  # rows whose values are made missing, or unseen, column by column
+
+
+@dataclass(kw_only=True)
+class TrainModel(Stage):
+    """Fit a model and package it as ONNX with its preprocessing inside.
+
+    Returns the artifact ``model`` (a directory: see :mod:`lepton_airflow.package`), with ``folds`` also ``out_of_fold``
+    (Parquet: ``row``, ``fold``, ``target`` and ``p_0`` … ``p_{k-1}`` or ``prediction``; one line per row that was held
+    out, ``row`` counted from 0 in the dataset), and ``curves`` (PNG) when the trainer reported losses. The metrics are
+    those of the rows trained on (``train_…``), of ``valid`` and out of fold.
+
+    The ONNX model is compared with the native one on some thousand rows of train and valid, on rows with each value
+    missing and on rows with unseen categories; a difference beyond ``parity_tolerance`` is refused.
+
+    Equal inputs give a package with an equal digest on the same kind of CPU with the same library versions; ``model.json``
+    says ``nondeterministic`` when a trainer declares (attribute ``nondeterministic`` of the function) why it does not.
+
+    :param dataset: training rows, as PrepareData writes them.
+    :param valid: rows for early stopping and for the metrics ``valid_…``; without it nothing stops early.
+    :param trainer: a name from ``lepton_airflow.models``, or ``module:function`` (contract: ``lepton_airflow.training``).
+    :param hyperparameters: by name; the model's defaults stand for those left out.
+    :param folds: also predict every row by a model that has not seen it, with so many folds; None: do not.
+    :param fold_by: ``row``: at random, stratified by class, whole clusters together; ``time``: train on the past only.
+    :param also_touched: datasets that shaped the model before (tuning, calibration), so that no later comparison uses
+        their rows; the training rows themselves need no mention.
+    :param profile: reference profile of the training rows, to be packed for drift checks.
+    :param seed: seeds every source of randomness.
+    :param parity_tolerance: largest difference allowed between native and ONNX predictions [probability, or standard
+        deviations of the target for regression].
+    :param threads: CPU threads; another number may change the last bits of the model [threads].
+    """
+
+    dataset: ArtifactUri
+    valid: ArtifactUri | None = None
+    trainer: CodeRef = "hist_gradient_boosting"
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    folds: int | None = None
+    fold_by: Literal["row", "time"] = "row"
+    also_touched: list[ArtifactUri] = field(default_factory=list)
+    profile: ArtifactUri | None = None
+    seed: int = 0
+    parity_tolerance: float = 1e-4
+    threads: int = 2
+
+    engines: ClassVar[tuple[str, ...]] = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "torch", "numpy")
+    extra: ClassVar[str] = "train"
+    outputs: ClassVar[tuple[str, ...]] = ("model", "out_of_fold", "curves")
+
+    def run(self, run: RunInfo) -> Result:
+        """Fit, check, package."""
+        for library in ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "pandas", "pyarrow"):
+            require(library, "TrainModel", self.extra)
+        from lepton_airflow.package import OUTPUTS, ModelCard, row_fingerprints, write_package
+        from lepton_airflow.training import Checkpoints, Rows, Trainer, score
+
+        if self.threads < 1:
+            raise BadConfiguration(f"threads={self.threads}: expected at least 1.")
+        path = run.fetch(self.dataset)
+        valid_path = run.fetch(self.valid) if self.valid else None
+        rows = Rows.load(path, "train")
+        valid = Rows.load(valid_path, "valid", like=rows) if valid_path else None
+        trainer = Trainer.find(self.trainer, rows.schema.task)
+        hyperparameters = trainer.complete(self.hyperparameters)
+        touched = self._touched(run, rows, valid)
+        data = {t.role: t.sha256 for t in touched if t.role in ("train", "valid")}
+        same_fit = digest_of(
+            [
+                trainer.name,
+                trainer.code,
+                hyperparameters,
+                self.seed,
+                self.threads,
+                data,
+                self.folds,
+                self.fold_by,
+            ]
+        )
+        checkpoints = Checkpoints(
+            run.store,
+            f"checkpoints/{run.run_key}/{same_fit[:16]}",
+            run.workdir / "checkpoints" / same_fit[:16],
+        )
+        if not run.refresh and (found := checkpoints.restore()):
+            log.info("resuming from %d checkpoint files of an earlier try", found)
+        curves: list[dict[str, float]] = []
+        fitting = _Fitting(self, run, trainer, rows, valid, hyperparameters, checkpoints, curves)
+        out_of_fold = fitting.out_of_fold() if self.folds else None
+        model = fitting.final()
+
+        onnx_model = model.to_onnx().SerializeToString(deterministic=True)
+        parity = check_parity(model, onnx_model, rows, valid, self.parity_tolerance)
+        log.info(
+            "native and ONNX predictions differ by at most %.2g over %d rows",
+            parity["difference"],
+            parity["rows"],
+        )
+        metrics = {"train": score(rows.schema, rows.y, model.predict(rows.frame))}
+        if valid is not None:
+            metrics["valid"] = score(rows.schema, valid.y, model.predict(valid.frame))
+        artifacts = {}
+        if out_of_fold is not None:
+            held_out = out_of_fold["row"].to_numpy()
+            predicted = out_of_fold.iloc[:, 3:].to_numpy()
+            metrics["out_of_fold"] = score(
+                rows.schema,
+                rows.y[held_out],
+                predicted if rows.schema.task == "classification" else predicted[:, 0],
+            )
+            out_of_fold.to_parquet(run.workdir / "out_of_fold.parquet", index=False)
+            artifacts["out_of_fold"] = run.save("out_of_fold.parquet", run.workdir / "out_of_fold.parquet")
+        card = ModelCard(
+            task=rows.schema.task,
+            target=rows.target,
+            classes=rows.schema.classes,
+            features=rows.schema.features,
+            outputs=OUTPUTS[rows.schema.task],
+            trainer=trainer.name,
+            framework=model.framework,
+            hyperparameters=hyperparameters,
+            seed=self.seed,
+            window={"start": run.window.start, "end": run.window.end} if run.window else None,
+            touched=touched,
+            cluster_column=rows.info.cluster_column,
+            code=trainer.code,
+            data=data,
+            metrics=metrics,
+            parity=parity,
+            nondeterministic=getattr(trainer.fit, "nondeterministic", None),
+            versions=versions(type(self)),
+        )
+        paths = [p for p in (path, valid_path) if p]
+        timed = all(t.time_range for t in touched)
+        write_package(
+            run.workdir / "model",
+            onnx_model,
+            card,
+            profile=run.fetch(self.profile) if self.profile else None,
+            rows=None
+            if timed
+            else _all_rows(row_fingerprints, [*paths, *map(run.fetch, self.also_touched)], rows),
+        )
+        artifacts["model"] = run.save("model", run.workdir / "model")
+        if curves:
+            artifacts["curves"] = run.save(
+                "curves.png", _plot(curves, run.workdir / "curves.png", trainer.name)
+            )
+        checkpoints.drop()
+        flat = {f"{part}_{name}": value for part, values in metrics.items() for name, value in values.items()}
+        return Result(
+            _summary(self, rows, valid, metrics, parity, artifacts["model"].bytes), artifacts, metrics=flat
+        )
+
+    def _touched(self, run: RunInfo, rows: Rows, valid: Rows | None) -> list[Touched]:
+        from lepton_airflow.dataset import read_info
+        from lepton_airflow.package import Touched
+
+        def sha256(uri: str) -> str:
+            return split_pin(uri)[1] or run.store.digest(uri)
+
+        touched = [Touched.by("train", sha256(self.dataset), rows.info)]
+        if valid is not None and self.valid:
+            touched.append(Touched.by("valid", sha256(self.valid), valid.info))
+        for uri in self.also_touched:
+            entry = Touched.by("tuning", sha256(uri), read_info(run.fetch(uri)))
+            if entry.sha256 != touched[0].sha256:
+                touched.append(entry)
+        return touched
+
+
+@dataclass
+class _Fitting:
+    """The fits of one stage run, all with the same data, seed and checkpoints."""
+
+    stage: TrainModel
+    run: RunInfo
+    trainer: Trainer
+    rows: Rows
+    valid: Rows | None
+    hyperparameters: dict[str, Any]
+    checkpoints: Checkpoints
+    curves: list[dict[str, float]]
+
+    def final(self) -> Fitted:
+        """The model of all rows."""
+        return self._fit("final", None, self.curves)
+
+    def out_of_fold(self) -> pd.DataFrame:
+        """Each held-out row's prediction; folds finished by an earlier try are read back."""
+        import numpy as np
+        import pandas as pd
+
+        from lepton_airflow.training import make_folds
+
+        assert self.stage.folds is not None
+        parts = []
+        folds = make_folds(self.rows, self.stage.folds, self.stage.fold_by, self.stage.seed)
+        for number, (train, held_out) in enumerate(folds):
+            kept = self.checkpoints.directory / f"fold-{number}.npy"
+            if kept.exists():
+                predicted = np.load(kept, allow_pickle=False)
+            else:
+                self.run.check_stop()
+                model = self._fit(f"fold-{number}", train, [])
+                predicted = model.predict(self.rows.take(held_out))
+                np.save(kept, predicted, allow_pickle=False)
+                self.checkpoints.keep()
+                log.info("fold %d of %d predicted (%d rows)", number + 1, len(folds), len(held_out))
+            columns = {
+                "row": held_out,
+                "fold": np.full(len(held_out), number),
+                "target": self.rows.y[held_out],
+            }
+            if predicted.ndim == 1:
+                columns["prediction"] = predicted
+            else:
+                columns |= {f"p_{k}": predicted[:, k] for k in range(predicted.shape[1])}
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts).sort_values("row", ignore_index=True)
+
+    def _fit(self, name: str, subset: NDArray[np.intp] | None, curves: list[dict[str, float]]) -> Fitted:
+        from lepton_airflow.training import fit_model
+
+        def on_report(step: int, metrics: Mapping[str, float]) -> None:
+            curves.append({"step": step, **metrics})
+            log.info("%s: step %d %s", name, step, " ".join(f"{k}={v:.5g}" for k, v in metrics.items()))
+            self.checkpoints.keep()
+
+        try:
+            return fit_model(
+                self.trainer,
+                self.rows,
+                self.hyperparameters,
+                valid=self.valid,
+                subset=subset,
+                seed=self.stage.seed,
+                threads=self.stage.threads,
+                checkpoint=self.checkpoints.directory / name,
+                should_stop=self.run.should_stop,
+                on_report=on_report,
+            )
+        except Preempted:
+            self.checkpoints.keep()
+            raise
+
+
+def check_parity(
+    model: Fitted, onnx_model: bytes, rows: Rows, valid: Rows | None, tolerance: float
+) -> dict[str, Any]:
+    """Compare native and ONNX predictions; raises BadInput where they differ by more than the tolerance.
+
+    Regression is measured in standard deviations of the training target. Missing values and unseen categories are tried
+    where the native model takes them.
+    """
+    import numpy as np
+
+    from lepton_airflow.package import open_session, predict_onnx
+
+    session = open_session(onnx_model)
+    schema = rows.schema
+    unit = 1.0 if schema.task == "classification" else float(np.std(rows.y)) or 1.0
+    worst, compared, tried = 0.0, 0, []
+    for probe, frame in _probes(rows, valid):
+        try:
+            native = model.predict(frame)
+        except Exception:
+            if probe in ("train", "valid"):
+                raise
+            log.info("parity: the native model does not take %s, so that is not compared", probe)
+            continue
+        onnx = predict_onnx(session, schema.features, schema.task, len(schema.classes), frame).astype(
+            np.float64
+        )
+        equal = (native == onnx) | (np.isnan(native) & np.isnan(onnx))
+        difference = np.where(equal, 0.0, np.abs(native - onnx) / unit)
+        difference = np.where(np.isnan(difference), np.inf, difference).reshape(len(frame), -1).max(axis=1)
+        row = int(np.argmax(difference))
+        if difference[row] > tolerance:
+            raise BadInput(
+                f"ONNX and native predictions differ by {difference[row]:.3g} ({_unit(schema.task)}) on rows with {probe}, "
+                f"more than parity_tolerance={tolerance:g}, in {int((difference > tolerance).sum()):,} of {len(frame):,} "
+                f"rows; worst: native {np.round(native[row], 5).tolist()}, ONNX {np.round(onnx[row], 5).tolist()} at "
+                f"{_few_values(frame[schema.names].iloc[row])}. Use an estimator that converts exactly, or raise the "
+                "tolerance if you can live with it."
+            )
+        worst, compared = max(worst, float(difference[row])), compared + len(frame)
+        tried.append(probe)
+    return {
+        "difference": worst,
+        "tolerance": tolerance,
+        "unit": _unit(schema.task),
+        "rows": compared,
+        "tried": tried,
+    }
+
+
+def _probes(rows: Rows, valid: Rows | None) -> list[tuple[str, pd.DataFrame]]:
+    import numpy as np
+
+    def spread(frame: pd.DataFrame, count: int) -> pd.DataFrame:
+        return frame.iloc[np.unique(np.linspace(0, len(frame) - 1, count).astype(int))].reset_index(drop=True)
+
+    probes = [("train", spread(rows.frame, _PARITY_ROWS))]
+    if valid is not None:
+        probes.append(("valid", spread(valid.frame, _PARITY_ROWS)))
+    for kind, label, value in (
+        ("number", "missing numbers", np.nan),
+        ("category", "missing categories", ""),
+        ("category", "unseen categories", "a value that no row had"),
+    ):
+        names = [f.name for f in rows.schema.features if f.kind == kind]
+        if names:
+            frame = spread(rows.frame, _PROBE_ROWS)
+            for index, name in enumerate(names):  # each row loses one value; the last rows lose all
+                frame.loc[frame.index % (len(names) + 1) == index, name] = value
+            frame.loc[frame.index % (len(names) + 1) == len(names), names] = value
+            probes.append((label, frame))
+    return probes
+
+
+def _unit(task: str) -> str:
+    return "probability" if task == "classification" else "standard deviations of the target"
+
+
+def _few_values(row: pd.Series[Any]) -> str:
+    shown = ", ".join(
+        f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.6g}" for k, v in list(row.items())[:4]
+    )
+    return shown + (", …" if len(row) > 4 else "")
+
+
+def _all_rows(fingerprints: Any, paths: list[Path], rows: Rows) -> NDArray[np.uint64]:
+    import numpy as np
+
+    return np.unique(np.concatenate([fingerprints(p, rows.schema.features, rows.target) for p in paths]))
+
+
+def _plot(curves: list[dict[str, float]], path: Path, title: str) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in sorted({k for point in curves for k in point} - {"step"}):
+        points = [(c["step"], c[name]) for c in curves if name in c]
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="step", title=title)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
+    return path
+
+
+def _summary(
+    stage: TrainModel,
+    rows: Rows,
+    valid: Rows | None,
+    metrics: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    size: int,
+) -> str:
+    key = "roc_auc" if rows.schema.task == "classification" else "rmse"
+    part = next(p for p in ("out_of_fold", "valid", "train") if p in metrics)
+    value = metrics[part][key]
+    return (
+        f"Trained {stage.trainer} on {len(rows.frame):,} rows and {len(rows.schema.features)} features"
+        + (f" ({len(valid.frame):,} rows held out)" if valid is not None else "")
+        + f": {part.replace('_', ' ')} {key} "
+        + (f"{value:.4g}" if value is not None else "undefined")
+        + f"; ONNX and native differ by at most {parity['difference']:.1g}; package {size / 1e6:.2f} MB."
+    )
