@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
+
+    from lepton_airflow.contract import Window
 
 _KEY = b"lepton"
 
@@ -126,6 +129,16 @@ def bind(statement: duckdb.Statement, values: Mapping[str, Any], what: str) -> d
                 f"{what} uses ${name}; {did_you_mean(name, values)} Give it in parameters."
             )
     return {name: values[name] for name in wanted}
+
+
+def window_values(window: Window | None) -> dict[str, Any]:
+    """The run's window as values for ``$window_start`` and ``$window_end``."""
+    if window is None:
+        return {}
+    return {
+        "window_start": datetime.fromisoformat(window.start),
+        "window_end": datetime.fromisoformat(window.end),
+    }
 
 
 def column_types(

@@ -6,12 +6,20 @@ import json
 import logging
 import time
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.dataset import bind, column_types, connect, first_line, literal, quote, select_statement
+from lepton_airflow.dataset import (
+    bind,
+    column_types,
+    connect,
+    first_line,
+    literal,
+    quote,
+    select_statement,
+    window_values,
+)
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
 from lepton_airflow.sources import Landed, Landing, Source
 from lepton_airflow.stages import Result, RunInfo, Stage
@@ -157,7 +165,7 @@ class IngestData(Stage):
         import duckdb
 
         statement = select_statement(con, self.query, "query")
-        values = bind(statement, self.parameters | _window(run), "query")
+        values = bind(statement, self.parameters | window_values(run.window), "query")
         tables = "; ".join(f"{one.name}({', '.join(one.columns)})" for one in landed)
         try:
             schema = column_types(con, statement.query, values, "query")
@@ -195,12 +203,6 @@ class IngestData(Stage):
                 "Check the window and the conditions, or set allow_empty=true."
             )
         return target, schema, rows
-
-
-def _window(run: RunInfo) -> dict[str, Any]:
-    if run.window is None:
-        return {}
-    return {f"window_{edge}": datetime.fromisoformat(getattr(run.window, edge)) for edge in ("start", "end")}
 
 
 def _span(run: RunInfo) -> str:

@@ -1,0 +1,108 @@
+"""The reference profile: what the training rows look like, small enough to travel with a model.
+
+Drift is measured against it. Version 1 is ``{"profile": 1, "rows", "window", "time_range", "target", "columns"}``,
+where a column of numbers has ``count, nulls, mean, std, min, max, quantiles, edges, counts`` and a category
+``count, nulls, distinct, top, rest``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.dataset import DatasetInfo, quote
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from lepton_airflow.contract import Window
+
+VERSION = 1
+TOP = 100  # categories counted by name; the others are counted together
+_LABEL = 200  # characters kept of a category's name
+
+
+def reference_profile(
+    con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo, window: Window | None
+) -> dict[str, Any]:
+    """Profile the features and the target of a table, column by column, so that memory stays bounded.
+
+    :param table: name of a table or view with the columns of ``info``.
+    """
+    names = [*info.features, *([info.target] if info.target else [])]
+    categories = {*info.categorical, *([info.target] if info.task == "classification" else [])}
+    return {
+        "profile": VERSION,
+        "rows": info.rows,
+        "window": [window.start, window.end] if window else None,
+        "time_range": info.time_range,
+        "target": info.target,
+        "columns": {name: (_category if name in categories else _number)(con, table, name) for name in names},
+    }
+
+
+def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
+    """Moments, deciles, and counts in bins between the deciles.
+
+    ``counts[i]`` is the number of values in ``(edges[i-1], edges[i]]``; the first bin has no lower and the last no
+    upper bound, so any later value falls into one. A value that fills whole deciles at the lower end (no rain) is
+    an edge once and so has a bin of its own. Deciles are nearest-rank values of a sort, which spills to disk.
+    """
+    # NaN counts as missing: pandas, sklearn and the ONNX model see no difference.
+    value = f"nullif({quote(name)}::DOUBLE, 'nan'::DOUBLE)"
+    count, nulls, mean, std, low, high = _row(
+        con,
+        f"SELECT count(x), count(*) - count(x), favg(x), stddev_samp(x), min(x), max(x) FROM (SELECT {value} AS x FROM {table})",
+    )
+    found: dict[str, Any] = {
+        "kind": "number",
+        "count": count,
+        "nulls": nulls,
+        "mean": mean,
+        "std": std,
+        "min": low,
+        "max": high,
+    }
+    if not count:
+        return found | {"quantiles": [], "edges": [], "counts": []}
+    ranks = [max(1, -(-count * tenth // 10)) for tenth in range(11)]
+    by_rank = dict(
+        con.execute(
+            f"SELECT rank, x FROM (SELECT x, row_number() OVER (ORDER BY x) AS rank FROM (SELECT {value} AS x FROM {table}) "
+            "WHERE x IS NOT NULL) WHERE list_contains($1, rank)",
+            [ranks],
+        ).fetchall()
+    )
+    quantiles = [by_rank[rank] for rank in ranks]
+    edges = sorted(set(quantiles[1:-1]))
+    below = _row(
+        con,
+        f"SELECT {', '.join(f'count(*) FILTER (x <= {edge!r}::DOUBLE)' for edge in edges)} FROM (SELECT {value} AS x FROM {table})",
+    )
+    totals = [0, *below, count]
+    counts = [after - before for before, after in zip(totals, totals[1:], strict=False)]
+    return found | {"quantiles": quantiles, "edges": edges, "counts": counts}
+
+
+def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
+    """Counts of the most frequent values by name, and of all others together."""
+    column = quote(name)
+    count, nulls, distinct = _row(
+        con, f"SELECT count({column}), count(*) - count({column}), count(DISTINCT {column}) FROM {table}"
+    )
+    top = con.execute(
+        f"SELECT {column}::TEXT AS v, count(*) AS n FROM {table} WHERE {column} IS NOT NULL GROUP BY v ORDER BY n DESC, v LIMIT {TOP}"
+    ).fetchall()
+    return {
+        "kind": "category",
+        "count": count,
+        "nulls": nulls,
+        "distinct": distinct,
+        "top": [[value[:_LABEL], n] for value, n in top],
+        "rest": count - sum(n for _, n in top),
+    }
+
+
+def _row(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    row = con.execute(sql).fetchone()
+    assert row is not None
+    return row
