@@ -17,7 +17,9 @@ from lepton_airflow.errors import ContractError
 PROTOCOL = 1
 MAX_RECEIPT_BYTES = 8192  # a receipt travels through XCom, which is a row of Airflow's database
 
-RESERVED = frozenset({"return_value", "metrics"})  # XCom keys of every receipt; no artifact or value may take them
+RESERVED = frozenset(
+    {"return_value", "metrics"}
+)  # XCom keys of every receipt; no artifact or value may take them
 
 _PIN = re.compile(r"^(?P<uri>.+)@sha256:(?P<digest>[0-9a-f]{64})$", re.DOTALL)
 
@@ -41,7 +43,9 @@ def canonical_json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ContractError(f"a value cannot travel as JSON: {error}. Pass strings, numbers, lists, dicts.") from None
+        raise ContractError(
+            f"a value cannot travel as JSON: {error}. Pass strings, numbers, lists, dicts."
+        ) from None
 
 
 def digest_of(value: Any) -> str:
@@ -105,12 +109,20 @@ class Request:
         """The name of what this task instance owns."""
         i = self.identity
         return run_key(
-            deployment=i.deployment, dag_id=i.dag_id, task_id=i.task_id, run_id=i.run_id, map_index=i.map_index
+            deployment=i.deployment,
+            dag_id=i.dag_id,
+            task_id=i.task_id,
+            run_id=i.run_id,
+            map_index=i.map_index,
         )
 
     def to_json(self) -> str:
-        """The request as JSON text."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        """The request as JSON text; raises :class:`ContractError` when a parameter is no JSON value."""
+        return _json(
+            asdict(self),
+            f"request of {self.stage}",
+            "Pass strings, numbers, lists and dicts; None for no number.",
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Request:
@@ -143,18 +155,19 @@ class Receipt:
 
     def to_json(self) -> str:
         """The receipt as JSON text; raises :class:`ContractError` above 8 KB or on a reserved or double name."""
-        double = sorted((set(self.artifacts) & set(self.values)) | (RESERVED & (set(self.artifacts) | set(self.values))))
+        double = sorted(
+            (set(self.artifacts) & set(self.values)) | (RESERVED & (set(self.artifacts) | set(self.values)))
+        )
         if double:
             raise ContractError(
                 f"receipt of {self.stage}: {', '.join(double)} names both an artifact and a value, or is reserved; "
                 "each output is one XCom key, so rename one."
             )
-        try:
-            text = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ContractError(
-                f"receipt of {self.stage}: {error}. Outputs must be JSON; a metric without a value is null, not NaN."
-            ) from None
+        text = _json(
+            asdict(self),
+            f"receipt of {self.stage}",
+            "Outputs must be JSON; a metric without a value is null, not NaN.",
+        )
         if len(text.encode()) > MAX_RECEIPT_BYTES:
             sizes = {k: len(json.dumps(v)) for k, v in asdict(self).items()}
             largest = max(sizes, key=lambda k: sizes[k])
@@ -173,7 +186,9 @@ class Receipt:
         """Read a receipt; raises :class:`ContractError` on a newer protocol or a wrong shape."""
         record = _record(text, "receipt")
         try:
-            record["artifacts"] = {name: Artifact(**item) for name, item in record.get("artifacts", {}).items()}
+            record["artifacts"] = {
+                name: Artifact(**item) for name, item in record.get("artifacts", {}).items()
+            }
         except (TypeError, AttributeError) as error:
             raise ContractError(f"receipt: an artifact is not {{uri, sha256, bytes}}: {error}.") from None
         return _build(cls, record, "receipt")
@@ -181,17 +196,42 @@ class Receipt:
 
 _T = TypeVar("_T", Request, Receipt)
 
+# What a field must be where a wrong type would go unnoticed until something else breaks on it.
+_SHAPES: dict[str, tuple[type, ...]] = {
+    "stage": (str,),
+    "parameters": (dict,),
+    "store": (str,),
+    "identity": (RunIdentity,),
+    "window": (Window, type(None)),
+    "connections": (tuple,),
+    "run_key": (str,),
+    "artifacts": (dict,),
+    "values": (dict,),
+    "error": (dict, type(None)),
+}
+
+
+def _json(value: Any, what: str, advice: str) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()  # half a surrogate pair, as in a file name that is no UTF-8, is no JSON
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"{what}: {error}. {advice}") from None
+    return text
+
 
 def _record(text: str | bytes, what: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContractError(f"the {what} is not JSON: {error}.") from None
     if not isinstance(record, dict):
         raise ContractError(f"the {what} is a JSON {type(record).__name__}, expected an object.")
     protocol = record.get("protocol")
-    if not isinstance(protocol, int) or protocol < 1:
-        raise ContractError(f"the {what} has protocol {protocol!r}, expected a whole number from 1 to {PROTOCOL}.")
+    if type(protocol) is not int or protocol < 1:
+        raise ContractError(
+            f"the {what} has protocol {protocol!r}, expected a whole number from 1 to {PROTOCOL}."
+        )
     if protocol > PROTOCOL:
         raise ContractError(
             f"the {what} speaks protocol {protocol}, this lepton_airflow knows up to {PROTOCOL}: "
@@ -204,15 +244,23 @@ def _build(cls: type[_T], record: dict[str, Any], what: str) -> _T:
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(record) - known)
     if unknown:
-        raise ContractError(f"the {what} has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+        raise ContractError(
+            f"the {what} has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}."
+        )
     record = dict(record)
     try:
         if isinstance(record.get("window"), dict):
             record["window"] = Window(**record["window"])
         if isinstance(record.get("identity"), dict):
             record["identity"] = RunIdentity(**record["identity"])
-        if "connections" in record:
+        if isinstance(record.get("connections"), list):
             record["connections"] = tuple(record["connections"])
-        return cls(**record)
+        built = cls(**record)
     except TypeError as error:
         raise ContractError(f"the {what} is incomplete or misshapen: {error}.") from None
+    for name, value in record.items():
+        if not isinstance(value, _SHAPES.get(name, (object,))):
+            raise ContractError(
+                f"the {what} is misshapen: {name}={value!r} has the wrong type, {type(value).__name__}."
+            )
+    return built

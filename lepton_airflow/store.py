@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ class Store:
         try:
             self.fs, self._root = fsspec.core.url_to_fs(root, **_storage_options(self.protocol, connection))
         except (ValueError, ImportError) as error:
-            raise BadConfiguration(f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI.") from None
+            raise BadConfiguration(
+                f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI."
+            ) from None
         self._root = self._root.rstrip("/")
         self.root = _file_uri(self._root) if self._local else f"{self.protocol}://{self._root}"
 
@@ -108,14 +110,25 @@ class Store:
         fs, path = self._resolve(plain)
         with self._errors(f"reading {plain}"):
             if not fs.exists(path):
-                raise BadInput(f"{plain} does not exist; expected an artifact or a file there. Run what makes it again.")
+                raise BadInput(
+                    f"{plain} does not exist; expected an artifact or a file there. Run what makes it again."
+                )
             if _is_local(fs):
                 local = Path(path)
             else:
-                local = workdir / "fetched" / hashlib.sha256(uri.encode()).hexdigest()[:16] / path.rstrip("/").rpartition("/")[2]
+                local = (
+                    workdir
+                    / "fetched"
+                    / hashlib.sha256(uri.encode()).hexdigest()[:16]
+                    / path.rstrip("/").rpartition("/")[2]
+                )
                 if not local.exists():
                     local.parent.mkdir(parents=True, exist_ok=True)
-                    fs.get(path, str(local), recursive=fs.isdir(path))
+                    part = local.with_name(
+                        f".tmp-{secrets.token_hex(8)}"
+                    )  # a download that broke off is none
+                    fs.get(path, str(part), recursive=fs.isdir(path))
+                    part.rename(local)
         if wanted:
             found, _ = digest_path(local)
             if found != wanted:
@@ -163,7 +176,10 @@ class Store:
         """Whether an artifact is there with its size: the cheap question, for what was just written."""
         fs, path = self._resolve(split_pin(artifact.uri)[0])
         with self._errors(f"reading {artifact.uri}"):
-            return bool(fs.exists(path)) and int(fs.du(path) if fs.isdir(path) else fs.size(path)) == artifact.bytes
+            return (
+                bool(fs.exists(path))
+                and int(fs.du(path) if fs.isdir(path) else fs.size(path)) == artifact.bytes
+            )
 
     # -- small JSON records -----------------------------------------------------------------------------------------
 
@@ -191,7 +207,9 @@ class Store:
                 found = self.fs.find(self._path(prefix))
             except FileNotFoundError:
                 return []
-            return sorted(p[len(self._root) + 1 :] for p in found if not p.rpartition("/")[2].startswith(".tmp-"))
+            return sorted(
+                p[len(self._root) + 1 :] for p in found if not p.rpartition("/")[2].startswith(".tmp-")
+            )
 
     def delete(self, key: str) -> None:
         """Remove a key, a file or a directory, if it is there."""
@@ -253,12 +271,16 @@ class Store:
             log.warning("%s is passed over: %s", key, error)
             return None
 
-    def cache_lookup(self, stage: str, cache_key: str, ttl_s: float | None = None) -> tuple[Receipt | None, str]:
+    def cache_lookup(
+        self, stage: str, cache_key: str, ttl_s: float | None = None
+    ) -> tuple[Receipt | None, str]:
         """The receipt of an equal earlier run whose artifacts are all intact, or None; and why, in a few words."""
         entry = self._read_receipt(_cache_entry(stage, cache_key))
         if entry is None:
             return None, "miss: not computed before"
-        age_s = time.time() - datetime.fromisoformat(entry.created).timestamp()
+        if (entry.stage, entry.cache_key) != (stage, cache_key):
+            return None, "miss: the entry is of another run"
+        age_s = time.time() - _created(entry)
         if ttl_s is not None and age_s > ttl_s:
             return None, f"miss: the entry is {age_s:.0f} s old, older than cache_ttl_s={ttl_s:g}"
         for name, artifact in entry.artifacts.items():
@@ -286,11 +308,13 @@ class Store:
         limit = time.time() - older_than_s
         dropped = 0
         for key, entry in self.cache_entries():
-            if (stage is None or entry.stage == stage) and datetime.fromisoformat(entry.created).timestamp() <= limit:
+            if (stage is None or entry.stage == stage) and _created(entry) <= limit:
                 self.delete(key)
                 dropped += 1
         kept = b"\n".join(
-            self.read(key) or b"" for prefix in ("cache", "registrations", "ledger") for key in self.keys(prefix)
+            self.read(key) or b""
+            for prefix in ("cache", "registrations", "ledger")
+            for key in self.keys(prefix)
         ).decode(errors="replace")
         freed = 0
         with self._errors("evicting artifacts"):
@@ -303,13 +327,16 @@ class Store:
 
     def _folders(self, prefix: str) -> list[str]:
         try:
-            return [p["name"].rstrip("/").rpartition("/")[2] for p in self.fs.ls(self._path(prefix), detail=True)]
+            return [
+                p["name"].rstrip("/").rpartition("/")[2] for p in self.fs.ls(self._path(prefix), detail=True)
+            ]
         except FileNotFoundError:
             return []
 
     def _age_s(self, key: str) -> float:
         newest = 0.0
-        for path in self.fs.find(self._path(key)):
+        # The folder too: a writer may have made it and not yet the file in it.
+        for path in (self._path(key), *self.fs.find(self._path(key))):
             info = self.fs.info(path)
             stamp = info.get("mtime") or info.get("LastModified") or info.get("created") or 0.0
             newest = max(newest, stamp.timestamp() if isinstance(stamp, datetime) else float(stamp))
@@ -395,8 +422,10 @@ class Store:
     def _errors(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            reason = error.strerror or str(error) or type(error).__name__
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _DRIVERS:
+                raise
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise StoreError(
                 f"store {self.root}: {doing} failed: {reason}. Check that it is reachable, writable and has space; "
                 "nothing that was there is changed."
@@ -404,15 +433,24 @@ class Store:
 
 
 _GRACE_S = 3600.0
+_DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # their own errors are no OSErrors
 
 
 def _cache_entry(stage: str, cache_key: str) -> str:
     return f"cache/{stage}/{cache_key[:40]}.json"
 
 
+def _created(entry: Receipt) -> float:
+    """When a receipt was made, in seconds since 1970; one that does not say it is as old as can be."""
+    try:
+        return datetime.fromisoformat(entry.created).timestamp()
+    except ValueError:
+        return 0.0
+
+
 def now() -> str:
     """The time in UTC as ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def digest_path(path: Path) -> tuple[str, int]:
@@ -462,10 +500,12 @@ def _write_synced(path: str, content: bytes | Path) -> None:
 
 
 def _storage_options(protocol: str, connection: Connection | None) -> dict[str, Any]:
-    """fsspec's options for a Connection; a Connection's extra may hold more under ``storage_options``."""
+    """What fsspec needs to know for a Connection; a Connection's extra may hold more under ``storage_options``."""
+    # Other processes write to the same store: a listing from a minute ago would hide what they made.
+    options: dict[str, Any] = {"use_listings_cache": False} if protocol in _ATOMIC_PUT - {"memory"} else {}
     if connection is None:
-        return {}
-    options: dict[str, Any] = dict(connection.extra.get("storage_options", {}))
+        return options
+    options |= connection.extra.get("storage_options", {})
     if protocol in ("s3", "s3a"):
         for key, value in (("key", connection.login), ("secret", connection.password)):
             if value:
