@@ -201,7 +201,7 @@ class MlflowRegistry:
         An alias of a version that somebody deleted in MLflow stays as it is, with a warning: the store decides which
         version is meant, and nobody can show one that is gone.
         """
-        with _answers(f"setting aliases of {name!r}"):
+        with _answers(f"setting aliases of {name!r}"), _if_exists(f"model {name!r}"):
             present = {k: int(v) for k, v in self.client.get_registered_model(name).aliases.items()}
             for alias, version in aliases.items():
                 if version is None and alias in present:

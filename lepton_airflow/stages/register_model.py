@@ -72,6 +72,8 @@ class RegisterModel(Stage):
 
     def run(self, run: RunInfo) -> Result:
         check_model_name(self.name)
+        if self.alias in ("champion", "previous"):
+            raise BadConfiguration(f"alias={self.alias!r} is moved by PromoteModel alone: pass another one.")
         metrics = _numbers(self.metrics)
         if run.identity.run_type == "backfill" and self.on_backfill == "skip":
             raise Skipped(

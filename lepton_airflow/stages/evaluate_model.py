@@ -1,0 +1,277 @@
+"""Measure how well a model predicts rows it has not seen."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lepton_airflow.contract import split_pin
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean
+from lepton_airflow.evaluation import EvaluationRows, load_rows
+from lepton_airflow.package import ModelCard, ModelPackage, overlap
+from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+_PRIMARY = {"classification": "roc_auc", "regression": "rmse"}
+_MOST_SLICES = 20  # of one column; what is rarer is put together as one
+
+
+@dataclass(kw_only=True)
+class EvaluateModel(Stage):
+    """Run the ONNX model over a split that it has not seen, and report every metric with its interval.
+
+    Classification: accuracy, precision, recall, F1, ROC AUC, log loss and Brier score (several classes: macro averages,
+    one class against the rest); regression: MAE, RMSE and R². A metric that the rows do not define is null. Intervals
+    are bootstrap intervals over rows, or over whole clusters of rows that depend on one another.
+
+    Returns the artifact ``report``, a directory with ``metrics.json``, the plots as PNG and ``report.html`` (one page
+    that needs no other file), and the value ``metrics``: a flat dict such as ``{"roc_auc": .7, "roc_auc_low": .68, …}``
+    for ``RegisterModel(metrics=…)``.
+
+    :param model: the model package, ``train.output["model"]``.
+    :param dataset: the rows to judge it on, ``prepare.output["test"]``.
+    :param threshold: probability from which on the second of two classes is predicted [0 to 1].
+    :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names, if any.
+    :param slices: columns to report separately: categories by value, numbers by quarter.
+    :param bootstrap_resamples: how many resamples the intervals are taken from, at least 100.
+    :param confidence: level of the intervals [0 to 1].
+    :param seed: of the resamples.
+    :param gate: the worst acceptable values, ``{"roc_auc": 0.65}`` (or ``roc_auc_low`` for the end of its interval):
+        a smallest value, for losses a largest one. Where one is missed the stage fails, after its report is stored.
+    :param allow_overlap: also judge on rows that the model has touched; the report then says so.
+    :raises BadInput: the rows do not fit the model, or a gate is missed.
+    :raises BadConfiguration: the model has touched the rows; an unknown column or metric.
+    """
+
+    engines: ClassVar[tuple[str, ...]] = ("onnxruntime", "scikit-learn", "matplotlib")
+    extra: ClassVar[str] = "evaluate"
+    outputs: ClassVar[tuple[str, ...]] = ("report", "metrics")
+
+    model: ArtifactUri
+    dataset: ArtifactUri
+    threshold: float = 0.5
+    cluster_column: str | None = None
+    slices: list[str] = field(default_factory=list)
+    bootstrap_resamples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+    gate: dict[str, float] | None = None
+    allow_overlap: bool = False
+
+    def run(self, run: RunInfo) -> Result:
+        from lepton_airflow import plots, report
+
+        package = ModelPackage.open(run.fetch(self.model))
+        card = package.card
+        path = run.fetch(self.dataset)
+        names = _metric_names(card)
+        self._check_gate(names)
+        rows = load_rows(path, card, self.cluster_column, self.slices)
+        touched = overlap(package, path, rows.info)
+        if touched and not self.allow_overlap:
+            raise BadConfiguration(
+                f"the model has touched rows it should be judged on: {touched} Pass rows that it has not seen, such as "
+                "prepare.output['test'], or allow_overlap=True to judge all the same."
+            )
+        scores = package.predict_parquet(path)
+        run.check_stop()
+        metrics = self._measure(card, names, rows.y, scores, rows.clusters)
+        slices = {column: self._slices(card, rows, scores, column) for column in self.slices}
+        summary = _summary(card, metrics, rows, touched)
+        result = {
+            "summary": summary,
+            "metrics": metrics,
+            "intervals": self._intervals_text(rows),
+            "slices": slices,
+            "threshold": self.threshold,
+            "overlap": touched,
+            "model": {
+                "sha256": split_pin(self.model)[1] or run.store.digest(self.model),
+                "window": card.window,
+            },
+            "dataset": {
+                "sha256": split_pin(self.dataset)[1] or run.store.digest(self.dataset),
+                "rows": len(rows.y),
+                "time_range": rows.info.time_range,
+                "cluster_column": rows.cluster_column,
+            },
+        }
+        folder = run.workdir / "report"
+        folder.mkdir(exist_ok=True)
+        if card.task == "classification":
+            pictures = plots.classification_plots(folder, rows.y, scores, card.classes, self.threshold)
+        else:
+            pictures = plots.regression_plots(folder, rows.y, scores)
+        (folder / "metrics.json").write_text(
+            json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+        )
+        (folder / "report.html").write_text(report.render(result, card, pictures), encoding="utf-8")
+        artifact = run.save("report", folder)
+        flat = _flat(metrics) | {"rows": float(len(rows.y))}
+        self._apply_gate(flat, split_pin(artifact.uri)[0])
+        return Result(summary=summary, artifacts={"report": artifact}, values={"metrics": flat}, metrics=flat)
+
+    # -- numbers ---------------------------------------------------------------------------------------------------
+
+    def _measure(
+        self,
+        card: ModelCard,
+        names: Sequence[str],
+        y: NDArray[Any],
+        scores: NDArray[Any],
+        clusters: NDArray[Any] | None,
+    ) -> dict[str, dict[str, float | None]]:
+        """Each metric as ``{"value", "low", "high"}``; the ends are None where chance cannot be judged."""
+        from lepton_airflow.statistics.bootstrap import bootstrap_intervals
+
+        point = self._point(card, y, scores)
+        try:
+            found = bootstrap_intervals(
+                y,
+                scores,
+                names,
+                clusters=clusters,
+                n_resamples=self.bootstrap_resamples,
+                confidence=self.confidence,
+                seed=self.seed,
+                threshold=self.threshold,
+            )
+        except BadInput as error:  # a single row or cluster
+            log.warning("no intervals: %s", error)
+            found = {}
+        return {
+            name: {
+                "value": point[name],
+                "low": found[name].low if name in found else None,
+                "high": found[name].high if name in found else None,
+            }
+            for name in names
+        }
+
+    def _point(self, card: ModelCard, y: NDArray[Any], scores: NDArray[Any]) -> dict[str, float | None]:
+        from lepton_airflow.statistics import metrics
+
+        if card.task == "classification":
+            return metrics.classification_metrics(y, scores, self.threshold)
+        return metrics.regression_metrics(y, scores)
+
+    def _slices(
+        self, card: ModelCard, rows: EvaluationRows, scores: NDArray[Any], column: str
+    ) -> list[dict[str, Any]]:
+        """Metrics of the parts of a column, the main one with its interval."""
+        primary = _PRIMARY[card.task]
+        found = []
+        for label, mask in _parts(rows.frame[column]):
+            clusters = rows.clusters[mask] if rows.clusters is not None else None
+            main = self._measure(card, [primary], rows.y[mask], scores[mask], clusters)[primary]
+            found.append(
+                {
+                    "slice": label,
+                    "rows": int(mask.sum()),
+                    "metrics": self._point(card, rows.y[mask], scores[mask]),
+                    "interval": {"metric": primary, "low": main["low"], "high": main["high"]}
+                    if main["low"] is not None
+                    else None,
+                }
+            )
+        return found
+
+    def _intervals_text(self, rows: EvaluationRows) -> str:
+        over = f"whole clusters of {rows.cluster_column}" if rows.cluster_column else "rows"
+        return f"{100 * self.confidence:g}%, bootstrap over {over}, {self.bootstrap_resamples:,} resamples, seed {self.seed}."
+
+    # -- gate ------------------------------------------------------------------------------------------------------
+
+    def _check_gate(self, names: Sequence[str]) -> None:
+        known = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+        for key in self.gate or {}:
+            if key not in known:
+                raise BadConfiguration(
+                    f"gate: {key!r} is not a metric of this model; {did_you_mean(key, known)}"
+                )
+
+    def _apply_gate(self, flat: dict[str, float | None], report_uri: str) -> None:
+        from lepton_airflow.statistics.metrics import HIGHER_IS_BETTER
+
+        missed = []
+        for key, bound in (self.gate or {}).items():
+            value = flat[key]
+            higher = HIGHER_IS_BETTER[key.removesuffix("_low").removesuffix("_high")]
+            if value is None:
+                missed.append(f"{key} is not defined on these rows (required {bound:g})")
+            elif (value < bound) if higher else (value > bound):
+                missed.append(f"{key} is {value:.4g}, required at {'least' if higher else 'most'} {bound:g}")
+        if missed:
+            raise BadInput(
+                f"the model is not good enough: {'; '.join(missed)}. See report.html in {report_uri}."
+            )
+
+
+def _metric_names(card: ModelCard) -> tuple[str, ...]:
+    from lepton_airflow.statistics.metrics import CLASSIFICATION, REGRESSION
+
+    return CLASSIFICATION if card.task == "classification" else REGRESSION
+
+
+def _parts(column: pd.Series[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """A column's parts as (label, rows): numbers by quarter, else by value with the most frequent first."""
+    import numpy as np
+    import pandas as pd
+
+    missing = column.isna().to_numpy()
+    present = column[~missing]
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    if numeric and present.nunique() > _MOST_SLICES // 2:
+        values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        edges = np.unique(np.quantile(values[~missing], [0, 0.25, 0.5, 0.75, 1]))
+        for number, (low, high) in enumerate(pairwise(edges)):
+            mask = (
+                (values >= low) & (values <= high)
+                if number == len(edges) - 2
+                else (values >= low) & (values < high)
+            )
+            if mask.any():
+                closing = "]" if number == len(edges) - 2 else ")"
+                yield f"[{low:g}, {high:g}{closing}", mask
+    else:
+        frequent = list(present.value_counts().index[:_MOST_SLICES])
+        for value in frequent:
+            yield str(value), (column == value).fillna(False).to_numpy(dtype=bool)
+        rare = (~column.isin(frequent)).to_numpy() & ~missing
+        if rare.any():
+            yield f"{present[rare[~missing]].nunique():,} others", rare
+    if missing.any():
+        yield "(missing)", missing
+
+
+def _flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
+    flat: dict[str, float | None] = {}
+    for name, metric in metrics.items():
+        flat |= {name: metric["value"], f"{name}_low": metric["low"], f"{name}_high": metric["high"]}
+    return flat
+
+
+def _summary(
+    card: ModelCard, metrics: dict[str, dict[str, float | None]], rows: EvaluationRows, touched: str | None
+) -> str:
+    name = _PRIMARY[card.task]
+    main = metrics[name]
+    if main["value"] is None:  # one class only
+        name, main = "log_loss", metrics["log_loss"]
+    title = name.replace("_", " ").replace("roc auc", "ROC AUC").replace("rmse", "RMSE")
+    between = f" [{main['low']:.3f}, {main['high']:.3f}]" if main["low"] is not None else ""
+    text = f"{title} {main['value']:.3f}{between} on {len(rows.y):,} rows"
+    text += f", {' to '.join(rows.info.time_range)}." if rows.info.time_range else "."
+    return (
+        f"{text} The model has touched some of these rows, which flatters it: {touched}" if touched else text
+    )

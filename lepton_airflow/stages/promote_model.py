@@ -1,0 +1,353 @@
+"""Decide whether a candidate becomes champion, and move the champion."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lepton_airflow.contract import Artifact, split_pin
+from lepton_airflow.errors import BadConfiguration, Skipped
+from lepton_airflow.evaluation import EvaluationRows, load_rows
+from lepton_airflow.lease import lease
+from lepton_airflow.mlflow_registry import MlflowRegistry, open_registry
+from lepton_airflow.package import ModelPackage, overlap
+from lepton_airflow.registry import (
+    Ledger,
+    LedgerEntry,
+    Registration,
+    alias_targets,
+    check_model_name,
+    find_version,
+    is_newer,
+    registrations,
+)
+from lepton_airflow.stages import ArtifactUri, ConnectionId, Result, RunInfo, Stage
+from lepton_airflow.store import now
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_METRIC = {"classification": "roc_auc", "regression": "rmse"}
+
+
+@dataclass(kw_only=True)
+class PromoteModel(Stage):
+    """Judge a candidate against the champion and move the champion when the candidate is better beyond chance.
+
+    Both models score the same rows, which neither may have touched in training, tuning or calibration, and a paired
+    test judges the difference. The decision is one of
+
+    - ``bootstrap``: there is no champion yet, the candidate becomes the first;
+    - ``promote``: the whole confidence interval of the difference lies above ``min_effect``;
+    - ``reject``: the whole interval lies below zero;
+    - ``hold``: neither; or the candidate is the champion; or the champion was trained on newer data; or the champion
+      has touched these rows, so that the comparison would flatter it.
+
+    ``bootstrap`` and ``promote`` move the champion: a numbered entry in the store's ledger, made once however often
+    and from however many tasks at once it is asked for. The MLflow aliases ``champion`` and ``previous`` follow it. In
+    a backfill nothing moves unless ``on_backfill="full"``. A task instance that has moved the champion once does not
+    move it again for the same package, also when it is cleared after others have moved it.
+
+    Returns the artifact ``evidence`` (JSON) and the values ``decision``, ``moved``, ``reason``, and ``champion`` and
+    ``previous``: the versions after this task, or None.
+
+    :param name: name of the registered model.
+    :param dataset: rows to judge on, a split such as ``prepare.output["test"]``.
+    :param version: the candidate, ``register.output["version"]``; None: the one that the alias ``candidate`` means.
+    :param metric: what to compare; None: ``roc_auc`` for classification, ``rmse`` for regression.
+    :param confidence: level of the intervals [0 to 1].
+    :param min_effect: the difference that the interval must exceed [of the metric]; negative: a margin of tolerance.
+    :param cluster_column: column that names dependent rows; None: the one the dataset names, if any.
+    :param threshold: probability from which on the second class is predicted, for accuracy, precision, recall and F1.
+    :param resamples: bootstrap resamples for the interval of each model's own metric.
+    :param seed: of these resamples; the paired test draws nothing.
+    :param on_backfill: in a backfill, ``register_only`` judges and moves nothing, ``skip`` does nothing, ``full`` moves.
+    :param tracking_uri: MLflow as a database, ``sqlite:////data/mlflow.db``, or as a server, ``http://host:5000``.
+    :param mlflow: id of an Airflow Connection to an MLflow server; use it instead of ``tracking_uri`` with credentials.
+    :raises BadConfiguration: the candidate has touched the rows, or its task, target or classes are not the champion's.
+    :raises BadInput: the rows cannot decide: too few, one class, labels that the models do not know.
+    :raises IntegrityError: a package does not have the digest that it was registered with.
+    """
+
+    cacheable: ClassVar[bool] = False
+    engines: ClassVar[tuple[str, ...]] = ("mlflow-skinny", "onnxruntime", "scipy")
+    extra: ClassVar[str] = "register"
+    outputs: ClassVar[tuple[str, ...]] = ("evidence", "decision", "moved", "reason", "champion", "previous")
+
+    name: str
+    dataset: ArtifactUri
+    version: int | None = None
+    metric: str | None = None
+    confidence: float = 0.95
+    min_effect: float = 0.0
+    cluster_column: str | None = None
+    threshold: float = 0.5
+    resamples: int = 1000
+    seed: int = 0
+    on_backfill: Literal["register_only", "skip", "full"] = "register_only"
+    tracking_uri: str | None = None
+    mlflow: ConnectionId | None = None
+
+    def run(self, run: RunInfo) -> Result:
+        check_model_name(self.name)
+        backfill = run.identity.run_type == "backfill"
+        if backfill and self.on_backfill == "skip":
+            raise Skipped(f"model {self.name!r} is not judged: this is a backfill and on_backfill='skip'.")
+        may_move = not backfill or self.on_backfill == "full"
+        candidate = find_version(run.store, self.name, self.version)
+        connection = run.connection(self.mlflow) if self.mlflow else None
+        with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
+            entry = _moved_before(run, candidate)
+            if entry:
+                evidence = _stored(run, entry.evidence or "")
+                finding = _Finding(entry.action, f"{entry.sentence} (Moved by this task before.)")
+                moved = True
+            else:
+                finding, evidence, moved = self._decide(run, candidate, may_move)
+            champion, previous = _show(run, mlflow, self.name)
+            link = mlflow.link(self.name, candidate.version)
+        reason = finding.sentence
+        if finding.decision in ("bootstrap", "promote") and not moved:
+            reason += " The champion stays: this is a backfill and on_backfill='register_only'."
+        return Result(
+            summary=reason,
+            artifacts={"evidence": evidence},
+            values={
+                "decision": finding.decision,
+                "moved": moved,
+                "reason": reason,
+                "champion": champion,
+                "previous": previous,
+            },
+            metrics=finding.metrics,
+            links={"mlflow": link} if link else {},
+        )
+
+    def _decide(
+        self, run: RunInfo, candidate: Registration, may_move: bool
+    ) -> tuple[_Finding, Artifact, bool]:
+        """Judge, and move the champion if the decision says so; begins anew when another task moved it meanwhile."""
+        ledger = Ledger(run.store, self.name)
+        bench = _Bench(self, run, candidate)
+        while True:
+            run.check_stop()
+            entries = ledger.entries()
+            champion = entries[-1] if entries else None
+            finding = bench.judge(champion)
+            moves = may_move and finding.decision in ("bootstrap", "promote")
+            evidence = run.save("evidence.json", self._evidence(run, bench, champion, finding, moves))
+            if not moves:
+                return finding, evidence, False
+            entry = LedgerEntry(
+                name=self.name,
+                sequence=champion.sequence + 1 if champion else 1,
+                action=finding.decision,
+                version=candidate.version,
+                package=candidate.package,
+                previous=champion.version if champion else None,
+                run_key=run.run_key,
+                sentence=finding.sentence,
+                window=candidate.window,
+                evidence=evidence.uri,
+                identity=asdict(run.identity),
+                decided=now(),
+            )
+            if ledger.append(entry):
+                return finding, evidence, True
+            log.info("another task moved the champion of %s in the meantime: judging again", self.name)
+            mine = _moved_before(run, candidate)  # the same task instance, running twice
+            if mine:
+                return _Finding(mine.action, mine.sentence), _stored(run, mine.evidence or ""), True
+
+    def _evidence(
+        self, run: RunInfo, bench: _Bench, champion: LedgerEntry | None, finding: _Finding, moves: bool
+    ) -> str:
+        def side(record: Registration | LedgerEntry | None) -> dict[str, Any] | None:
+            if record is None:
+                return None
+            return {"version": record.version, "package": record.package, "window": record.window}
+
+        rows = bench.rows
+        record = {
+            "model": self.name,
+            "decision": finding.decision,
+            "moves": moves,
+            "sentence": finding.sentence,
+            "candidate": side(bench.candidate),
+            "champion": side(champion),
+            "comparison": finding.comparison,
+            "metrics": finding.metrics,
+            "dataset": {
+                "uri": self.dataset,
+                "sha256": split_pin(self.dataset)[1] or run.store.digest(self.dataset),
+                "time_range": rows.info.time_range,
+                "rows": len(rows.y),
+                "cluster_column": rows.cluster_column,
+            },
+            "run": asdict(run.identity),
+            "on_backfill": self.on_backfill,
+        }
+        return json.dumps(record, indent=1, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    decision: str
+    sentence: str
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    comparison: dict[str, Any] | None = None
+
+
+class _Bench:
+    """The rows and the candidate's scores on them, kept while the champion may change under our hands."""
+
+    def __init__(self, stage: PromoteModel, run: RunInfo, candidate: Registration) -> None:
+        self.stage = stage
+        self.run = run
+        self.candidate = candidate
+        self.path = run.fetch(stage.dataset)
+        self.package = ModelPackage.open(run.fetch(candidate.package))
+        self.rows: EvaluationRows = load_rows(self.path, self.package.card, stage.cluster_column)
+        touched = overlap(self.package, self.path, self.rows.info)
+        if touched:
+            raise BadConfiguration(
+                f"version {candidate.version} of {stage.name!r} has touched rows of the dataset it should be judged on: "
+                f"{touched} Pass rows that it has not seen, such as prepare.output['test']."
+            )
+        self.metric = stage.metric or _DEFAULT_METRIC[self.package.card.task]
+        self.scores = self._scores(self.package)
+
+    def judge(self, champion: LedgerEntry | None) -> _Finding:
+        """The decision about the candidate as long as this one is champion."""
+        from lepton_airflow.statistics.paired import paired_test, verdict
+
+        stage, candidate, rows = self.stage, self.candidate, self.rows
+        metrics = self._interval("candidate", self.scores)
+        if champion is None:
+            value, low, high = metrics.values()
+            return _Finding(
+                "bootstrap",
+                f"bootstrap: {stage.name} has no champion yet, so version {candidate.version} is the first; its "
+                f"{self.metric} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(rows.y):,} rows.",
+                metrics,
+            )
+        if champion.sha256 == candidate.sha256:
+            same = (
+                "is"
+                if champion.version == candidate.version
+                else f"has the same package as version {champion.version},"
+            )
+            return _Finding(
+                "hold", f"hold: version {candidate.version} {same} the champion already.", metrics
+            )
+        package = ModelPackage.open(self.run.fetch(champion.package))
+        self._refuse_another_kind(package, champion)
+        if is_newer(champion.window, candidate.window):
+            return _Finding(
+                "hold",
+                f"hold: champion version {champion.version} was trained on newer data ({_span(champion.window)}) than "
+                f"version {candidate.version} ({_span(candidate.window)}).",
+                metrics,
+            )
+        touched = overlap(package, self.path, rows.info)
+        if touched:
+            return _Finding(
+                "hold",
+                f"hold: champion version {champion.version} has touched rows of this dataset, so a comparison would "
+                f"flatter it: {touched}",
+                metrics,
+            )
+        scores = self._scores(package)
+        result = paired_test(
+            rows.y,
+            scores,
+            self.scores,
+            metric=self.metric,
+            clusters=rows.clusters,
+            confidence=stage.confidence,
+            min_effect=stage.min_effect,
+            threshold=stage.threshold,
+        )
+        judged = verdict(result)
+        metrics = metrics | self._interval("champion", scores)
+        metrics |= {
+            "difference": result.difference,
+            "difference_low": result.low,
+            "difference_high": result.high,
+        }
+        return _Finding(judged.decision, judged.sentence, metrics, asdict(result))
+
+    def _scores(self, package: ModelPackage) -> NDArray[np.float32]:
+        return package.predict_parquet(self.path)
+
+    def _interval(self, who: str, scores: NDArray[np.float32]) -> dict[str, float | None]:
+        from lepton_airflow.errors import BadInput
+        from lepton_airflow.statistics.bootstrap import bootstrap_intervals
+
+        stage, rows = self.stage, self.rows
+        found = bootstrap_intervals(
+            rows.y,
+            scores,
+            [self.metric],
+            clusters=rows.clusters,
+            n_resamples=stage.resamples,
+            confidence=stage.confidence,
+            seed=stage.seed,
+            threshold=stage.threshold,
+        )
+        if self.metric not in found:
+            raise BadInput(
+                f"{self.metric} is not defined on these {len(rows.y):,} rows (one class, or a constant target): widen "
+                "the window, or pass another metric."
+            )
+        low, estimate, high = found[self.metric]
+        return {
+            f"{who}_{self.metric}": estimate,
+            f"{who}_{self.metric}_low": low,
+            f"{who}_{self.metric}_high": high,
+        }
+
+    def _refuse_another_kind(self, champion: ModelPackage, entry: LedgerEntry) -> None:
+        mine, theirs = self.package.card, champion.card
+        for what in ("task", "target", "classes"):
+            if getattr(mine, what) != getattr(theirs, what):
+                raise BadConfiguration(
+                    f"{what} of version {self.candidate.version} is {getattr(mine, what)!r}, of the champion (version "
+                    f"{entry.version}) it is {getattr(theirs, what)!r}: they cannot be compared. Register the candidate "
+                    f"under another name than {self.stage.name!r}."
+                )
+
+
+def _moved_before(run: RunInfo, candidate: Registration) -> LedgerEntry | None:
+    """The move that this task instance has made for this package, if it has."""
+    entries = Ledger(run.store, candidate.name).entries()
+    return next((e for e in entries if e.run_key == run.run_key and e.sha256 == candidate.sha256), None)
+
+
+def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, int | None]:
+    """Make MLflow's aliases say what the ledger says now; returns the champion and the previous one.
+
+    Under the lease and after a fresh look, so that of two tasks the later writer never shows the older state.
+    """
+    with lease(run.store, f"register/{name}", run.check_stop):
+        entries = Ledger(run.store, name).entries()
+        champion = entries[-1].version if entries else None
+        previous = entries[-1].previous if entries else None
+        aliases: dict[str, int | None] = {"champion": champion, "previous": previous}
+        mlflow.point(name, aliases | dict(alias_targets(registrations(run.store, name))))
+    return champion, previous
+
+
+def _stored(run: RunInfo, uri: str) -> Artifact:
+    path = run.fetch(uri)
+    return Artifact(uri=uri, sha256=split_pin(uri)[1] or "", bytes=path.stat().st_size)
+
+
+def _span(window: Mapping[str, str] | None) -> str:
+    return f"{window['start']} to {window['end']}" if window else "window not known"
