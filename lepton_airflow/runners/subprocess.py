@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lepton_airflow.contract import Receipt, Request
+from lepton_airflow.door import redact
 from lepton_airflow.errors import BadConfiguration, OutOfMemory, RunnerError
 from lepton_airflow.runners import Runner, settle
 from lepton_airflow.store import Connection
@@ -70,7 +71,7 @@ class Subprocess(Runner):
             receipt_file = Path(folder, "receipt.json")
             Path(folder, "request.json").write_text(request.to_json())
             with self._started(folder, connections) as process:
-                over_limit = self._attend(process)
+                over_limit = self._attend(process, {c.id: c for c in connections})
             if over_limit:
                 raise OutOfMemory(
                     f"{request.stage} used {over_limit} MiB, its limit is {self.memory_limit_mb} MiB and it was killed: "
@@ -131,13 +132,13 @@ class Subprocess(Runner):
                 if fd >= 0:
                     os.close(fd)
 
-    def _attend(self, process: subprocess.Popen[str]) -> int | None:
+    def _attend(self, process: subprocess.Popen[str], connections: Mapping[str, Connection]) -> int | None:
         """Bring the log over until the stage ends; the MiB it used if that was over the limit, else None."""
         over: list[int] = []
         if self.memory_limit_mb is not None:
             threading.Thread(target=self._watch_memory, args=(process, over), daemon=True).start()
         assert process.stdout is not None
-        reader = threading.Thread(target=_forward, args=(process.stdout,), daemon=True)
+        reader = threading.Thread(target=_forward, args=(process.stdout, connections), daemon=True)
         reader.start()
         process.wait()
         # A grandchild may hold the pipe open; the stage itself has ended, so its group is ended before the last lines.
@@ -173,10 +174,10 @@ class Subprocess(Runner):
         return env | {"PYTHONPATH": os.pathsep.join(ours), "PYTHONUNBUFFERED": "1"} | self.env
 
 
-def _forward(stream: Any) -> None:
+def _forward(stream: Any, connections: Mapping[str, Connection]) -> None:
     with suppress(ValueError):  # closed under us after the kill
         for line in stream:
-            text = line.rstrip("\n")
+            text = redact(line.rstrip("\n"), connections)  # a library may print what it was given
             level = _LEVEL.match(text)
             log.log(getattr(logging, level[1]) if level else logging.INFO, "%s", text[level.end() :] if level else text)
 
