@@ -1,0 +1,124 @@
+"""Kill, retry, clear, map, expire: on a real Airflow, with a team's own stages."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import PASSWORD
+
+from lepton_airflow.contract import split_pin
+from lepton_airflow.testing import LocalAirflow
+
+pytestmark = pytest.mark.airflow
+
+
+def _starts(folder: Path) -> list[int]:
+    file = folder / "starts"
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _wait_run(airflow: LocalAirflow, folder: Path) -> str:
+    run = airflow.trigger("wait", {"folder": str(folder)})
+    airflow.until(lambda: len(_starts(folder)) == 1, "the stage to start", 60)
+    return run
+
+
+def test_a_killed_stage_is_retried(airflow: LocalAirflow, tmp_path: Path) -> None:
+    run = _wait_run(airflow, tmp_path)
+    os.kill(_starts(tmp_path)[0], signal.SIGKILL)
+    airflow.until(lambda: len(_starts(tmp_path)) == 2, "the second try to start", 60)
+    (tmp_path / "go").touch()
+    assert airflow.wait("wait", run) == "success"
+    assert airflow.xcom("wait", run, "wait", "starts") == 2
+    assert "was killed (SIGKILL)" in airflow.log("wait", run, "wait", 1)
+
+
+def test_a_killed_worker_leaves_nothing_running_and_is_retried(airflow: LocalAirflow, tmp_path: Path) -> None:
+    run = _wait_run(airflow, tmp_path)
+    stage = _starts(tmp_path)[0]
+    task = _parent(stage)
+    os.kill(_parent(task), signal.SIGKILL)  # the supervisor, so that nobody reports the task's end
+    os.kill(task, signal.SIGKILL)
+    airflow.until(lambda: not _running(stage), "the stage to end with its worker", 5)
+    airflow.until(lambda: len(_starts(tmp_path)) == 2, "Airflow to notice and try again", 90)
+    (tmp_path / "go").touch()
+    assert airflow.wait("wait", run) == "success"
+
+
+def test_a_task_marked_failed_stops_its_stage(airflow: LocalAirflow, tmp_path: Path) -> None:
+    run = _wait_run(airflow, tmp_path)
+    stage = _starts(tmp_path)[0]
+    airflow.api("PATCH", f"/dags/wait/dagRuns/{run}/taskInstances/wait", {"new_state": "failed"})
+    airflow.until(lambda: not _running(stage), "the stage to end", 30)
+    assert len(_starts(tmp_path)) == 1
+
+
+def test_a_cleared_running_task_starts_again_alone(airflow: LocalAirflow, tmp_path: Path) -> None:
+    run = _wait_run(airflow, tmp_path)
+    first = _starts(tmp_path)[0]
+    airflow.clear("wait", run, ["wait"])
+    airflow.until(lambda: len(_starts(tmp_path)) == 2, "the cleared task to start", 60)
+    assert not _running(first)
+    (tmp_path / "go").touch()
+    assert airflow.wait("wait", run) == "success"
+
+
+def test_mapped_tasks_cache_windows_and_secrets(airflow: LocalAirflow) -> None:
+    first = airflow.trigger("count", {"text": "letters"})
+    assert airflow.wait("count", first) == "success"
+    assert [airflow.xcom("count", first, "each", "letters", i) for i in range(3)] == [1, 2, 3]
+    assert airflow.xcom("count", first, "total", "letters") == len("letters") + len(PASSWORD)
+    assert airflow.xcom("count", first, "own")["status"] == "done"
+
+    again = airflow.trigger("count", {"text": "letters"})
+    assert airflow.wait("count", again) == "success"
+    assert airflow.xcom("count", again, "own")["status"] == "cached"
+    assert airflow.xcom("count", again, "each", map_index=1)["status"] == "cached"
+    assert airflow.xcom("count", again, "total")["status"] == "done"  # cache="off"
+
+    forced = airflow.trigger("count", {"text": "letters", "refresh_cache": True})
+    assert airflow.wait("count", forced) == "success"
+    assert airflow.xcom("count", forced, "own")["status"] == "done"
+
+    blob = Path(split_pin(airflow.xcom("count", forced, "own", "count"))[0].removeprefix("file://"))
+    blob.write_text("8")
+    healed = airflow.trigger("count", {"text": "letters"})
+    assert airflow.wait("count", healed) == "success"
+    assert airflow.xcom("count", healed, "own")["status"] == "done"
+    assert blob.read_text() == "7"
+
+    _assert_nowhere(airflow, PASSWORD)
+
+
+def _assert_nowhere(airflow: LocalAirflow, secret: str) -> None:
+    """The secret is in no file of this Airflow (database with XComs and rendered fields, logs) nor of the store."""
+    files = [p for p in airflow.home.rglob("*") if p.is_file()]
+    assert any(p.name == "airflow.db" for p in files)
+    assert any("attempt=1" in p.name for p in files)
+    holders = [str(p) for p in files if secret.encode() in p.read_bytes()]
+    assert holders == []
+
+
+def test_an_asset_event_brings_its_window(airflow: LocalAirflow) -> None:
+    (asset,) = [a for a in airflow.api("GET", "/assets")["assets"] if a["name"] == "letters-arrived"]
+    window = {"start": "2026-03-01T00:00:00+00:00", "end": "2026-04-01T00:00:00+00:00"}
+    before = {r["dag_run_id"] for r in airflow.runs("count")}
+    airflow.api("POST", "/assets/events", {"asset_id": asset["id"], "extra": {"window": window}})
+    airflow.until(lambda: bool({r["dag_run_id"] for r in airflow.runs("count")} - before), "the event's run", 60)
+    (run,) = {r["dag_run_id"] for r in airflow.runs("count")} - before
+    assert airflow.wait("count", run) == "success"
+    assert airflow.xcom("count", run, "own", "window") == [window["start"], window["end"]]
