@@ -1,8 +1,7 @@
 # Every target sets up .venv first (minutes once, then nothing): see .ci/setup.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop test lint bench
+.PHONY: help setup demo demo-stop test lint bench  # bench-% cannot be listed, and no file is called so
 python := .venv/bin/python
-export PYTHON
 
 help: ## Show this list
 	@sed -nE 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
