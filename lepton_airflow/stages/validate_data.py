@@ -205,13 +205,14 @@ def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the library's own notices out of the task log; what matters of them is in the results."""
-    logger = logging.getLogger("great_expectations")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger, nowhere = logging.getLogger("great_expectations"), logging.NullHandler()
+    propagate, logger.propagate = logger.propagate, False  # some of its modules set a level of their own
+    logger.addHandler(nowhere)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeHandler(nowhere)
+        logger.propagate = propagate
 
 
 def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Validator:
@@ -421,6 +422,8 @@ def _error(result: ExpectationValidationResult) -> str | None:
     if "No provider found" in message or "not implemented for SQL" in message:
         other = "pandas" if "DuckDB" in message or "SQL" in message else "duckdb"
         return f"it does not exist for this engine; set engine={other!r}"
+    if "Out of Memory Error" in message:
+        return "DuckDB needs more memory: raise memory_limit_mb"
     database = re.search(r"duckdb\.\w+\) (.*)", message)
     return (database[1] if database else message.splitlines()[0]).strip()
 

@@ -1,0 +1,549 @@
+"""ValidateData: every family of expectations on both engines, what a failure says, what SQL may not do."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("great_expectations.core", reason="needs the extra 'validate'")
+duckdb = pytest.importorskip("duckdb", reason="needs the extra 'validate'")
+
+from lepton_airflow.errors import BadConfiguration, BadInput
+from lepton_airflow.stages import RunInfo, cache_key
+from lepton_airflow.stages.validate_data import ValidateData
+
+SUITES = Path(__file__).parents[2] / "great_expectations"
+CITY = "Origin city ñ; 50% of :x's"  # unicode, spaces, and what is special to drivers and templates
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunInfo:
+    return RunInfo.local(tmp_path)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: socket.socket, address: Any) -> None:
+        raise AssertionError(f"tried to reach {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def january(raw_flights: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The flights of January 2013 as Parquet: 27,004 rows."""
+    path = tmp_path_factory.mktemp("january") / "january.parquet"
+    source = raw_flights / "flights" / "2013-01.csv"
+    duckdb.sql(f"COPY (SELECT * FROM read_csv('{source}')) TO '{path}' (FORMAT parquet)")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """1,000 rows of every common type, with nulls, NaN and duplicates, under a difficult column name."""
+    path = tmp_path_factory.mktemp("mixed") / "mixed.parquet"
+    duckdb.sql(
+        f"""COPY (
+            SELECT i AS id, i + 1 AS next, i % 7 AS "group", 'v' || i AS text,
+                CASE WHEN i % 10 = 0 THEN 'NaN'::DOUBLE WHEN i % 11 = 0 THEN NULL ELSE i * 0.5 END AS number,
+                ['EWR', 'JFK', 'Łódź'][1 + i % 3] AS "{CITY}",
+                TIMESTAMP '2013-01-01' + INTERVAL (i) HOUR AS at, DATE '2013-01-01' + CAST(i % 28 AS INT) AS day,
+                (i % 100)::DECIMAL(10, 2) AS price, CASE WHEN i % 5 > 0 THEN i % 3 END AS few,
+                NULL::VARCHAR AS nothing
+            FROM range(1000) t(i)
+        ) TO '{path}' (FORMAT parquet)"""
+    )
+    return str(path)
+
+
+def expect(kind: str, **kwargs: Any) -> dict[str, Any]:
+    return {"type": f"expect_{kind}", "kwargs": kwargs}
+
+
+def suite(*expectations: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "test", "expectations": list(expectations)}
+
+
+def full_result(run: RunInfo, stage: ValidateData) -> list[dict[str, Any]]:
+    """The expectations' results, in the suite's order, as the stage stored them."""
+    stage.on_failure = "warn"
+    result = stage.run(run)
+    report: list[dict[str, Any]] = json.loads(run.fetch(result.artifacts["validation"].uri).read_text())[
+        "results"
+    ]
+    return report
+
+
+def quantiles(low: float, high: float) -> dict[str, Any]:
+    return {"quantiles": [0.25, 0.75], "value_ranges": [[low, low + 10], [high, high + 10]]}
+
+
+NUMBERS = [
+    i * 0.5 for i in range(1000) if i % 10 and i % 11
+]  # the column ``number`` without its NaN and nulls
+MISSING, ABOVE_100 = 1000 - len(NUMBERS), sum(n > 100 for n in NUMBERS)
+MEAN = sum(NUMBERS) / len(NUMBERS)
+
+# Expectation, whether it holds on ``mixed``, and the count or value observed where both engines report one.
+FAMILIES: list[tuple[dict[str, Any], bool, Any]] = [
+    (expect("column_values_to_not_be_null", column="id"), True, 0),
+    (expect("column_values_to_not_be_null", column="number"), False, MISSING),
+    (expect("column_values_to_not_be_null", column="number", mostly=0.8), True, MISSING),
+    (expect("column_values_to_be_null", column="nothing"), True, 0),
+    (expect("column_values_to_be_between", column="id", min_value=0, max_value=999), True, 0),
+    (expect("column_values_to_be_between", column="number", min_value=0, max_value=100), False, ABOVE_100),
+    (expect("column_values_to_be_between", column="price", min_value=0, max_value=98), False, 10),
+    (expect("column_values_to_be_between", column="at", min_value="2013-01-01T00:00:00"), True, 0),
+    (expect("column_values_to_be_between", column="at", max_value="2013-01-02T00:00:00"), False, 975),
+    (
+        expect("column_values_to_be_between", column="day", min_value="2013-01-01", max_value="2013-01-28"),
+        True,
+        0,
+    ),
+    (expect("column_values_to_be_in_set", column=CITY, value_set=["EWR", "JFK", "Łódź"]), True, 0),
+    (expect("column_values_to_be_in_set", column=CITY, value_set=["EWR", "JFK"]), False, 333),
+    (expect("column_values_to_not_be_in_set", column="group", value_set=[0]), False, 143),
+    (expect("column_distinct_values_to_be_in_set", column="group", value_set=list(range(7))), True, None),
+    (expect("column_distinct_values_to_equal_set", column=CITY, value_set=["EWR"]), False, None),
+    (expect("column_distinct_values_to_contain_set", column=CITY, value_set=["EWR"]), True, None),
+    (expect("column_values_to_be_unique", column="id"), True, 0),
+    (expect("column_values_to_be_unique", column="number"), True, 0),  # nulls do not repeat one another
+    (expect("column_values_to_be_unique", column="few"), False, 800),
+    (expect("compound_columns_to_be_unique", column_list=["group", "text"]), True, 0),
+    (expect("compound_columns_to_be_unique", column_list=["few", "group"]), False, 1000),  # here they do
+    (expect("column_values_to_match_regex", column="text", regex="^v[0-9]+$"), True, 0),
+    (expect("column_values_to_match_regex", column="text", regex="9"), False, 729),  # anywhere in the text
+    (expect("column_values_to_match_regex", column="id", regex="^[0-9]{1,3}$"), True, 0),  # numbers as text
+    (expect("column_values_to_match_regex", column=CITY, regex="^[EJŁ]"), True, 0),
+    (expect("column_values_to_not_match_regex", column="text", regex="99"), False, 19),
+    (expect("column_values_to_match_regex_list", column="text", regex_list=["^v1", "^v2"]), False, 778),
+    (expect("column_values_to_not_match_regex_list", column="text", regex_list=["^w", "^x"]), True, 0),
+    (expect("column_values_to_be_in_type_list", column="id", type_list=["BIGINT", "int64"]), True, None),
+    (expect("column_values_to_be_in_type_list", column="id", type_list=["DOUBLE", "float64"]), False, None),
+    (expect("column_values_to_be_in_type_list", column="text", type_list=["TEXT", "str"]), True, None),
+    (expect("column_value_lengths_to_be_between", column="text", min_value=2, max_value=3), False, 900),
+    (expect("column_value_lengths_to_equal", column=CITY, value=3), False, 333),
+    (expect("table_row_count_to_equal", value=1000), True, 1000),
+    (expect("table_row_count_to_be_between", max_value=999), False, 1000),
+    (expect("table_column_count_to_equal", value=11), True, 11),
+    (expect("table_columns_to_match_set", column_set=["id", CITY], exact_match=False), True, None),
+    (expect("table_columns_to_match_set", column_set=["id", CITY], exact_match=True), False, None),
+    (expect("table_columns_to_match_ordered_list", column_list=["next", "id"]), False, None),
+    (expect("column_to_exist", column=CITY), True, None),
+    (expect("column_to_exist", column="absent"), False, None),
+    (expect("column_mean_to_be_between", column="number", min_value=249, max_value=251), True, MEAN),
+    (expect("column_median_to_be_between", column="id", min_value=499, max_value=500), True, 499.5),
+    (expect("column_stdev_to_be_between", column="id", min_value=0, max_value=288), False, 288.8194360957494),
+    (expect("column_sum_to_be_between", column="id", min_value=499500, max_value=499500), True, 499500),
+    (expect("column_min_to_be_between", column="number", min_value=0.5, max_value=0.5), True, 0.5),
+    (expect("column_max_to_be_between", column="price", min_value=0, max_value=50), False, 99),
+    (
+        expect("column_quantile_values_to_be_between", column="id", quantile_ranges=quantiles(245, 745)),
+        True,
+        None,
+    ),
+    (
+        expect("column_quantile_values_to_be_between", column="id", quantile_ranges=quantiles(0, 745)),
+        False,
+        None,
+    ),
+    (expect("column_unique_value_count_to_be_between", column="group", min_value=7, max_value=7), True, 7),
+    (
+        expect("column_proportion_of_unique_values_to_be_between", column="group", max_value=0.001),
+        False,
+        0.007,
+    ),
+    (expect("column_most_common_value_to_be_in_set", column=CITY, value_set=["EWR"]), True, None),
+    (expect("column_pair_values_a_to_be_greater_than_b", column_A="next", column_B="id"), True, 0),
+    (expect("column_pair_values_to_be_equal", column_A="next", column_B="id"), False, 1000),
+    (expect("multicolumn_sum_to_equal", column_list=["id", "next"], sum_total=1), False, 999),
+    (expect("select_column_values_to_be_unique_within_record", column_list=["id", "next"]), True, 0),
+    (
+        expect("column_value_z_scores_to_be_less_than", column="id", threshold=1.5, double_sided=True),
+        False,
+        134,
+    ),
+    (
+        expect(
+            "column_values_to_be_between",
+            column="id",
+            max_value=500,
+            row_condition='col("group")==1',
+            condition_parser="great_expectations",
+        ),
+        False,
+        71,
+    ),
+]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_every_family_has_the_same_verdict_and_count_on_both_engines(
+    mixed: str, run: RunInfo, engine: Any
+) -> None:
+    stage = ValidateData(dataset=mixed, suite=suite(*[e for e, _, _ in FAMILIES]), engine=engine)
+    results = full_result(run, stage)
+    assert len(results) == len(FAMILIES)
+    wrong = []
+    for (expectation, holds, observed), result in zip(FAMILIES, results, strict=True):
+        assert result["expectation_config"]["type"] == expectation["type"]
+        found = result["result"].get("unexpected_count", result["result"].get("observed_value"))
+        if result["success"] != holds or (observed is not None and found != pytest.approx(observed)):
+            wrong.append((expectation, result["success"], found, result["exception_info"]))
+    assert not wrong
+
+
+LIKE = expect("column_values_to_match_like_pattern", column="text", like_pattern="v_%")
+ROWS = {
+    "type": "unexpected_rows_expectation",
+    "kwargs": {"unexpected_rows_query": 'SELECT id FROM {batch} WHERE "group" = 3'},
+}
+
+
+def test_like_patterns_and_queries_are_sql_only(mixed: str, run: RunInfo) -> None:
+    like, rows = full_result(run, ValidateData(dataset=mixed, suite=suite(LIKE, ROWS)))
+    assert like["success"] and like["result"]["unexpected_count"] == 0
+    assert not rows["success"] and rows["result"]["observed_value"] == 143
+    with pytest.raises(BadInput, match="does not exist for this engine; set engine='duckdb'"):
+        ValidateData(dataset=mixed, suite=suite(LIKE), engine="pandas").run(run)
+
+
+def test_increasing_values_are_for_pandas_only(mixed: str, run: RunInfo) -> None:
+    increasing = suite(expect("column_values_to_be_increasing", column="id"))
+    assert ValidateData(dataset=mixed, suite=increasing, engine="pandas").run(run).values == {"passed": True}
+    with pytest.raises(BadInput, match="set engine='pandas'"):
+        ValidateData(dataset=mixed, suite=increasing).run(run)
+
+
+FAILING = suite(
+    expect("column_values_to_be_in_set", column="origin", value_set=["EWR", "JFK"]),
+    expect("column_values_to_be_between", column="distance", max_value=4000) | {"severity": "warning"},
+    expect("column_mean_to_be_between", column="distance", min_value=0, max_value=900),
+    expect("column_values_to_not_be_null", column="tail"),
+    expect("compound_columns_to_be_unique", column_list=["day", "origin"]),
+    expect("table_columns_to_match_set", column_set=["gate", "carrier"], exact_match=False),
+    expect("column_values_to_match_regex", column="carrier", regex="^(?=[A-Z9])"),
+    expect("table_row_count_to_be_between", min_value=27_000),
+)
+
+
+def test_a_failure_says_what_where_how_many_and_which_values(january: str, run: RunInfo) -> None:
+    with pytest.raises(BadInput) as failure:
+        ValidateData(dataset=january, suite=FAILING).run(run)
+    assert failure.value.exit_code == 80
+    lines = str(failure.value).splitlines()
+    assert lines[0] == "7 of 8 expectations failed: suite 'test' on january.parquet (27004 rows)."
+    assert lines[1] == (
+        "- expect_column_values_to_be_in_set(column='origin', value_set=['EWR', 'JFK']): "
+        "7950 of 27004 (29.4%) unexpected, e.g. 'LGA'"
+    )
+    assert re.fullmatch(r"- expect_column_mean_to_be_between\(.*\): observed 1006\.8\d+", lines[2])
+    assert lines[3].endswith(": could not be evaluated: column 'tail' is not in the data")
+    assert re.search(r"27004 of 27004 \(100%\) unexpected, e\.g\. \{day=\d+, origin='\w+'\}, \{", lines[4])
+    assert "missing=['gate']" in lines[5]
+    assert "could not be evaluated" in lines[6] and "perl operator" in lines[6]
+    assert lines[7].startswith("- [warning] expect_column_values_to_be_between")
+    assert len(str(failure.value)) < 4000
+
+    stored = re.findall(r"file://\S+", str(failure.value))
+    report = json.loads(run.fetch(stored[0]).read_text())
+    assert report["statistics"]["unsuccessful_expectations"] == 7
+    assert set(report["results"][0]["result"]["partial_unexpected_list"]) == {"LGA"}
+    assert "must belong to this set" in run.fetch(stored[1]).read_text()
+
+
+def test_many_failures_stay_short_enough_for_a_receipt(mixed: str, run: RunInfo) -> None:
+    wide = [
+        expect("column_values_to_be_in_set", column="text", value_set=[f"value {n}" * 5] * 50)
+        for n in range(40)
+    ]
+    with pytest.raises(BadInput, match="and 28 more, in the full result") as failure:
+        ValidateData(dataset=mixed, suite=suite(*wide)).run(run)
+    assert len(str(failure.value).encode()) < 6000
+
+
+def test_warn_goes_on_and_tells(january: str, run: RunInfo, caplog: pytest.LogCaptureFixture) -> None:
+    result = ValidateData(dataset=january, suite=FAILING, on_failure="warn").run(run)
+    assert result.values == {"passed": False}
+    assert result.metrics == {"rows": 27004, "expectations": 8, "failed": 7, "failed_critical": 6}
+    assert "column 'tail' is not in the data" in caplog.text
+
+
+def test_a_warning_expectation_fails_nothing(
+    january: str, run: RunInfo, caplog: pytest.LogCaptureFixture
+) -> None:
+    mild = expect("column_values_to_be_between", column="distance", max_value=100) | {"severity": "warning"}
+    result = ValidateData(dataset=january, suite=suite(mild)).run(run)
+    assert result.values == {"passed": True} and result.metrics["failed"] == 1
+    assert "[warning]" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_the_page_is_one_file_that_runs_and_loads_nothing(tmp_path: Path, run: RunInfo, engine: Any) -> None:
+    path = tmp_path / "markup.parquet"
+    duckdb.sql(f"COPY (SELECT '<script>alert(1)</script><img src=\"http://evil/x\">' AS text) TO '{path}'")
+    stage = ValidateData(
+        dataset=str(path),
+        suite=suite(expect("column_values_to_be_in_set", column="text", value_set=["a"])),
+        on_failure="warn",
+        engine=engine,
+    )
+    page = run.fetch(stage.run(run).artifacts["data_docs"].uri).read_text()
+    assert "<script" not in page and "<link" not in page and "<img" not in page
+    assert page.index("Content-Security-Policy") < page.index("<style>")
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_the_shipped_suite_holds_without_network(
+    raw_flights: Path, tmp_path: Path, run: RunInfo, engine: Any
+) -> None:
+    path = tmp_path / "airports.parquet"
+    duckdb.sql(f"COPY (FROM read_csv('{raw_flights / 'airports.csv'}')) TO '{path}'")
+    result = ValidateData(dataset=str(path), suite=str(SUITES / "airports.json"), engine=engine).run(run)
+    assert result.summary == "airports.parquet: all 8 expectations of suite 'airports' hold on 1458 rows."
+
+
+def test_the_flights_suite_holds_on_a_snapshot_and_notices_a_broken_one(
+    raw_flights: Path, tmp_path: Path, run: RunInfo
+) -> None:
+    con = duckdb.connect()
+    for name, source in {
+        "flights": f"read_csv('{raw_flights}/flights/2013-0[1-4].csv')",
+        "weather": f"read_json('{raw_flights}/weather/2013-0[1-4].jsonl')",
+        "planes": f"'{raw_flights}/planes.parquet'",
+        "airports": f"read_csv('{raw_flights}/airports.csv')",
+        "airlines": f"read_csv('{raw_flights}/airlines.tsv')",
+    }.items():
+        con.execute(f"CREATE VIEW {name} AS FROM {source}")
+    query = (SUITES.parent / "dags" / "sql" / "flights_snapshot.sql").read_text()
+    good, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
+    window = {"window_start": "2013-04-01", "window_end": "2013-05-01"}
+    con.execute("CREATE TABLE snapshot AS " + query, window)
+    con.execute(f"COPY snapshot TO '{good}'")
+    con.execute(
+        f"COPY (SELECT * REPLACE (if(origin = 'EWR', 'ewr', origin) AS origin) FROM snapshot UNION ALL "
+        f"(FROM snapshot LIMIT 10)) TO '{bad}'"
+    )
+    flights = str(SUITES / "flights.json")
+    assert ValidateData(dataset=str(good), suite=flights).run(run).values == {"passed": True}
+    with pytest.raises(BadInput, match=r"'ewr'") as failure:
+        ValidateData(dataset=str(bad), suite=flights).run(run)
+    assert "expect_compound_columns_to_be_unique" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT * FROM {batch}, read_text('%s')",
+        "SELECT * FROM {batch}, read_csv('%s', header=false)",
+        "SELECT * FROM {batch}, '%s' AS t",
+        "SELECT * FROM {batch}, glob('%s')",
+    ],
+)
+def test_a_query_in_a_suite_reads_nothing_but_the_dataset(
+    january: str, tmp_path_factory: pytest.TempPathFactory, run: RunInfo, sql: str
+) -> None:
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.csv"
+    secret.write_text("hunter2\n")
+    query = {"type": "unexpected_rows_expectation", "kwargs": {"unexpected_rows_query": sql % secret}}
+    [result] = full_result(run, ValidateData(dataset=january, suite=suite(query)))
+    assert not result["success"]
+    assert "hunter2" not in json.dumps(result)
+    assert re.search("Permission Error|Catalog Error", json.dumps(result["exception_info"]))
+
+
+def test_a_directory_of_files_is_one_dataset(january: str, tmp_path: Path, run: RunInfo) -> None:
+    folder = tmp_path / "parts"
+    duckdb.sql(f"COPY (FROM '{january}') TO '{folder}' (FORMAT parquet, PARTITION_BY (origin))")
+    whole = suite(
+        expect("table_row_count_to_equal", value=27_004),
+        expect("column_values_to_be_in_set", column="origin", value_set=["EWR", "JFK", "LGA"]),
+    )
+    for engine in ("duckdb", "pandas"):
+        stage = ValidateData(dataset=str(folder), suite=whole, engine=engine)  # type: ignore[arg-type]
+        assert stage.run(run).values == {"passed": True}
+
+
+def test_no_rows_fail_what_asks_for_rows(tmp_path: Path, run: RunInfo) -> None:
+    path = tmp_path / "empty.parquet"
+    duckdb.sql(f"COPY (SELECT 1 AS id, 'a' AS text WHERE false) TO '{path}'")
+    asked = suite(
+        expect("table_row_count_to_be_between", min_value=1),
+        expect("column_values_to_not_be_null", column="id"),
+        expect("column_values_to_be_unique", column="id"),
+    )
+    for engine in ("duckdb", "pandas"):
+        stage = ValidateData(dataset=str(path), suite=asked, engine=engine)  # type: ignore[arg-type]
+        assert [r["success"] for r in full_result(run, stage)] == [False, True, True]
+    with pytest.raises(BadInput, match="has no rows, so there is nothing to infer"):
+        ValidateData(dataset=str(path), suite="infer").run(run)
+
+
+def test_too_little_memory_is_told_apart_from_bad_data(tmp_path: Path, run: RunInfo) -> None:
+    path = tmp_path / "wide.parquet"
+    duckdb.sql(f"COPY (SELECT random() AS number FROM range(2_000_000)) TO '{path}'")
+    spread = suite(
+        expect("column_quantile_values_to_be_between", column="number", quantile_ranges=quantiles(0, 0))
+    )
+    with pytest.raises(
+        BadInput, match="could not be evaluated: DuckDB needs more memory: raise memory_limit_mb"
+    ):
+        ValidateData(dataset=str(path), suite=spread, memory_limit_mb=20).run(run)
+
+
+def test_times_are_compared_in_utc(tmp_path: Path, run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    path = tmp_path / "time.parquet"
+    duckdb.sql(f"COPY (SELECT TIMESTAMPTZ '2013-01-01 10:00:00+00' AS seen) TO '{path}'")
+    noon = suite(
+        expect(
+            "column_values_to_be_between",
+            column="seen",
+            min_value="2013-01-01T09:59:00+00:00",
+            max_value="2013-01-01T10:01:00+00:00",
+        ),
+        {
+            "type": "unexpected_rows_expectation",
+            "kwargs": {"unexpected_rows_query": "SELECT * FROM {batch} WHERE hour(seen) <> 10"},
+        },
+    )
+    assert ValidateData(dataset=str(path), suite=noon).run(run).values == {"passed": True}
+
+
+# -- the suite --------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_fill_the_suite(january: str, run: RunInfo) -> None:
+    asked = suite(expect("table_row_count_to_be_between", min_value={"$PARAMETER": "least_rows"}))
+    stage = ValidateData(dataset=january, suite=asked, suite_parameters={"least_rows": 30_000})
+    with pytest.raises(BadInput, match="min_value=30000"):
+        stage.run(run)
+    with pytest.raises(BadConfiguration, match="pass suite_parameters={'least_rows': …}"):
+        ValidateData(dataset=january, suite=asked).run(run)
+
+
+def write(path: Path, content: Any) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a JSON file"),
+        ([], "has no expectations: expected"),
+        ({"expectations": []}, "has no expectations: expected"),
+        (
+            suite({"type": "expect_column_value_to_be_unique", "kwargs": {}}),
+            "mean 'expect_column_values_to_be_unique'",
+        ),
+        (suite({"kwargs": {}}), "expectation 1: there is no expectation None"),
+        (suite(expect("column_values_to_be_unique")), "column\n? *field required|column field required"),
+        (suite(expect("column_values_to_be_unique", column="a", most=1)), "most.*extra fields not permitted"),
+        (suite(expect("column_values_to_be_between", column="a", mostly=2)), "mostly.*less than"),
+    ],
+)
+def test_a_wrong_suite_gets_one_sentence(
+    january: str, run: RunInfo, tmp_path: Path, content: Any, message: str
+) -> None:
+    path = write(tmp_path / "wrong.json", content)
+    with pytest.raises(BadConfiguration, match=message):
+        ValidateData(dataset=january, suite=path).run(run)
+
+
+def test_an_absent_suite_is_looked_for_by_name(january: str, run: RunInfo, tmp_path: Path) -> None:
+    write(tmp_path / "flights.json", suite(expect("table_row_count_to_equal", value=1)))
+    with pytest.raises(BadConfiguration, match=r"did you mean 'flights.json'\?"):
+        ValidateData(dataset=january, suite=str(tmp_path / "flight.json")).run(run)
+
+
+def test_a_suite_from_the_store_is_fetched_by_its_pin(january: str, run: RunInfo) -> None:
+    artifact = run.save("stored.json", json.dumps(suite(expect("table_row_count_to_equal", value=27_004))))
+    assert ValidateData(dataset=january, suite=artifact.uri).run(run).values == {"passed": True}
+
+
+def test_an_edited_suite_is_a_new_cache_key(january: str, run: RunInfo, tmp_path: Path) -> None:
+    path = tmp_path / "suite.json"
+
+    def key() -> str | None:
+        return cache_key(ValidateData(dataset=january, suite=str(path)), run)
+
+    write(path, suite(expect("table_row_count_to_equal", value=1)))
+    first = key()
+    write(path, json.dumps(suite(expect("table_row_count_to_equal", value=1)), indent=4))
+    assert key() == first  # white space is no change
+    write(path, suite(expect("table_row_count_to_equal", value=2)))
+    assert key() != first
+    inline = [
+        ValidateData(dataset=january, suite=suite(expect("column_to_exist", column=c)))
+        for c in ("a.b", "a.c")
+    ]
+    assert cache_key(inline[0], run) != cache_key(inline[1], run)
+
+
+def test_no_parquet_gets_one_sentence(run: RunInfo, tmp_path: Path, january: str) -> None:
+    truncated = tmp_path / "truncated.parquet"
+    truncated.write_bytes(Path(january).read_bytes()[:5000])
+    for path in (truncated, Path(write(tmp_path / "text.parquet", "a,b\n1,2\n"))):
+        with pytest.raises(BadInput, match=f"{path.name} cannot be read as Parquet: "):
+            ValidateData(dataset=str(path), suite=FAILING).run(run)
+
+
+# -- infer ------------------------------------------------------------------------------------------------------------
+
+
+def infer(run: RunInfo, dataset: str) -> tuple[str, dict[str, Any]]:
+    uri = ValidateData(dataset=dataset, suite="infer").run(run).artifacts["suite"].uri
+    proposed: dict[str, Any] = json.loads(run.fetch(uri).read_text())
+    return uri, proposed
+
+
+def kwargs_of(proposed: dict[str, Any], kind: str, column: str) -> Callable[[], dict[str, Any]] | Any:
+    found = [
+        e["kwargs"]
+        for e in proposed["expectations"]
+        if e["type"] == f"expect_{kind}" and e["kwargs"].get("column") == column
+    ]
+    return found[0] if found else None
+
+
+def test_an_inferred_suite_holds_and_catches_the_next_broken_snapshot(
+    january: str, tmp_path: Path, run: RunInfo
+) -> None:
+    uri, proposed = infer(run, january)
+    assert kwargs_of(proposed, "column_values_to_be_in_set", "origin")["value_set"] == ["EWR", "JFK", "LGA"]
+    assert kwargs_of(proposed, "column_values_to_not_be_null", "dep_time")["mostly"] == 0.88  # 1.9% are null
+    assert "mostly" not in kwargs_of(proposed, "column_values_to_not_be_null", "carrier")
+    assert kwargs_of(proposed, "column_values_to_be_between", "distance")["min_value"] == 0  # never below 0
+    assert ValidateData(dataset=january, suite=uri).run(run).values == {"passed": True}
+
+    broken = tmp_path / "broken.parquet"
+    duckdb.sql(
+        f"COPY (SELECT * REPLACE (-distance AS distance, 'SWF' AS origin) FROM '{january}') TO '{broken}'"
+    )
+    with pytest.raises(BadInput) as failure:
+        ValidateData(dataset=str(broken), suite=uri).run(run)
+    assert "2 of " in str(failure.value) and "'SWF'" in str(failure.value)
+
+
+def test_an_inferred_suite_takes_any_types_and_names(mixed: str, tmp_path: Path, run: RunInfo) -> None:
+    uri, proposed = infer(run, mixed)
+    assert kwargs_of(proposed, "column_values_to_be_unique", "id") == {"column": "id"}
+    assert kwargs_of(proposed, "column_values_to_be_unique", "group") is None
+    assert kwargs_of(proposed, "column_values_to_be_in_set", CITY)["value_set"] == ["EWR", "JFK", "Łódź"]
+    assert ValidateData(dataset=mixed, suite=uri).run(run).values == {"passed": True}
+
+    nested = tmp_path / "nested.parquet"
+    duckdb.sql(
+        f"COPY (SELECT [1, 2] AS list, {{'a': 1}} AS struct, uuid() AS id, 'x'::BLOB AS blob) TO '{nested}'"
+    )
+    uri, _ = infer(run, str(nested))
+    assert ValidateData(dataset=str(nested), suite=uri).run(run).values == {"passed": True}
