@@ -217,11 +217,11 @@ def _quiet() -> Iterator[None]:
 
 def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Validator:
     """A validator over the data, in a context that lives in memory and sends nothing."""
-    import great_expectations as gx
     from great_expectations.core.batch import Batch
+    from great_expectations.data_context import get_context
     from great_expectations.validator.validator import Validator
 
-    context = gx.get_context(mode="ephemeral")
+    context = get_context(mode="ephemeral")
     context.enable_analytics(False)
     context.variables.progress_bars = {"globally": False}
     if engine == "pandas":
@@ -273,7 +273,7 @@ def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[Expectati
                 id=str(position),
             )
             config.to_domain_obj()
-        except Exception as error:  # pydantic's, the parser's and GX's own share no base class
+        except Exception as error:  # noqa: BLE001 - pydantic's, the parser's and GX's own share no base
             reason = " ".join(str(error).split())
             raise BadConfiguration(f"{where}: {kind}({_arguments(kwargs)}) is not valid: {reason}") from None
         checked.append(config)

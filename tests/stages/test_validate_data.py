@@ -9,10 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
-
-pytest.importorskip("great_expectations.core", reason="needs the extra 'validate'")
-duckdb = pytest.importorskip("duckdb", reason="needs the extra 'validate'")
 
 from lepton_airflow.errors import BadConfiguration, BadInput
 from lepton_airflow.stages import RunInfo, cache_key
@@ -208,8 +206,8 @@ ROWS = {
 
 def test_like_patterns_and_queries_are_sql_only(mixed: str, run: RunInfo) -> None:
     like, rows = full_result(run, ValidateData(dataset=mixed, suite=suite(LIKE, ROWS)))
-    assert like["success"] and like["result"]["unexpected_count"] == 0
-    assert not rows["success"] and rows["result"]["observed_value"] == 143
+    assert (like["success"], like["result"]["unexpected_count"]) == (True, 0)
+    assert (rows["success"], rows["result"]["observed_value"]) == (False, 143)
     with pytest.raises(BadInput, match="does not exist for this engine; set engine='duckdb'"):
         ValidateData(dataset=mixed, suite=suite(LIKE), engine="pandas").run(run)
 
@@ -247,7 +245,7 @@ def test_a_failure_says_what_where_how_many_and_which_values(january: str, run: 
     assert lines[3].endswith(": could not be evaluated: column 'tail' is not in the data")
     assert re.search(r"27004 of 27004 \(100%\) unexpected, e\.g\. \{day=\d+, origin='\w+'\}, \{", lines[4])
     assert "missing=['gate']" in lines[5]
-    assert "could not be evaluated" in lines[6] and "perl operator" in lines[6]
+    assert re.search("could not be evaluated: .*perl operator", lines[6])
     assert lines[7].startswith("- [warning] expect_column_values_to_be_between")
     assert len(str(failure.value)) < 4000
 
@@ -280,7 +278,7 @@ def test_a_warning_expectation_fails_nothing(
 ) -> None:
     mild = expect("column_values_to_be_between", column="distance", max_value=100) | {"severity": "warning"}
     result = ValidateData(dataset=january, suite=suite(mild)).run(run)
-    assert result.values == {"passed": True} and result.metrics["failed"] == 1
+    assert (result.values["passed"], result.metrics["failed"]) == (True, 1)
     assert "[warning]" in caplog.text
 
 
@@ -295,7 +293,7 @@ def test_the_page_is_one_file_that_runs_and_loads_nothing(tmp_path: Path, run: R
         engine=engine,
     )
     page = run.fetch(stage.run(run).artifacts["data_docs"].uri).read_text()
-    assert "<script" not in page and "<link" not in page and "<img" not in page
+    assert not re.search("<(script|link|img)", page)
     assert page.index("Content-Security-Policy") < page.index("<style>")
     assert "default-src 'none'" in page
 
@@ -426,7 +424,7 @@ def test_parameters_fill_the_suite(january: str, run: RunInfo) -> None:
     stage = ValidateData(dataset=january, suite=asked, suite_parameters={"least_rows": 30_000})
     with pytest.raises(BadInput, match="min_value=30000"):
         stage.run(run)
-    with pytest.raises(BadConfiguration, match="pass suite_parameters={'least_rows': …}"):
+    with pytest.raises(BadConfiguration, match=r"pass suite_parameters=\{'least_rows': …\}"):
         ValidateData(dataset=january, suite=asked).run(run)
 
 
@@ -531,7 +529,7 @@ def test_an_inferred_suite_holds_and_catches_the_next_broken_snapshot(
     )
     with pytest.raises(BadInput) as failure:
         ValidateData(dataset=str(broken), suite=uri).run(run)
-    assert "2 of " in str(failure.value) and "'SWF'" in str(failure.value)
+    assert re.match("2 of .*'SWF'", str(failure.value), re.DOTALL)
 
 
 def test_an_inferred_suite_takes_any_types_and_names(mixed: str, tmp_path: Path, run: RunInfo) -> None:
