@@ -1,0 +1,90 @@
+"""The repository keeps its own rules: dependencies explained, layers kept, nothing of one machine in a tracked file."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lepton_airflow.stages import all_stages
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+PROJECT = tomllib.loads(PYPROJECT)["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+REQUIREMENTS = PROJECT["dependencies"] + [item for extra in EXTRAS.values() for item in extra]
+
+# Distributions that are not called what a file of ours says: what it says instead.
+SAID_AS = {
+    "apache-airflow-providers-cncf-kubernetes": "kubernetes",
+    "import-linter": "lint_imports",
+    "lepton-airflow": "",  # another extra: the file is enough
+    "mlflow-skinny": "mlflow",
+    "protobuf": "skl2onnx",
+    "pytest-timeout": "mark.timeout",
+    "s3fs": "s3",
+    "scikit-learn": "sklearn",
+}
+
+
+def name(requirement: str) -> str:
+    return re.split(r"[<>=!\[; ]", requirement, maxsplit=1)[0]
+
+
+@pytest.mark.parametrize("requirement", sorted(set(REQUIREMENTS)))
+def test_a_dependency_names_a_file_that_needs_it(requirement: str) -> None:
+    comments = re.findall(rf'"{re.escape(requirement)}",\s*# ([\w./-]+)', PYPROJECT)
+    assert comments, f"{requirement} has no comment with a file beside it"
+    said = SAID_AS.get(name(requirement), name(requirement).replace("-", "_").removeprefix("apache_"))
+    for file in comments:
+        assert said.lower() in (ROOT / file).read_text().lower().replace("-", "_"), (
+            f"{file} does not speak of {said}"
+        )
+
+
+@pytest.mark.parametrize("stage", all_stages().values(), ids=all_stages())
+def test_the_extra_of_a_stage_brings_its_engines(stage: type) -> None:
+    def brings(extra: str) -> set[str]:
+        inner = re.findall(r"lepton-airflow\[(\w+)\]", " ".join(EXTRAS[extra]))
+        return {name(item).lower() for item in EXTRAS[extra]}.union(*map(brings, inner))
+
+    missing = set(stage.engines) - brings(stage.extra)  # type: ignore[attr-defined]
+    assert missing <= {"torch"}, (
+        f"lepton-airflow[{stage.extra}] lacks them"
+    )  # torch: only for models that use it
+
+
+@pytest.mark.parametrize(
+    "command", ["ruff check --quiet", "ruff format --quiet --check", "lint-imports --no-logo"]
+)
+def test_style_and_layers(command: str) -> None:
+    program, *arguments = command.split()
+    done = subprocess.run(
+        [Path(sys.executable).with_name(program), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_machine_and_no_registry_in_a_tracked_file() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True, cwd=ROOT)
+    of_a_machine = re.compile(r"pypi\.org|pythonhosted|download\.pytorch|/(?:home|Users)/\w+|/root/|/work/")
+    found = [
+        f"{path}:{number}: {line.strip()}"
+        for path in tracked.stdout.split("\0")
+        if path and path != "tests/test_repository.py" and (ROOT / path).is_file()
+        for number, line in enumerate((ROOT / path).read_text(errors="replace").splitlines(), 1)
+        if of_a_machine.search(line)
+    ]
+    assert found == []
+
+
+def test_the_changelog_has_a_place_for_what_comes() -> None:
+    assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
