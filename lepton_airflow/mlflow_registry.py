@@ -151,6 +151,7 @@ class MlflowRegistry:
                         run_id=run.info.run_id,
                         tags=mark | dict(tags),
                         description=description,
+                        await_creation_for=0,  # databases and servers answer when it is there
                     )
                 ]
             if run.info.status != "FINISHED":

@@ -155,8 +155,8 @@ def _calibration(axes: Axes, y: NDArray[np.int64], p: NDArray[Any], classes: Seq
             said, came, yerr=[below, above], color=colour, marker="o", markersize=4, capsize=2, label=label
         )
     axes.set(
-        title="Calibration (tenths of the rows, 95% intervals)",
-        xlabel="Predicted probability",
+        title="Calibration (95% intervals of independent rows)",
+        xlabel="Predicted probability (tenths of the rows)",
         ylabel="Observed share",
         xlim=(0, 1),
         ylim=(0, 1),
@@ -185,7 +185,7 @@ def _confusion(
                     j, i, f"{counts[i, j]:,}\n{share[i, j]:.0%}", ha="center", va="center", color=colour
                 )
     rule = f"from {threshold:g} on" if k == 2 else "the most probable"
-    axes.set(title=f"Confusion (share of each true class; {rule})", xlabel="Predicted", ylabel="True")
+    axes.set(title="Confusion (shares of each true class)", xlabel=f"Predicted ({rule})", ylabel="True")
     axes.spines[:].set_visible(False)
 
 

@@ -32,7 +32,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px;
   margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; }
-p.lead { color: var(--muted); margin: 0; }
+p.lead { color: var(--muted); margin: 0; } .metrics + p.lead { margin-top: .6rem; }
 .metrics { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: .8rem; }
 .metric { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
 .metric b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }

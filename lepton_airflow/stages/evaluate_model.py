@@ -55,7 +55,7 @@ class EvaluateModel(Stage):
 
     engines: ClassVar[tuple[str, ...]] = ("onnxruntime", "scikit-learn", "matplotlib")
     extra: ClassVar[str] = "evaluate"
-    outputs: ClassVar[tuple[str, ...]] = ("report", "metrics")
+    outputs: ClassVar[tuple[str, ...]] = ("report",)
 
     model: ArtifactUri
     dataset: ArtifactUri
@@ -119,7 +119,7 @@ class EvaluateModel(Stage):
         artifact = run.save("report", folder)
         flat = _flat(metrics) | {"rows": float(len(rows.y))}
         self._apply_gate(flat, split_pin(artifact.uri)[0])
-        return Result(summary=summary, artifacts={"report": artifact}, values={"metrics": flat}, metrics=flat)
+        return Result(summary=summary, artifacts={"report": artifact}, metrics=flat)
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ def _parts(column: pd.Series[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
             )
             if mask.any():
                 closing = "]" if number == len(edges) - 2 else ")"
-                yield f"[{low:g}, {high:g}{closing}", mask
+                yield f"[{low:.4g}, {high:.4g}{closing}", mask
     else:
         frequent = list(present.value_counts().index[:_MOST_SLICES])
         for value in frequent:

@@ -103,13 +103,7 @@ class PromoteModel(Stage):
         candidate = find_version(run.store, self.name, self.version)
         connection = run.connection(self.mlflow) if self.mlflow else None
         with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
-            entry = _moved_before(run, candidate)
-            if entry:
-                evidence = _stored(run, entry.evidence or "")
-                finding = _Finding(entry.action, f"{entry.sentence} (Moved by this task before.)")
-                moved = True
-            else:
-                finding, evidence, moved = self._decide(run, candidate, may_move)
+            finding, evidence, moved = _moved_before(run, candidate) or self._decide(run, candidate, may_move)
             champion, previous = _show(run, mlflow, self.name)
             link = mlflow.link(self.name, candidate.version)
         reason = finding.sentence
@@ -161,9 +155,9 @@ class PromoteModel(Stage):
             if ledger.append(entry):
                 return finding, evidence, True
             log.info("another task moved the champion of %s in the meantime: judging again", self.name)
-            mine = _moved_before(run, candidate)  # the same task instance, running twice
-            if mine:
-                return _Finding(mine.action, mine.sentence), _stored(run, mine.evidence or ""), True
+            before = _moved_before(run, candidate)  # by the same task instance, running twice
+            if before:
+                return before
 
     def _evidence(
         self, run: RunInfo, bench: _Bench, champion: LedgerEntry | None, finding: _Finding, moves: bool
@@ -324,10 +318,19 @@ class _Bench:
                 )
 
 
-def _moved_before(run: RunInfo, candidate: Registration) -> LedgerEntry | None:
-    """The move that this task instance has made for this package, if it has."""
-    entries = Ledger(run.store, candidate.name).entries()
-    return next((e for e in entries if e.run_key == run.run_key and e.sha256 == candidate.sha256), None)
+def _moved_before(run: RunInfo, candidate: Registration) -> tuple[_Finding, Artifact, bool] | None:
+    """What this task instance decided when it moved the champion to this package, if it did."""
+    for entry in Ledger(run.store, candidate.name).entries():
+        if entry.run_key == run.run_key and entry.sha256 == candidate.sha256 and entry.evidence:
+            path = run.fetch(entry.evidence)
+            artifact = Artifact(entry.evidence, split_pin(entry.evidence)[1] or "", path.stat().st_size)
+            metrics = json.loads(path.read_bytes())["metrics"]
+            return (
+                _Finding(entry.action, f"{entry.sentence} (Moved by this task before.)", metrics),
+                artifact,
+                True,
+            )
+    return None
 
 
 def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, int | None]:
@@ -342,11 +345,6 @@ def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, 
         aliases: dict[str, int | None] = {"champion": champion, "previous": previous}
         mlflow.point(name, aliases | dict(alias_targets(registrations(run.store, name))))
     return champion, previous
-
-
-def _stored(run: RunInfo, uri: str) -> Artifact:
-    path = run.fetch(uri)
-    return Artifact(uri=uri, sha256=split_pin(uri)[1] or "", bytes=path.stat().st_size)
 
 
 def _span(window: Mapping[str, str] | None) -> str:

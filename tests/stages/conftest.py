@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +25,7 @@ from lepton_airflow.package import ModelCard, Touched, features_of, write_packag
 from lepton_airflow.store import Store, digest_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import pandas as pd
 
@@ -124,3 +136,107 @@ def _linear_onnx(info: DatasetInfo, weights: Sequence[Any]) -> bytes:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     return bytes(model.SerializeToString())
+
+
+# -- MLflow, for real --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making one takes seconds of migrations, copying it takes none."""
+    from lepton_airflow.mlflow_registry import open_registry
+
+    folder = tmp_path_factory.mktemp("mlflow-template")
+    with open_registry(f"sqlite:///{folder}/mlflow.db", None, folder):
+        return folder / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_sqlite(tmp_path: Path, mlflow_template: Path) -> str:
+    """Tracking URI of a fresh MLflow database."""
+    folder = tmp_path / "mlflow"
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+class MlflowServer:
+    """A real ``mlflow server`` on a free loopback port; it can be stopped and started again on the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        mlflow = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        data = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*mlflow, *data, "--artifacts-destination", str(self.folder / "artifacts")],
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with (
+                contextlib.suppress(urllib.error.URLError, OSError),
+                urllib.request.urlopen(f"{self.uri}/health"),
+            ):
+                return
+            time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Iterator[MlflowServer]:
+    """The session's MLflow server. A test that stops it starts it again."""
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    server = MlflowServer(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def at_once() -> Iterator[Callable[[Sequence[Callable[..., Any]], Sequence[Any]], list[Any]]]:
+    """``at_once([a.run, b.run], [run_a, run_b])``: each call in a process of its own, all together.
+
+    The processes are forked from one that has imported the engines, so that they start within milliseconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "lepton_airflow.stages.promote_model",
+            "lepton_airflow.stages.register_model",
+            "mlflow.store.model_registry.sqlalchemy_store",
+            "mlflow.store.tracking.sqlalchemy_store",
+            "onnxruntime",
+            "pandas",
+            "pyarrow.parquet",
+            "scipy.stats",
+            "sklearn.metrics",
+        ]
+    )
+
+    def call(functions: Sequence[Callable[..., Any]], arguments: Sequence[Any]) -> list[Any]:
+        with ProcessPoolExecutor(len(functions), mp_context=context) as pool:
+            futures = [pool.submit(f, a) for f, a in zip(functions, arguments, strict=True)]
+            return [future.result() for future in futures]
+
+    return call
