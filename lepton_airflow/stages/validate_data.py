@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 INFER = "infer"
 
-# A receipt, the message in it included, has at most 8 KB.
-_MAX_FAILURES_SHOWN = 12
+# A receipt has at most 8 KB and holds the message twice; the two addresses at its end must not be cut off.
+_MAX_LIST_BYTES = 2000
+_MAX_LINE = 300
 _MAX_EXAMPLES_SHOWN = 5
-_MAX_LINE = 320
 
 
 @dataclass(kw_only=True)
@@ -97,10 +97,10 @@ class ValidateData(Stage):
     def _validate(
         self, con: duckdb.DuckDBPyConnection, path: Path, suite: dict[str, Any], run: RunInfo
     ) -> Result:
-        from great_expectations.core import ExpectationSuiteValidationResult
-        from great_expectations.validator.validator import calc_validation_statistics
-
         with _quiet():
+            from great_expectations.core import ExpectationSuiteValidationResult
+            from great_expectations.validator.validator import calc_validation_statistics
+
             validator = _validator(con, path, self.engine)
             expectations = _expectations(suite, set(self.suite_parameters))
             results = _evaluate(validator, expectations, self.suite_parameters, self.max_offending)
@@ -354,12 +354,17 @@ _HEAD = """
 
 
 def _failure_text(failed: list[ExpectationValidationResult], total: int, where: str) -> str:
-    """One line per failed expectation, the critical ones first."""
+    """One line per failed expectation, the critical ones first, as many as a receipt has room for."""
     ordered = sorted(failed, key=lambda r: _severity(r) != "critical")
     lines = [f"{len(failed)} of {total} expectations failed: {where}."]
-    lines += [_shorten(f"- {_failure(r)}", _MAX_LINE) for r in ordered[:_MAX_FAILURES_SHOWN]]
-    if len(ordered) > _MAX_FAILURES_SHOWN:
-        lines.append(f"- and {len(ordered) - _MAX_FAILURES_SHOWN} more, in the full result.")
+    room = _MAX_LIST_BYTES
+    for shown, result in enumerate(ordered):
+        line = _shorten(f"- {_failure(result)}", _MAX_LINE)
+        room -= len(json.dumps(line))
+        if room < 0:
+            lines.append(f"- and {len(ordered) - shown} more, in the full result.")
+            break
+        lines.append(line)
     return "\n".join(lines)
 
 
