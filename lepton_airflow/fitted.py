@@ -7,6 +7,7 @@ Three kinds come in, a scikit-learn estimator, a torch module and an ONNX model,
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -159,7 +160,7 @@ def _convert_sklearn(estimator: Any, features: Sequence[Feature], trainer: str) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = convert_sklearn(
-                estimator,
+                _with_float32_thresholds(estimator),
                 name="model",
                 initial_types=inputs,
                 target_opset={"": OPSET, "ai.onnx.ml": 3},
@@ -174,6 +175,32 @@ def _convert_sklearn(estimator: Any, features: Sequence[Feature], trainer: str) 
         if entry.domain == "":
             entry.version = OPSET
     return model if by_column else _with_concat(model, features)
+
+
+def _with_float32_thresholds(estimator: Any) -> Any:
+    """A copy whose histogram trees split where float32 comparisons split the same.
+
+    skl2onnx rounds their thresholds to the nearest float32, which may lie above a value that the float64 threshold lies
+    below. For a float32 ``x``, ``x <= t`` is exactly ``x <= (the largest float32 not above t)``.
+    """
+    import numpy as np
+
+    def visit(value: Any) -> None:
+        if isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "get_params"):
+            for tree in (t for trees in getattr(value, "_predictors", ()) for t in trees):
+                exact = tree.nodes["num_threshold"]
+                near = exact.astype(np.float32)
+                below = np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+                tree.nodes["num_threshold"] = below
+            for item in vars(value).values():
+                visit(item)
+
+    estimator = copy.deepcopy(estimator)
+    visit(estimator)
+    return estimator
 
 
 def _selects_columns(estimator: Any) -> bool:
@@ -238,9 +265,10 @@ class TorchModel:
         width = self._width()
         rows = torch.export.Dim("rows", min=1)
         quiet = io.StringIO()
-        exporter_log = logging.getLogger("torch.onnx")
-        level = exporter_log.level
-        exporter_log.setLevel(logging.ERROR)
+        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             with contextlib.redirect_stdout(quiet), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -263,7 +291,8 @@ class TorchModel:
                 "Python branches on values."
             ) from error
         finally:
-            exporter_log.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
         with torch.inference_mode():
             columns = int(self.module(torch.zeros(2, width)).reshape(2, -1).shape[1])
         if self.transformer is None:
@@ -458,9 +487,11 @@ def _finish(model: onnx.ModelProto, output: str, schema: Schema, *, columns: int
         label = TensorProto.INT64 if whole else TensorProto.STRING
         graph.output.append(helper.make_tensor_value_info("label", label, ["rows"]))
     own = set(constants) | {out for _, _, outs, _ in nodes for out in outs} - set(OUTPUTS[schema.task])
-    for kind_, ins, outs, attributes in nodes:
-        ins, outs = ([f"end/{n}" if n in own else n for n in names] for names in (ins, outs))
-        graph.node.append(helper.make_node(kind_, ins, outs, name=f"end/{kind_}_{outs[0]}", **attributes))
+    for operator, *tensors, attributes in nodes:
+        read, made = ([f"end/{n}" if n in own else n for n in names] for names in tensors)
+        graph.node.append(
+            helper.make_node(operator, read, made, name=f"end/{operator}_{made[0]}", **attributes)
+        )
     graph.initializer.extend(numpy_helper.from_array(v, f"end/{k}") for k, v in constants.items())
     shape = ["rows", schema.output_columns]
     graph.output.insert(0, helper.make_tensor_value_info(main, TensorProto.FLOAT, shape))

@@ -25,7 +25,10 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {"alpha": {"low": 1e-3, "high": 1e3, "
 
 
 def fit(
-    train: pd.DataFrame, valid: pd.DataFrame | None, hyperparameters: dict[str, Any], run: TrainerRun
+    train: pd.DataFrame,
+    valid: pd.DataFrame | None,  # noqa: ARG001  the trainer contract has it
+    hyperparameters: dict[str, Any],
+    run: TrainerRun,
 ) -> Any:
     """Fit on ``train``; ``valid`` is not needed."""
     from sklearn.linear_model import Ridge

@@ -33,7 +33,10 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {"C": {"low": 1e-4, "high": 1e2, "log"
 
 
 def fit(
-    train: pd.DataFrame, valid: pd.DataFrame | None, hyperparameters: dict[str, Any], run: TrainerRun
+    train: pd.DataFrame,
+    valid: pd.DataFrame | None,  # noqa: ARG001  the trainer contract has it
+    hyperparameters: dict[str, Any],
+    run: TrainerRun,
 ) -> Any:
     """Fit on ``train``; ``valid`` is not needed."""
     from sklearn.linear_model import LogisticRegression

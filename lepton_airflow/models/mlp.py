@@ -19,6 +19,7 @@ min_frequency    rows that a category needs to get its column [rows]
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +164,7 @@ def _network(inputs: int, outputs: int, h: dict[str, Any]) -> Any:
 
     sizes = [inputs, *[h["hidden"]] * h["layers"]]
     hidden: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         hidden += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(h["dropout"])]
     return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
 

@@ -67,7 +67,7 @@ class TrainModel(Stage):
     profile: ArtifactUri | None = None
     seed: int = 0
     parity_tolerance: float = 1e-4
-    threads: int = 2
+    threads: int = 1
 
     engines: ClassVar[tuple[str, ...]] = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "torch", "numpy")
     extra: ClassVar[str] = "train"
