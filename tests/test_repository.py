@@ -60,9 +60,9 @@ def test_the_extra_of_a_stage_brings_its_engines(stage: type) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["ruff check --quiet", "ruff format --quiet --check", "lint-imports --no-logo"]
+    "command", ["ruff check --quiet", "ruff format --quiet --check", "lint-imports --no-logo", "mypy"]
 )
-def test_style_and_layers(command: str) -> None:
+def test_style_layers_and_types(command: str) -> None:
     program, *arguments = command.split()
     done = subprocess.run(
         [Path(sys.executable).with_name(program), *arguments],
