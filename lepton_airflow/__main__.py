@@ -11,12 +11,13 @@ import logging
 import os
 import sys
 import textwrap
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from lepton_airflow import __version__
-from lepton_airflow.errors import ContractError, LeptonError
+from lepton_airflow.errors import ContractError, LeptonError, StoreError
 from lepton_airflow.stages import all_stages, describe, get_stage
 from lepton_airflow.store import Store, connections_from_json
 
@@ -30,8 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="run the stage that a request names and write its receipt")
     run.add_argument("request", type=Path)
     run.add_argument("receipt", type=Path)
-    run.add_argument("--connections-fd", type=int, help="inherited pipe from which the Connections are read, as JSON")
-    run.add_argument("--parent-fd", type=int, help="inherited pipe; when its other end closes, the stage ends")
+    run.add_argument(
+        "--connections-fd", type=int, help="inherited pipe from which the Connections are read, as JSON"
+    )
+    run.add_argument(
+        "--parent-fd", type=int, help="inherited pipe; when its other end closes, the stage ends"
+    )
+    run.add_argument("--search-path", default="", help="where user code lies besides: appended to sys.path")
     run.set_defaults(call=_run)
 
     stages = commands.add_parser("stages", help="list the stages, one line each")
@@ -47,9 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     ls = cache.add_parser("ls", help="list what can be reused, oldest first")
     evict = cache.add_parser("evict", help="drop entries, and the artifacts that nothing needs any more")
-    evict.add_argument("--older-than-s", type=float, default=0.0, help="only entries at least this old [seconds]")
+    evict.add_argument(
+        "--older-than-s", type=float, default=0.0, help="only entries at least this old [seconds]"
+    )
     for command, call in ((ls, _cache_ls), (evict, _cache_evict)):
-        command.add_argument("--store", default=os.environ.get("AIRFLOW__LEPTON__STORE"), help="the store's URI")
+        command.add_argument(
+            "--store", default=os.environ.get("AIRFLOW__LEPTON__STORE"), help="the store's URI"
+        )
         command.add_argument("--stage", help="only this stage's entries")
         command.set_defaults(call=call)
 
@@ -67,47 +77,56 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from lepton_airflow.contract import Request
-    from lepton_airflow.door import end_with_parent, perform, redact, stop_on_sigterm
+    from lepton_airflow.door import perform, redactor, stop_on_sigterm
+    from lepton_airflow.processes import end_with_parent
 
     if args.parent_fd is not None:
         end_with_parent(args.parent_fd)
     text = ""
     if args.connections_fd is not None:
-        with open(args.connections_fd) as pipe:
+        with open(args.connections_fd, encoding="utf-8") as pipe:
             text = pipe.read()
     connections = connections_from_json(text)
-    formatter = logging.Formatter("%(levelname)s %(message)s")
+    sys.path += [folder for folder in args.search_path.split(os.pathsep) if folder and folder not in sys.path]
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(formatter)
-    handler.addFilter(_Redaction(lambda message: redact(message, connections)))
+    handler.setFormatter(_Lines(redactor(connections)))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     try:
         request = Request.from_json(args.request.read_bytes())
     except OSError as error:
         raise ContractError(f"the request {args.request} cannot be read: {error.strerror}.") from None
-    kind = all_stages().get(request.stage)
+    try:
+        kind = get_stage(request.stage)
+    except Exception:  # noqa: BLE001 - whatever importing a user's module raises: perform meets it again and says it
+        kind = None
     receipt = perform(request, connections, stop_on_sigterm(kind))
-    temporary = args.receipt.with_name(args.receipt.name + ".tmp")
-    temporary.write_text(receipt.to_json())
-    temporary.replace(args.receipt)
+    try:
+        temporary = args.receipt.with_name(args.receipt.name + ".tmp")
+        temporary.write_text(receipt.to_json(), encoding="utf-8")
+        temporary.replace(args.receipt)
+    except OSError as error:
+        raise StoreError(f"the receipt {args.receipt} cannot be written: {error.strerror}.") from None
     level = logging.ERROR if receipt.error else logging.INFO
-    logging.getLogger("lepton_airflow").log(level, "%s %s: %s", receipt.stage, receipt.status, receipt.summary)
+    logging.getLogger("lepton_airflow").log(
+        level, "%s %s: %s", receipt.stage, receipt.status, receipt.summary
+    )
     return int(receipt.error["exit_code"]) if receipt.error else 0
 
 
-class _Redaction(logging.Filter):
-    """Keeps the Connections' secrets out of the log."""
+class _Lines(logging.Formatter):
+    """Starts every line with its level, those of a traceback too, and keeps the Connections' secrets out."""
 
-    def __init__(self, redact) -> None:  # type: ignore[no-untyped-def]
-        super().__init__()
-        self._redact = redact
+    def __init__(self, hide: Callable[[str], str]) -> None:
+        super().__init__("%(message)s")
+        self._hide = hide
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self._redact(record.getMessage()), None
-        return True
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(
+            f"{record.levelname} {line}" for line in self._hide(super().format(record)).split("\n")
+        )
 
 
-def _stages(args: argparse.Namespace) -> int:
+def _stages(_: argparse.Namespace) -> int:
     found = all_stages()
     width = max(map(len, found), default=0)
     for name, stage in found.items():
@@ -124,7 +143,11 @@ def _describe(args: argparse.Namespace) -> int:
     first = (stage.__doc__ or "").strip().splitlines()[0]
     print(f"{args.stage}: {first}\n")
     for p in parameters:
-        print(f"  {p.name}: {p.type} = {p.default}" if p.default != "required" else f"  {p.name}: {p.type}  (required)")
+        print(
+            f"  {p.name}: {p.type} = {p.default}"
+            if p.default != "required"
+            else f"  {p.name}: {p.type}  (required)"
+        )
         for line in textwrap.wrap(p.text, 100):
             print(f"      {line}")
     print(f"\nreturns: {', '.join(stage.outputs) or 'no outputs'}")
@@ -144,7 +167,9 @@ def _cache_ls(args: argparse.Namespace) -> int:
     for _, entry in _store(args).cache_entries():
         if args.stage in (None, entry.stage):
             size = sum(a.bytes for a in entry.artifacts.values())
-            print(f"{entry.created}  {entry.stage:<14} {(entry.cache_key or '')[:12]}  {size:>12,} B  {entry.seconds:>8.1f} s")
+            print(
+                f"{entry.created}  {entry.stage:<14} {(entry.cache_key or '')[:12]}  {size:>12,} B  {entry.seconds:>8.1f} s"
+            )
     return 0
 
 

@@ -41,11 +41,13 @@ def split_pin(uri: str) -> tuple[str, str | None]:
 def canonical_json(value: Any) -> str:
     """The one JSON text of a value: sorted keys, no spaces, no NaN."""
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text.encode()  # see _json
     except (TypeError, ValueError) as error:
         raise ContractError(
             f"a value cannot travel as JSON: {error}. Pass strings, numbers, lists, dicts."
         ) from None
+    return text
 
 
 def digest_of(value: Any) -> str:

@@ -1,23 +1,25 @@
-"""What happens around a stage, wherever it runs: cache, scratch space, receipt, and an end with its parent."""
+"""What happens around a stage, wherever it runs: cache, scratch space, receipt, and a stop when asked for one."""
 
 from __future__ import annotations
 
+import bisect
+import json
 import logging
 import math
-import os
+import re
 import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.errors import ContractError, LeptonError, MissingExtra, OutOfMemory, StoreError
+from lepton_airflow.errors import ContractError, LeptonError, MissingExtra, OutOfMemory, Preempted
 from lepton_airflow.stages import Result, RunInfo, Stage, build, cache_key, get_stage, versions
 from lepton_airflow.store import Connection, Store, now
 
@@ -42,18 +44,23 @@ def perform(
         store = Store(request.store, connections.get(request.store_connection or ""))
         receipt = _perform(request, store, connections, should_stop)
     except MemoryError:
-        receipt = _failed(request, OutOfMemory(f"{request.stage} ran out of memory: give it more, or lower its limits."))
-    except Exception as error:
+        receipt = _failed(
+            request, OutOfMemory(f"{request.stage} ran out of memory: give it more, or lower its limits.")
+        )
+    except SystemExit as error:
+        ended = f"{request.stage}: its code called sys.exit({error.code!r}); raise an error, or Skipped, to end a stage."
+        receipt = _failed(request, LeptonError(ended), connections)
+    except Exception as error:  # noqa: BLE001 - every failure gets its receipt
         if not isinstance(error, LeptonError):
-            log.error("%s", redact(traceback.format_exc(), connections))
+            log.error("%s", redact(traceback.format_exc(), connections))  # noqa: TRY400 - log.exception would not redact
         receipt = _failed(request, error, connections)
     if receipt.status not in ("done", "cached"):
         receipt = replace(receipt, seconds=round(time.monotonic() - started, 3))
     if store is not None:
         try:
             store.record(receipt)
-        except StoreError as error:  # a receipt that cannot be kept is no proof
-            return receipt if receipt.error else _failed(request, error)
+        except LeptonError as error:  # a receipt that cannot be kept is no proof
+            return receipt if receipt.error else _failed(request, error, connections)
     return receipt
 
 
@@ -82,7 +89,9 @@ def _perform(
             if hit is not None:
                 return replace(hit, run_key=request.run_key, status="cached")
         elif kind.cacheable:
-            log.info("cache not used: %s", "an input has no digest" if not key else f"cache={request.cache!r}")
+            log.info(
+                "cache not used: %s", "an input has no digest" if not key else f"cache={request.cache!r}"
+            )
         started = time.monotonic()
         result = _run(kind, stage, run)
         receipt = Receipt(
@@ -101,8 +110,11 @@ def _perform(
         )
         undeclared = sorted({*receipt.artifacts, *receipt.values} - set(kind.outputs))
         if undeclared:
-            raise ContractError(f"{request.stage} returned {', '.join(undeclared)}, which its `outputs` does not name.")
-        receipt.to_json()  # too large or not JSON: say so before it is recorded
+            raise ContractError(
+                f"{request.stage} returned {', '.join(undeclared)}, which its `outputs` does not name."
+            )
+        # Too large or not JSON: say so before it is recorded, also as the few bytes longer receipt of a hit.
+        replace(receipt, status="cached").to_json()
         if kind.cacheable and request.cache != "off":
             store.cache_record(receipt)
         return receipt
@@ -110,28 +122,54 @@ def _perform(
 
 def _run(kind: type[Stage], stage: Stage, run: RunInfo) -> Result:
     try:
-        return stage.run(run)
+        result = stage.run(run)
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if not kind.extra or library not in ENGINE_MODULES:
             raise
         raise MissingExtra(kind.__name__, library, kind.extra) from error
+    if not isinstance(result, Result):
+        raise ContractError(f"{kind.__name__}.run returned {type(result).__name__}, expected a Result.")
+    return result
 
 
 # Modules that an extra of this package brings; any other missing module is the user's own.
 ENGINE_MODULES = frozenset(
-    "adbc_driver_manager adbc_driver_postgresql adbc_driver_sqlite alembic duckdb duckdb_engine great_expectations "
-    "matplotlib mlflow numpy onnx onnxruntime onnxscript optuna pandas pyarrow scipy skl2onnx sklearn sqlalchemy "
-    "torch".split()
+    [
+        "adbc_driver_manager",
+        "adbc_driver_postgresql",
+        "adbc_driver_sqlite",
+        "alembic",
+        "duckdb",
+        "duckdb_engine",
+        "great_expectations",
+        "matplotlib",
+        "mlflow",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "optuna",
+        "pandas",
+        "pyarrow",
+        "scipy",
+        "skl2onnx",
+        "sklearn",
+        "sqlalchemy",
+        "torch",
+    ]
 )
 
 
-def _failed(request: Request, error: Exception, connections: Mapping[str, Connection] | None = None) -> Receipt:
+def _failed(
+    request: Request, error: Exception, connections: Mapping[str, Connection] | None = None
+) -> Receipt:
     exit_code = error.exit_code if isinstance(error, LeptonError) else 1
     kind = type(error).__name__
     text = str(error) or kind
-    message = redact(text if isinstance(error, LeptonError) else f"{kind}: {text}", connections or {})
-    message = message if len(message) <= _MAX_MESSAGE else message[: _MAX_MESSAGE - 1] + "…"
+    message = _clipped(
+        redact(text if isinstance(error, LeptonError) else f"{kind}: {text}", connections or {})
+    )
     return Receipt(
         stage=request.stage,
         run_key=request.run_key,
@@ -143,40 +181,79 @@ def _failed(request: Request, error: Exception, connections: Mapping[str, Connec
     )
 
 
-_MAX_MESSAGE = 1800  # characters: the message stands twice in a receipt of at most 8 KB
+_MAX_MESSAGE_BYTES = 3000  # as JSON: the message stands twice in a receipt of at most 8 KB
+
+
+def _clipped(text: str) -> str:
+    """The text, or as much of its beginning as a receipt can carry."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+
+    def room(end: int) -> bool:
+        return len(json.dumps(text[:end], ensure_ascii=False).encode()) <= _MAX_MESSAGE_BYTES
+
+    if room(len(text)):
+        return text
+    return (
+        text[: bisect.bisect_left(range(_MAX_MESSAGE_BYTES), True, key=lambda end: not room(end)) - 1] + "…"
+    )
 
 
 def redact(text: str, connections: Mapping[str, Connection]) -> str:
     """The text without any secret of the given Connections: a driver's message may quote its whole URL."""
-    for connection in connections.values():
-        for secret in _secrets(connection):
-            text = text.replace(secret, "***")
-    return text
+    return redactor(connections)(text)
 
 
-def _secrets(connection: Connection) -> list[str]:
-    found = [connection.password or ""]
-    stack: list[Any] = [connection.extra]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, str):
-            found.append(item)
-    return sorted((s for s in found if len(s) >= _SHORTEST_SECRET), key=len, reverse=True)
+def redactor(connections: Mapping[str, Connection]) -> Callable[[str], str]:
+    """A function that takes the secrets of the given Connections out of a text, also where they are quoted or escaped."""
+    found = {
+        form
+        for connection in connections.values()
+        for secret in _secrets(connection)
+        for line in secret.splitlines()  # a key of several lines reaches the log line by line
+        for form in (line, quote(line, safe=""), quote_plus(line), json.dumps(line)[1:-1], repr(line)[1:-1])
+        if len(line) >= _SHORTEST_SECRET
+    }
+    if not found:
+        return lambda text: text
+    pattern = re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
+    return lambda text: pattern.sub("***", text)
+
+
+def _secrets(connection: Connection) -> Iterator[str]:
+    if connection.password:
+        yield connection.password
+    yield from _secrets_in(connection.extra, secret=False)
+
+
+def _secrets_in(value: Any, *, secret: bool) -> Iterator[str]:
+    """Strings under names that sound secret, as Airflow tells them, and the passwords inside URLs."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _secrets_in(item, secret=secret or bool(_SECRET_NAME.search(str(name))))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _secrets_in(item, secret=secret)
+    elif isinstance(value, str):
+        if secret:
+            yield value
+        yield from _URL_PASSWORD.findall(value)
 
 
 _SHORTEST_SECRET = 5  # shorter ones would blank ordinary words
+_SECRET_NAME = re.compile(
+    r"pass(wd|word|phrase)|secret|token|key|credential|auth|connection_string|sas", re.IGNORECASE
+)
+_URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 
 
 def plain(value: Any) -> Any:
-    """JSON values: numpy scalars become numbers, NaN and infinities become null."""
+    """JSON values: numpy's scalars and arrays become numbers and lists, NaN and infinities become null."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -184,34 +261,17 @@ def plain(value: Any) -> Any:
 
 def stop_on_sigterm(kind: type[Stage] | None) -> Callable[[], bool]:
     """Handle SIGTERM: a resumable stage is told through ``should_stop``, any other ends at once as preempted."""
-    from lepton_airflow.errors import Preempted
-
     asked = threading.Event()
 
     def handle(_signum: int, _frame: Any) -> None:
+        first = not asked.is_set()
         asked.set()
-        if kind is None or not kind.resumable:
-            raise Preempted("asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again.")
+        if first and (
+            kind is None or not kind.resumable
+        ):  # once: a second one must not break into the tidying up
+            raise Preempted(
+                "asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again."
+            )
 
     signal.signal(signal.SIGTERM, handle)
     return asked.is_set
-
-
-def end_with_parent(pipe: int) -> None:
-    """End this process and all its children once the other end of ``pipe`` closes, as it does when a worker is killed.
-
-    Must be called in the leader of a process group: the whole group is told to stop, and killed two seconds later.
-    """
-
-    def watch() -> None:
-        with suppress(OSError):
-            while os.read(pipe, 1):
-                pass
-        group = os.getpgrp()
-        log.error("the process that started this stage is gone: stopping")
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM)
-        time.sleep(2)
-        os.killpg(group, signal.SIGKILL)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

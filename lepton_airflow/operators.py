@@ -18,22 +18,25 @@ from __future__ import annotations
 
 import inspect
 import os
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar
 
-from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException
+from airflow.providers.common.compat.sdk import (
+    AirflowFailException,
+    AirflowNotFoundException,
+    AirflowSkipException,
+)
 from airflow.sdk import BaseOperator
 
 from lepton_airflow import settings, window as windows
 from lepton_airflow.contract import Receipt, Request, RunIdentity
 from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
-from lepton_airflow.runners import Runner
-from lepton_airflow.stages import Stage, all_stages, markers
+from lepton_airflow.stages import Stage, all_stages, build, choices, markers, stage_name
 from lepton_airflow.store import Connection, Store
 
 _COMMON: dict[str, Any] = {"runner": None, "store": None, "cache": "use", "cache_ttl_s": None, "window": None}
+_BASE = frozenset(inspect.signature(BaseOperator.__init__).parameters)  # what every Airflow operator takes
 
 
 class StageOperator(BaseOperator):
@@ -51,19 +54,21 @@ class StageOperator(BaseOperator):
         if stage is None:
             return
         names = [f.name for f in fields(stage)]
-        clash = sorted(set(names) & {*_COMMON, *inspect.signature(BaseOperator.__init__).parameters})
+        clash = sorted(set(names) & {*_COMMON, *_BASE})
         if clash:
-            raise BadConfiguration(f"{stage.__name__}: field {clash[0]!r} is an argument of every operator; rename it.")
+            raise BadConfiguration(
+                f"{stage.__name__}: field {clash[0]!r} is an argument of every operator; rename it."
+            )
         cls.stage = stage
         cls.template_fields = (*names, "store", "cache", "window")
         cls.template_fields_renderers = {n: "sql" for n in names if n in ("query", "features")}
         cls.__doc__ = f"{inspect.getdoc(stage)}\n\n{_returns(stage)}"
 
-        def __init__(self: StageOperator, **kwargs: Any) -> None:
+        def __init__(self: StageOperator, **kwargs: Any) -> None:  # noqa: N807 - it becomes the class's own
             own = {name: kwargs.pop(name) for name in names if name in kwargs}
             common = {name: kwargs.pop(name, default) for name, default in _COMMON.items()}
             _check_names(cls, kwargs)
-            _check_literals(stage, own)
+            _check_choices(stage, own | {"cache": common["cache"]})
             super(cls, self).__init__(**kwargs)
             for f in fields(stage):
                 default = f.default_factory() if f.default_factory is not MISSING else f.default
@@ -108,7 +113,7 @@ class StageOperator(BaseOperator):
 
     def _request(self, context: Mapping[str, Any]) -> Request:
         dag_run, ti = context["dag_run"], context["ti"]
-        stage = self.stage.__name__
+        stage = stage_name(self.stage)
         folder = str(getattr(context.get("dag"), "folder", "") or "")
         parameters = {f.name: _beside(getattr(self, f.name), folder) for f in fields(self.stage)}
         if self.window:
@@ -119,14 +124,14 @@ class StageOperator(BaseOperator):
         else:
             window, note = windows.resolve(context)
         store_connection = settings.setting("store_conn_id") if not self.store else None
-        built = _untemplated(self.stage, parameters)
+        needed = build(stage, parameters).connection_ids()
         refresh = (context.get("params") or {}).get("refresh_cache") is True
         return Request(
             stage=stage,
             parameters=parameters,
             store=str(self.store or settings.default_store()),
             store_connection=store_connection,
-            connections=tuple(dict.fromkeys([*([store_connection] if store_connection else []), *built])),
+            connections=tuple(dict.fromkeys([*([store_connection] if store_connection else []), *needed])),
             window=window,
             window_note=note,
             cache="refresh" if refresh and self.cache == "use" else str(self.cache),
@@ -146,14 +151,20 @@ class StageOperator(BaseOperator):
         """Raise unless the store holds this receipt and every artifact it names."""
         store = Store(request.store, connections.get(request.store_connection or ""))
         kept = store.receipt(request.run_key)
-        if kept is None or (kept.run_key, kept.cache_key) != (receipt.run_key, receipt.cache_key):
+        if kept is None or _evidence(kept) != _evidence(receipt):
             raise RunnerError(
                 f"{request.stage}: the store does not hold the receipt of this run ({request.run_key}): another run "
                 "of the same task may have replaced it, or runner and worker see different stores. Clear the task."
             )
         for name, artifact in kept.artifacts.items():
-            if receipt.artifacts.get(name) != artifact or not store.present(artifact):
-                raise RunnerError(f"{request.stage}: artifact {name!r} is not in the store as the receipt says. Clear the task.")
+            if not store.present(artifact):
+                raise RunnerError(
+                    f"{request.stage}: artifact {name!r} is not in the store as the receipt says. Clear the task."
+                )
+
+
+def _evidence(receipt: Receipt) -> tuple[Any, ...]:
+    return receipt.run_key, receipt.cache_key, receipt.artifacts, receipt.values
 
 
 def _beside(value: Any, folder: str) -> Any:
@@ -167,16 +178,16 @@ def _beside(value: Any, folder: str) -> Any:
     return value
 
 
-def _untemplated(stage: type[Stage], parameters: Mapping[str, Any]) -> list[str]:
-    from lepton_airflow.stages import build
-
-    return build(stage.__name__, parameters).connection_ids()
-
-
 def _connection(conn_id: str) -> Connection:
     from airflow.sdk import Connection as AirflowConnection
 
-    found = AirflowConnection.get(conn_id)
+    try:
+        found = AirflowConnection.get(conn_id)
+    except AirflowNotFoundException:
+        raise BadConfiguration(
+            f"Connection {conn_id!r} does not exist: create it in Airflow (Admin, Connections) or set "
+            f"AIRFLOW_CONN_{conn_id.upper()}."
+        ) from None
     return Connection(
         id=conn_id,
         type=found.conn_type or "",
@@ -190,19 +201,20 @@ def _connection(conn_id: str) -> Connection:
 
 
 def _check_names(operator: type[BaseOperator], kwargs: Mapping[str, Any]) -> None:
-    known = {*inspect.signature(BaseOperator.__init__).parameters, "default_args"}
     for name in kwargs:
-        if name not in known and not name.startswith("_"):
+        if name not in _BASE and not name.startswith("_"):
             own = [p for p in inspect.signature(operator).parameters if p != "kwargs"]
             raise TypeError(f"{operator.__name__} has no argument {name!r}; {did_you_mean(name, own)}")
 
 
-def _check_literals(stage: type[Stage], values: Mapping[str, Any]) -> None:
-    hints = typing.get_type_hints(stage)
-    for name, value in values.items():
-        choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
-        if choices and isinstance(value, str) and "{{" not in value and value not in choices:
-            raise BadConfiguration(f"{stage.__name__}: {name}={value!r}; {did_you_mean(value, map(str, choices))}")
+def _check_choices(stage: type[Stage], values: Mapping[str, Any]) -> None:
+    allowed = choices(stage) | {"cache": ("use", "refresh", "off")}
+    for name in values.keys() & allowed.keys():
+        value = values[name]
+        if isinstance(value, str) and "{{" not in value and "{%" not in value and value not in allowed[name]:
+            raise BadConfiguration(
+                f"{stage.__name__}: {name}={value!r}; {did_you_mean(value, map(str, allowed[name]))}"
+            )
 
 
 def _signature(stage: type[Stage]) -> inspect.Signature:
@@ -233,11 +245,15 @@ def _signature(stage: type[Stage]) -> inspect.Signature:
 def _returns(stage: type[Stage]) -> str:
     marked = ", ".join(f"``{name}``" for name in stage.outputs)
     artifacts = ", ".join(f"``{n}``" for n, marker in markers(stage).items() if marker == "artifact")
-    lines = ["Every argument above is templated. See :mod:`lepton_airflow.operators` for the arguments all stages share."]
+    lines = [
+        "Every argument above is templated. See :mod:`lepton_airflow.operators` for the arguments all stages share."
+    ]
     if artifacts:
         lines.append(f"Artifacts ({artifacts}) are URIs, best pinned ones: the output of an earlier stage.")
     if marked:
-        lines.append(f"Pushes one XCom each: {marked}; ``metrics``, a flat dict; ``return_value``, the receipt.")
+        lines.append(
+            f"Pushes one XCom each: {marked}; ``metrics``, a flat dict; ``return_value``, the receipt."
+        )
     return "\n".join(lines)
 
 
@@ -245,10 +261,12 @@ def _named_operators() -> dict[str, type[StageOperator]]:
     made = {}
     for name, stage in all_stages().items():
         namespace = {"__module__": __name__, "__qualname__": f"{name}Operator"}
-        made[f"{name}Operator"] = type(StageOperator)(f"{name}Operator", (StageOperator,), namespace, stage=stage)
+        made[f"{name}Operator"] = type(StageOperator)(
+            f"{name}Operator", (StageOperator,), namespace, stage=stage
+        )
     return made
 
 
 _NAMED = _named_operators()
 globals().update(_NAMED)
-__all__ = ["StageOperator", *_NAMED]
+__all__ = ["StageOperator", *_NAMED]  # noqa: PLE0604 - names all

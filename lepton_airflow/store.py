@@ -518,4 +518,7 @@ def _storage_options(protocol: str, connection: Connection | None) -> dict[str, 
 
 def connections_from_json(text: str | bytes) -> dict[str, Connection]:
     """Read the JSON in which a runner hands Connections over: ``[{"id", "type", "host", …}]``."""
-    return {item["id"]: Connection(**item) for item in json.loads(text or "[]")}
+    try:
+        return {item["id"]: Connection(**item) for item in json.loads(text or "[]")}
+    except (ValueError, KeyError, TypeError):  # no word of the text itself: it holds secrets
+        raise ContractError('the Connections are no JSON list of {"id", "type", "host", …}.') from None

@@ -7,37 +7,93 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.door import redact
-from lepton_airflow.errors import BadConfiguration, OutOfMemory, RunnerError
+from lepton_airflow.door import redactor
+from lepton_airflow.errors import (
+    DO_NOT_RETRY,
+    PREEMPTED,
+    SKIP,
+    BadConfiguration,
+    LeptonError,
+    OutOfMemory,
+    Preempted,
+    RunnerError,
+    from_record,
+)
+from lepton_airflow.processes import MARK, kill_marked, signal_group
 from lepton_airflow.runners import Runner, settle
 from lepton_airflow.store import Connection
+
+if TYPE_CHECKING:
+    import psutil
 
 log = logging.getLogger("lepton_airflow.stage")
 
 # What a stage may see of the worker's environment. AIRFLOW__* and AIRFLOW_CONN_* hold secrets and never pass;
 # cloud credentials come from a Connection or from the machine's role (whose variables only name files and roles).
-ALLOWED_ENVIRONMENT = (
-    "PATH HOME USER LOGNAME SHELL LANG LANGUAGE LC_* TZ TMPDIR VIRTUAL_ENV LD_LIBRARY_PATH PYTHONHASHSEED "
-    "SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy "
-    "OMP_* OPENBLAS_* MKL_* NUMEXPR_* NVIDIA_* CUDA_* "
-    "AWS_REGION AWS_DEFAULT_REGION AWS_ROLE_ARN AWS_WEB_IDENTITY_TOKEN_FILE GOOGLE_APPLICATION_CREDENTIALS "
-    "AZURE_CLIENT_ID AZURE_TENANT_ID AZURE_FEDERATED_TOKEN_FILE"
-).split()
+ALLOWED_ENVIRONMENT = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "LANG",
+    "LANGUAGE",
+    "LC_*",
+    "TZ",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "PYTHONHASHSEED",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "OMP_*",
+    "OPENBLAS_*",
+    "MKL_*",
+    "NUMEXPR_*",
+    "NVIDIA_*",
+    "CUDA_*",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ROLE_ARN",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CA_BUNDLE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "AZURE_CLIENT_ID",
+    "AZURE_TENANT_ID",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "AZURE_AUTHORITY_HOST",
+]
+_NEVER = re.compile(r"^(AIRFLOW__|AIRFLOW_CONN_|AIRFLOW_VAR_|_AIRFLOW)")  # not even when pass_env names them
 
 _LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
+_LONGEST_LINE = (
+    1 << 16
+)  # characters; a longer one is cut in pieces, so that no output fills the worker's memory
 _POLL_S = 0.25
 
 
@@ -45,7 +101,8 @@ _POLL_S = 0.25
 class Subprocess(Runner):
     """Run the stage in its own process group on the worker, with an allow-listed environment.
 
-    :param memory_limit_mb: resident memory of the stage and its children above which it is killed [MiB]; None: no limit.
+    :param memory_limit_mb: memory that the stage and its children may hold before they are killed; what they share
+        counts once, files that are only mapped do not [MiB]; None: no limit.
     :param grace_s: time between asking the stage to stop and killing it [seconds].
     :param env: environment variables to set for the stage. No secrets: they show in the serialized DAG.
     :param pass_env: further variables of the worker to pass on, as names or patterns such as ``MYTEAM_*``.
@@ -67,18 +124,20 @@ class Subprocess(Runner):
 
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
         """Start the door, stream its log, and return the receipt it left."""
-        with tempfile.TemporaryDirectory(prefix="lepton-run-") as folder:
+        with tempfile.TemporaryDirectory(prefix="lepton-run-", ignore_cleanup_errors=True) as folder:
             receipt_file = Path(folder, "receipt.json")
-            Path(folder, "request.json").write_text(request.to_json())
-            with self._started(folder, connections) as process:
-                over_limit = self._attend(process, {c.id: c for c in connections})
+            Path(folder, "request.json").write_text(request.to_json(), encoding="utf-8")
+            Path(folder, "tmp").mkdir()
+            last_words: deque[str] = deque(maxlen=1)
+            with self._started(folder, connections, last_words) as process:
+                over_limit = self._attend(process)
             if over_limit:
                 raise OutOfMemory(
                     f"{request.stage} used {over_limit} MiB, its limit is {self.memory_limit_mb} MiB and it was killed: "
                     "raise memory_limit_mb of the runner, or lower what the stage reads at once."
                 )
             if not receipt_file.exists():
-                raise RunnerError(f"{request.stage} left no receipt: {_how_it_ended(process.returncode)}")
+                raise _without_receipt(request.stage, process.returncode, "".join(last_words))
             return settle(request, Receipt.from_json(receipt_file.read_bytes()))
 
     def cancel(self) -> None:
@@ -86,111 +145,183 @@ class Subprocess(Runner):
         process = self._process
         if process is None:
             return
-        _signal_group(process, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(self.grace_s)
-        _signal_group(process, signal.SIGKILL)
+        signal_group(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + self.grace_s
+        # Airflow calls this from a signal handler, which may have interrupted run() anywhere: so no lock is taken here.
+        while time.monotonic() < deadline and not _ended(process.pid):
+            time.sleep(0.05)
+        signal_group(process.pid, signal.SIGKILL)
 
     @contextmanager
-    def _started(self, folder: str, connections: Sequence[Connection]) -> Iterator[subprocess.Popen[str]]:
+    def _started(
+        self, folder: str, connections: Sequence[Connection], last_words: deque[str]
+    ) -> Iterator[subprocess.Popen[str]]:
+        """The door's process with its log flowing; at the end it is gone, and all that it started."""
         secrets_read, secrets_write = os.pipe()
         # The write end of the second pipe stays with this process alone: when it dies, the stage reads the end of file.
         alive_read, alive_write = os.pipe()
+        mark = secrets.token_hex(16)
+        before, after = _search_path()
         try:
             process = self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "lepton_airflow", "run"),
+                    *(sys.executable, "-P", "-m", "lepton_airflow", "run"),
                     *(f"{folder}/request.json", f"{folder}/receipt.json"),
                     *("--connections-fd", str(secrets_read), "--parent-fd", str(alive_read)),
+                    *("--search-path", os.pathsep.join(after)),
                 ],
                 cwd=folder,
-                env=self._environment(),
+                env=self._environment()
+                # Scratch space lies in the folder that this process removes, however the stage ends.
+                | {"TMPDIR": str(Path(folder, "tmp")), "PYTHONPATH": os.pathsep.join(before), MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
-                bufsize=1,
                 start_new_session=True,
                 pass_fds=(secrets_read, alive_read),
             )
-            os.close(secrets_read)
-            os.close(alive_read)
-            secrets_read = alive_read = -1
-            with open(secrets_write, "w") as pipe:
-                secrets_write = -1
-                with suppress(BrokenPipeError):  # it ended before it read; its exit is reported below
-                    json.dump([asdict(c) for c in connections], pipe)
+            assert process.stdout is not None
+            hide = redactor({c.id: c for c in connections})
+            reader = threading.Thread(target=_forward, args=(process.stdout, hide, last_words), daemon=True)
+            reader.start()
             try:
+                os.close(secrets_read)
+                os.close(alive_read)
+                secrets_read = alive_read = -1
+                with suppress(BrokenPipeError), open(secrets_write, "w", encoding="utf-8") as pipe:
+                    secrets_write = -1
+                    json.dump([asdict(c) for c in connections], pipe)
                 yield process
             finally:
-                _signal_group(process, signal.SIGKILL)  # whatever the stage left behind
-                process.wait()
+                # Nobody has waited for the ended stage until here, so its id cannot have become another's.
+                signal_group(process.pid, signal.SIGKILL)
+                kill_marked(mark)
                 self._process = None
+                process.wait()
+                reader.join(timeout=5)
+                if not reader.is_alive():
+                    process.stdout.close()
         finally:
             for fd in (secrets_read, secrets_write, alive_read, alive_write):
                 if fd >= 0:
                     os.close(fd)
 
-    def _attend(self, process: subprocess.Popen[str], connections: Mapping[str, Connection]) -> int | None:
-        """Bring the log over until the stage ends; the MiB it used if that was over the limit, else None."""
-        over: list[int] = []
+    def _attend(self, process: subprocess.Popen[str]) -> int | None:
+        """Wait until the stage ends, without collecting it; the MiB it held if that was over the limit, else None."""
+        over_limit: list[int] = []
+        ended = threading.Event()
         if self.memory_limit_mb is not None:
-            threading.Thread(target=self._watch_memory, args=(process, over), daemon=True).start()
-        assert process.stdout is not None
-        reader = threading.Thread(target=_forward, args=(process.stdout, connections), daemon=True)
-        reader.start()
-        process.wait()
-        # A grandchild may hold the pipe open; the stage itself has ended, so its group is ended before the last lines.
-        _signal_group(process, signal.SIGKILL)
-        reader.join(timeout=5)
-        return over[0] if over else None
-
-    def _watch_memory(self, process: subprocess.Popen[str], over: list[int]) -> None:
-        import psutil
-
-        limit = (self.memory_limit_mb or 0) << 20
-        while process.poll() is None:
-            used = 0
-            with suppress(psutil.Error):
-                family = psutil.Process(process.pid)
-                for member in (family, *family.children(recursive=True)):
-                    with suppress(psutil.Error):
-                        info = member.memory_info()
-                        used += info.rss - getattr(info, "shared", 0)
-            if used > limit:
-                over.append(used >> 20)
-                _signal_group(process, signal.SIGKILL)
-                return
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_S)
+            limit = self.memory_limit_mb << 20
+            threading.Thread(
+                target=_limit_memory, args=(process.pid, limit, ended, over_limit), daemon=True
+            ).start()
+        try:
+            with suppress(ChildProcessError):  # a worker that ignores SIGCHLD
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        finally:
+            ended.set()
+        return over_limit[0] if over_limit else None
 
     def _environment(self) -> dict[str, str]:
         wanted = [*ALLOWED_ENVIRONMENT, *self.pass_env]
-        env = {k: v for k, v in os.environ.items() if any(fnmatch.fnmatchcase(k, p) for p in wanted)}
-        # User code lives in the DAG bundle or the plugins folder, which Airflow puts on sys.path.
-        installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-        ours = [p for p in sys.path if p and p not in installed and not p.endswith(("lib-dynload", ".zip"))]
-        return env | {"PYTHONPATH": os.pathsep.join(ours), "PYTHONUNBUFFERED": "1"} | self.env
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if any(fnmatch.fnmatchcase(k, p) for p in wanted) and not _NEVER.match(k)
+        }
+        return env | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"} | self.env
 
 
-def _forward(stream: Any, connections: Mapping[str, Connection]) -> None:
-    with suppress(ValueError):  # closed under us after the kill
-        for line in stream:
-            text = redact(line.rstrip("\n"), connections)  # a library may print what it was given
-            level = _LEVEL.match(text)
-            log.log(getattr(logging, level[1]) if level else logging.INFO, "%s", text[level.end() :] if level else text)
+def _search_path() -> tuple[list[str], list[str]]:
+    """What this process's ``sys.path`` has before and after the standard library, where user code and DAGs lie.
+
+    The two stay apart: a DAG file named ``mlflow.py`` hides no library here, and must hide none in the stage.
+    """
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    ours = [
+        (p, place)
+        for place, p in enumerate(sys.path)
+        if p and p not in installed and not p.endswith(("lib-dynload", ".zip"))
+    ]
+    stdlib = (
+        sys.path.index(os.path.dirname(os.__file__))
+        if os.path.dirname(os.__file__) in sys.path
+        else len(sys.path)
+    )
+    before = [p for p, place in ours if place < stdlib]
+    package = str(Path(__file__).parents[2])  # this package itself may lie in a plugins folder
+    if package not in installed and package not in before:
+        before.append(package)
+    return before, [p for p, place in ours if place > stdlib]
 
 
-def _signal_group(process: subprocess.Popen[str], sig: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, sig)
+def _forward(stream: IO[str], hide: Callable[[str], str], last_words: deque[str]) -> None:
+    while line := stream.readline(_LONGEST_LINE):
+        text = hide(line.rstrip("\n"))
+        level = _LEVEL.match(text)
+        text = text[level.end() :] if level else text
+        last_words.append(text)
+        log.log(getattr(logging, level[1]) if level else logging.INFO, "%s", text)
 
 
-def _how_it_ended(code: int) -> str:
+def _limit_memory(pid: int, limit: int, ended: threading.Event, over_limit: list[int]) -> None:
+    """Kill the process group of ``pid`` once it and its children hold more than ``limit`` bytes."""
+    import psutil
+
+    while not ended.wait(_POLL_S):
+        with suppress(psutil.Error):
+            leader = psutil.Process(pid)
+            family = [leader, *leader.children(recursive=True)]
+            # The kernel knows the upper bound at once; the exact number costs a walk over all pages.
+            if sum(_resident(p) for p in family) <= limit:
+                continue
+            used = sum(_held(p) for p in family)
+            if used > limit and not ended.is_set():
+                over_limit.append(used >> 20)
+                signal_group(pid, signal.SIGKILL)
+                return
+
+
+def _resident(process: psutil.Process) -> int:
+    import psutil
+
+    with suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def _held(process: psutil.Process) -> int:
+    """Bytes that only the end of a process frees: its share of private and of shared memory, without mapped files."""
+    try:
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    except OSError:  # it has ended, or this is no Linux
+        return _resident(process)
+    return sum(int(kib) << 10 for kib in re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", rollup, re.MULTILINE))
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+    except ChildProcessError:
+        return True
+
+
+def _without_receipt(stage: str, code: int, last_words: str) -> LeptonError:
+    """Why there is no receipt: the door refused the request, was stopped before the stage began, or was killed."""
+    if code in (DO_NOT_RETRY, PREEMPTED, SKIP):
+        return from_record("", last_words, code)
     if code >= 0:
-        return f"exit code {code}; the log above has its last words."
+        return RunnerError(
+            f"{stage} left no receipt: exit code {code}, last words {last_words!r}; see the log above."
+        )
     name = signal.Signals(-code).name
+    if name == "SIGTERM":
+        return Preempted(f"{stage} was asked to stop (SIGTERM) before it began; the next try starts again.")
     if name == "SIGKILL":
-        return "it was killed (SIGKILL), most likely by the kernel for memory: give it a memory_limit_mb below the worker's."
-    return f"it was ended by {name}; the log above has its last words."
+        return RunnerError(
+            f"{stage} left no receipt: it was killed (SIGKILL), most likely by the kernel for memory: give it a "
+            "memory_limit_mb below the worker's."
+        )
+    return RunnerError(f"{stage} left no receipt: it was ended by {name}; the log above has its last words.")

@@ -14,10 +14,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import pkgutil
 import re
+import sysconfig
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -31,6 +33,14 @@ from lepton_airflow.errors import BadConfiguration, Preempted, did_you_mean
 from lepton_airflow.store import Connection, Store
 
 log = logging.getLogger(__name__)
+
+_F = typing.TypeVar("_F", bound=Callable[..., Any])
+
+
+def _once_a_class(function: _F) -> _F:
+    """``functools.cache`` for functions of a class, which mypy believes to be unhashable."""
+    return typing.cast("_F", cache(function))
+
 
 # Markers for a field's meaning. To a type checker and to a caller they are plain strings.
 ArtifactUri = Annotated[str, "artifact"]  # a URI, pinned or plain; its digest enters the cache key
@@ -75,7 +85,12 @@ class RunInfo:
         directory = Path(directory)
         workdir = directory / "work"
         workdir.mkdir(parents=True, exist_ok=True)
-        return cls(**{"store": Store(str(directory / "store")), "workdir": workdir, "run_key": "local"} | overrides)
+        values: dict[str, Any] = {
+            "store": Store(str(directory / "store")),
+            "workdir": workdir,
+            "run_key": "local",
+        }
+        return cls(**values | overrides)
 
     def save(self, name: str, content: Path | bytes | str) -> Artifact:
         """Put a file, a directory or bytes into the store under its digest; ``name`` is its last path segment."""
@@ -97,17 +112,23 @@ class RunInfo:
     def check_stop(self) -> None:
         """Raise :class:`Preempted` once the stage was asked to stop: call it between resumable steps."""
         if self.should_stop():
-            raise Preempted("asked to stop (SIGTERM); what is finished is kept and the next try goes on from there.")
+            raise Preempted(
+                "asked to stop (SIGTERM); what is finished is kept and the next try goes on from there."
+            )
 
 
 @dataclass(kw_only=True)
 class Stage:
     """One stage of a model's life. Fields are parameters; every field is described by a ``:param`` line."""
 
-    cacheable: ClassVar[bool] = True  # False for what changes the world outside the store (a registry, an endpoint)
+    cacheable: ClassVar[bool] = (
+        True  # False for what changes the world outside the store (a registry, an endpoint)
+    )
     measures_machine: ClassVar[bool] = False  # True: the CPU model enters the cache key
     resumable: ClassVar[bool] = False  # True: asks run.should_stop itself, so that SIGTERM loses nothing
-    engines: ClassVar[tuple[str, ...]] = ()  # distributions whose versions enter the cache key and the receipt
+    engines: ClassVar[
+        tuple[str, ...]
+    ] = ()  # distributions whose versions enter the cache key and the receipt
     extra: ClassVar[str] = ""  # the extra of lepton-airflow that brings them
     outputs: ClassVar[tuple[str, ...]] = ()  # names of the artifacts and values it returns: its XCom keys
 
@@ -148,18 +169,29 @@ def is_inline(value: str) -> bool:
 def _flat(value: Any) -> list[str]:
     if value is None:
         return []
-    if isinstance(value, str):
-        return [value]
+    if not isinstance(value, (Mapping, list, tuple)):
+        return [str(value)]
     items = value.values() if isinstance(value, Mapping) else value
     return [text for item in items for text in _flat(item)]
 
 
-@cache
+@_once_a_class
 def markers(stage: type[Stage]) -> dict[str, str]:
     """Which fields of a stage are artifacts, code or connections."""
     hints = typing.get_type_hints(stage, include_extras=True)
     found = {f.name: _marker(hints[f.name]) for f in fields(stage)}
     return {name: marker for name, marker in found.items() if marker}
+
+
+@_once_a_class
+def choices(stage: type[Stage]) -> dict[str, tuple[Any, ...]]:
+    """The values that each field takes, of those that take one of a few (``Literal``)."""
+    found = {}
+    for name, hint in typing.get_type_hints(stage).items():
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if all(o is type(None) or typing.get_origin(o) is typing.Literal for o in options):
+            found[name] = tuple(value for o in options for value in typing.get_args(o))
+    return found
 
 
 def _marker(hint: Any) -> str | None:
@@ -182,7 +214,7 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
+        if error.name and module_name != error.name and not module_name.startswith(error.name + "."):
             raise  # the user's module was found; something that it imports was not
         raise BadConfiguration(
             f"{wanted}={reference!r}: no module {module_name!r} where the stage runs. Put it beside the DAG file, "
@@ -199,21 +231,64 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
 
 
 def code_digest(reference: str) -> str:
-    """sha256 of the source of the package or module that ``module:function`` lives in; imports nothing of it."""
-    module_name = reference.partition(":")[0]
-    top = module_name.partition(".")[0]
+    """sha256 of the source that ``module:function`` is made of: its module or package, and all it imports from beside it.
+
+    Of an installed library only its own files count. Nothing of it is imported.
+    """
+    top = reference.partition(":")[0].partition(".")[0]
+    folder = _folder_of(top)
+    if folder is None:
+        raise BadConfiguration(
+            f"{reference!r}: no module {top!r} where the stage runs. Put it beside the DAG file."
+        )
+    installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    todo, seen = [top], {top}
+    found: dict[str, str] = {}
+    while todo:
+        for file in _sources(folder, todo.pop()):
+            source = file.read_bytes()
+            found[str(file.relative_to(folder))] = hashlib.sha256(source).hexdigest()
+            if folder not in installed:
+                beside = {
+                    name
+                    for name in _imports(source)
+                    if (folder / name).exists() or (folder / f"{name}.py").exists()
+                }
+                todo += sorted(beside - seen)
+                seen |= beside
+    return digest_of(sorted(found.items()))
+
+
+def _folder_of(top: str) -> Path | None:
+    """The folder on ``sys.path`` that holds a top-level module or package."""
     try:
         spec = importlib.util.find_spec(top)
     except ValueError:  # __main__ in a notebook
-        spec = None
-    if spec is None or not spec.origin:
-        raise BadConfiguration(f"{reference!r}: no module {top!r} where the stage runs.")
-    origin = Path(spec.origin)
-    sources = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    return digest_of([[str(p.relative_to(origin.parent)), hashlib.sha256(p.read_bytes()).hexdigest()] for p in sources])
+        return None
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:  # a package, with or without __init__.py
+        return Path(next(iter(spec.submodule_search_locations))).parent
+    return Path(spec.origin).parent if spec.has_location and spec.origin else None
 
 
-@cache
+def _sources(folder: Path, top: str) -> list[Path]:
+    package = folder / top
+    return sorted(package.rglob("*.py")) if package.is_dir() else [folder / f"{top}.py"]
+
+
+def _imports(source: bytes) -> set[str]:
+    """Top-level names that a module's source imports."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):  # whoever imports it is told
+        return set()
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    whole = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in plain | whole} - {""}
+
+
+@_once_a_class
 def own_code_digest(stage: type[Stage]) -> str:
     """sha256 of the code a stage's result may depend on: its own package for a stage of another package;
     for ours everything but what only starts stages, so that a fix of an operator or a runner keeps the cache."""
@@ -225,11 +300,25 @@ def own_code_digest(stage: type[Stage]) -> str:
     shared = [p for p in package.rglob("*.py") if p.relative_to(package).parts[0] not in _NOT_STAGE_CODE]
     others = [p for p in shared if p.parent.name != "stages"]
     sources = sorted({stage_file, *others})
-    return digest_of([[str(p.relative_to(package)), hashlib.sha256(p.read_bytes()).hexdigest()] for p in sources])
+    return digest_of(
+        [[str(p.relative_to(package)), hashlib.sha256(p.read_bytes()).hexdigest()] for p in sources]
+    )
 
 
 _NOT_STAGE_CODE = frozenset(
-    {"operators.py", "triggers.py", "plugin", "runners", "testing", "serving", "window.py", "__main__.py", "store.py"}
+    {
+        "operators.py",
+        "triggers.py",
+        "plugin",
+        "runners",
+        "testing",
+        "serving",
+        "window.py",
+        "__main__.py",
+        "store.py",
+        "processes.py",
+        "settings.py",
+    }
 )
 
 
@@ -259,7 +348,9 @@ def cache_key(stage: Stage, run: RunInfo) -> str | None:
             parameters[name] = _without_location(parameters[name])
     window = [run.window.start, run.window.end] if run.window else None
     machine = cpu_model() if kind.measures_machine else None
-    return digest_of([kind.__name__, own_code_digest(kind), versions(kind), parameters, window, inputs, machine])
+    return digest_of(
+        [kind.__name__, own_code_digest(kind), versions(kind), parameters, window, inputs, machine]
+    )
 
 
 def _without_location(value: Any) -> Any:
@@ -295,16 +386,39 @@ def all_stages() -> dict[str, type[Stage]]:
             if isinstance(value, type) and issubclass(value, Stage) and value.__module__ == module.__name__:
                 found[value.__name__] = value
     for entry in importlib.metadata.entry_points(group="lepton_airflow.stages"):
-        found[entry.name] = entry.load()
+        try:
+            found[entry.name] = entry.load()
+        except Exception as error:  # noqa: BLE001 - one broken package must not break every DAG
+            log.warning("stage %s of %s is left out: %r", entry.name, entry.value, error)
     return dict(sorted(found.items()))
 
 
 def get_stage(name: str) -> type[Stage]:
-    """The stage of that class name; raises BadConfiguration with the nearest known name."""
+    """The stage of that class name, or your own as ``module:Class``; raises BadConfiguration with the nearest known name."""
+    if ":" in name:
+        found = load_code(name, "stage")
+        if not (isinstance(found, type) and issubclass(found, Stage)):
+            raise BadConfiguration(f"stage={name!r} is no subclass of lepton_airflow.stages.Stage.")
+        return found
     stages = all_stages()
     if name not in stages:
         raise BadConfiguration(f"there is no stage {name!r}; {did_you_mean(name, stages)}")
     return stages[name]
+
+
+def stage_name(stage: type[Stage]) -> str:
+    """The name by which :func:`get_stage` finds a stage wherever it runs: its own, or ``module:Class``."""
+    for name, known in all_stages().items():
+        if known is stage:
+            return name
+    name = f"{stage.__module__}:{stage.__qualname__}"
+    # Airflow imports a DAG file under a made-up name, which no other process can import.
+    if not is_code(name) or stage.__module__ == "__main__" or stage.__module__.startswith("unusual_prefix_"):
+        raise BadConfiguration(
+            f"stage {stage.__qualname__} is defined where no other process can import it ({stage.__module__}): put the "
+            "class at the top level of a module beside the DAG file."
+        )
+    return name
 
 
 def build(name: str, parameters: Mapping[str, Any]) -> Stage:
@@ -314,7 +428,11 @@ def build(name: str, parameters: Mapping[str, Any]) -> Stage:
     for key in parameters:
         if key not in known:
             raise BadConfiguration(f"{name} has no parameter {key!r}; {did_you_mean(key, known)}")
-    missing = [k for k, f in known.items() if k not in parameters and f.default is MISSING and f.default_factory is MISSING]
+    missing = [
+        k
+        for k, f in known.items()
+        if k not in parameters and f.default is MISSING and f.default_factory is MISSING
+    ]
     if missing:
         raise BadConfiguration(f"{name} needs {', '.join(missing)}: python -m lepton_airflow describe {name}")
     hints = typing.get_type_hints(stage)
@@ -324,9 +442,16 @@ def build(name: str, parameters: Mapping[str, Any]) -> Stage:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """Check a JSON value against a field's type; text from a template becomes the number or flag it spells."""
-    if hint is Any or value is None and type(None) in typing.get_args(hint):
+    optional = type(None) in typing.get_args(hint)
+    if hint is Any or (optional and value is None):
         return value
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    if optional and value == "None":  # Jinja renders None as Python writes it
+        return None
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     plain = [o for o in options if o is not type(None)]
     for option in plain:
         if _fits(value, option):
@@ -336,7 +461,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             converted = _from_text(value, option)
             if converted is not None:
                 return converted
-        if type(None) in options and value in ("", "None"):
+        if optional and not value:
             return None
     names = " or ".join(_type_name(o) for o in options)
     raise BadConfiguration(f"{where}={value!r} is not {names}.")
@@ -362,12 +487,20 @@ def _from_text(text: str, hint: Any) -> Any:
             return {"true": True, "false": False}[text.strip().lower()]
         if origin in (int, float):
             return origin(text)
-        if origin in (list, dict):  # Jinja renders a dict as Python writes it
-            value = ast.literal_eval(text)
+        if origin in (list, dict):
+            value = _literal(text)
             return value if isinstance(value, origin) else None
-    except (KeyError, ValueError, SyntaxError):
+    except (KeyError, ValueError, SyntaxError, TypeError, RecursionError):
         return None
     return None
+
+
+def _literal(text: str) -> Any:
+    """What a text spells: JSON (``{{ x | tojson }}``), or Python as Jinja renders a list or a dict."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
 
 
 def _type_name(hint: Any) -> str:
@@ -392,12 +525,26 @@ def describe(stage: type[Stage]) -> list[Parameter]:
     texts = param_texts(inspect.getdoc(stage) or "")
     result = []
     for f in fields(stage):
-        default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
+        default = (
+            f.default
+            if f.default is not MISSING
+            else f.default_factory()
+            if f.default_factory is not MISSING
+            else MISSING
+        )
         text = texts.get(f.name, "")
         unit = re.search(r"\[([^\]]+)\]", text)
-        kind = re.sub(r"typing\.|^Annotated\[(.*)\]$", r"\1", f.type if isinstance(f.type, str) else str(f.type))
+        kind = re.sub(
+            r"typing\.|^Annotated\[(.*)\]$", r"\1", f.type if isinstance(f.type, str) else str(f.type)
+        )
         result.append(
-            Parameter(f.name, kind, "required" if default is MISSING else repr(default), unit[1] if unit else "", text)
+            Parameter(
+                f.name,
+                kind,
+                "required" if default is MISSING else repr(default),
+                unit[1] if unit else "",
+                text,
+            )
         )
     return result
 
