@@ -94,13 +94,13 @@ def check_model_name(name: str) -> None:
 
 def registrations(store: Store, name: str) -> list[Registration]:
     """All registrations of a model, oldest version first."""
-    found = _read_all(store, f"registrations/{name}", Registration)
+    found = _registrations(store, f"registrations/{name}")
     return sorted(found, key=lambda r: (r.version, r.created, r.sequence))
 
 
 def registration_of(store: Store, name: str, run_key: str) -> Registration | None:
     """What a run key registered last, or None."""
-    found = _read_all(store, f"registrations/{name}/{run_key}", Registration)
+    found = _registrations(store, f"registrations/{name}/{run_key}")
     return max(found, key=lambda r: r.sequence, default=None)
 
 
@@ -163,20 +163,36 @@ class Ledger:
         self.name = name
 
     def entries(self) -> list[LedgerEntry]:
-        """All moves, the first one first."""
-        return sorted(_read_all(self.store, f"ledger/{self.name}", LedgerEntry), key=lambda e: e.sequence)
+        """All moves, the first one first; raises IntegrityError when one of them is gone."""
+        listed = max((int(key[-11:-5]) for key in self.store.keys(f"ledger/{self.name}")), default=0)
+        found: list[LedgerEntry] = []
+        while True:
+            key = self._key(len(found) + 1)
+            text = self.store.read(key)
+            if text is not None:
+                found.append(_parse(key, text, LedgerEntry))
+            elif len(found) >= listed:
+                return found
+            else:
+                raise IntegrityError(
+                    f"record {key} is missing, later ones exist: restore it from a backup of the store."
+                )
 
     def append(self, entry: LedgerEntry) -> bool:
         """Write a move; False when another one took its number, so that the caller looks again and decides anew."""
-        key = f"ledger/{self.name}/{entry.sequence:06d}.json"
-        return self.store.create_exclusive(key, canonical_json(asdict(entry)).encode())
+        return self.store.create_exclusive(self._key(entry.sequence), canonical_json(asdict(entry)).encode())
+
+    def _key(self, sequence: int) -> str:
+        return f"ledger/{self.name}/{sequence:06d}.json"
+
+
+def _registrations(store: Store, prefix: str) -> list[Registration]:
+    return [
+        _parse(key, text, Registration) for key in store.keys(prefix) if (text := store.read(key)) is not None
+    ]
 
 
 _T = TypeVar("_T", Registration, LedgerEntry)
-
-
-def _read_all(store: Store, prefix: str, kind: type[_T]) -> list[_T]:
-    return [_parse(key, text, kind) for key in store.keys(prefix) if (text := store.read(key)) is not None]
 
 
 def _parse(key: str, text: bytes, kind: type[_T]) -> _T:

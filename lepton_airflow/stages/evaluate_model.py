@@ -35,8 +35,8 @@ class EvaluateModel(Stage):
     are bootstrap intervals over rows, or over whole clusters of rows that depend on one another.
 
     Returns the artifact ``report``, a directory with ``metrics.json``, the plots as PNG and ``report.html`` (one page
-    that needs no other file), and the value ``metrics``: a flat dict such as ``{"roc_auc": .7, "roc_auc_low": .68, …}``
-    for ``RegisterModel(metrics=…)``.
+    that needs no other file), and as metrics a flat dict such as ``{"roc_auc": .7, "roc_auc_low": .68, …}``, which
+    ``RegisterModel`` takes.
 
     :param model: the model package, ``train.output["model"]``.
     :param dataset: the rows to judge it on, ``prepare.output["test"]``.
