@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from lepton_airflow.contract import Window
 
 _KEY = b"lepton"
+# Small row groups: a writer holds one of them whole, and the memory limit must hold with wide rows too.
+PARQUET = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 24576"
+_MB_PER_THREAD = (
+    125  # what DuckDB advises at least; with less, sorts and Parquet writers fail instead of spilling
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,25 @@ def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duc
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(s.type.name for s in statements) or "nothing"
         raise BadConfiguration(f"{what} must be one SELECT, and is {found}: {' '.join(sql.split())[:80]!r}.")
-    return statements[0]
+    # The text is put in parentheses later, where the semicolon that may end it would not parse.
+    end = next((at for at, kind in duckdb.tokenize(sql) if kind.name == "operator" and _byte(sql, at) == ";"), None)
+    return con.extract_statements(sql.encode()[:end].decode())[0] if end is not None else statements[0]
+
+
+def _byte(sql: str, position: int) -> str:
+    return sql.encode()[position : position + 1].decode(errors="replace")
+
+
+def total_order(first: Sequence[str], columns: Sequence[str]) -> str:
+    """What to ORDER BY so that the rows' order, and so the file's bytes, do not depend on threads or input order.
+
+    Rows equal in ``first`` are ordered by a hash of the others, which keeps the sort's keys narrow; without ``first``
+    by all columns. Only fully equal rows are left in doubt, and those are interchangeable.
+    """
+    others = [quote(c) for c in columns if c not in first]
+    if not first or not others:
+        return ", ".join(map(quote, first or columns))
+    return ", ".join([*map(quote, first), f"hash({', '.join(others)})"])
 
 
 def bind(statement: duckdb.Statement, values: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -170,7 +193,7 @@ def connect(
     con = duckdb.connect(
         config={
             "memory_limit": f"{memory_limit_mb}MB",
-            "threads": threads,
+            "threads": max(1, min(threads, memory_limit_mb // _MB_PER_THREAD)),
             "temp_directory": str(spill),
             "preserve_insertion_order": False,
             "autoinstall_known_extensions": False,
@@ -178,6 +201,7 @@ def connect(
         }
     )
     con.execute("SET TimeZone = 'UTC'")
+    con.execute("SET enable_progress_bar = false")
     folders = [str(p) for p in (*readable, workdir) if p.is_dir()]
     files = [str(p) for p in readable if not p.is_dir()]
     con.execute("SET allowed_directories = $1", [folders])

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.dataset import (
+    PARQUET,
     bind,
     column_types,
     connect,
     first_line,
     literal,
-    quote,
     select_statement,
+    total_order,
     window_values,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
@@ -41,14 +42,14 @@ class IngestData(Stage):
     ON``, ``first()`` and ``row_number()`` an order, and average with ``favg`` where the last bit counts.
 
     ``sources={"flights": "s3://raw/flights/*.csv", "weather": {"uri": "weather.jsonl", "types": {"hour": "INTEGER"}},
-    "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE at >= $window_start"}}``
+    "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE placed >= $window_start"}}``
 
     :param sources: name to a URI, a glob, a list of them, or a dict: uri, format (csv, tsv, jsonl, parquet), types,
         delimiter, null_values, date_format, encoding, union, connection; or connection (postgres, sqlite), sql, version.
     :param query: one SELECT; ``$window_start`` and ``$window_end`` are the run's window as TIMESTAMPTZ, and
         ``parameters`` are bound by name.
     :param parameters: values bound to the query by name; values from a form belong here, not in the text.
-    :param order_by: columns that order the snapshot; ties are put in order by all other columns.
+    :param order_by: columns that order the snapshot; ties are put in a fixed order; empty: all columns.
     :param max_rejected_share: largest share of one source's rows that may be unreadable [share, 0 to 1].
     :param allow_empty: whether a snapshot without rows is fine.
     :param memory_limit_mb: what DuckDB may hold; the rest is spilled to disk [MB].
@@ -172,15 +173,14 @@ class IngestData(Stage):
             for column in self.order_by:
                 if column not in schema:
                     raise BadConfiguration(f"order_by names {column!r}; {did_you_mean(column, schema)}")
-            # Equal rows are the only ones that all columns leave in doubt, so the bytes do not depend on the plan.
-            order = ", ".join(map(quote, [*self.order_by, *(c for c in schema if c not in self.order_by)]))
+            order = total_order(self.order_by, list(schema))
             target = run.workdir / "snapshot.parquet"
             log.info(
                 "query: %d columns, ordered by %s", len(schema), ", ".join(self.order_by) or "all of them"
             )
             con.execute(
                 f"COPY (SELECT * FROM (\n{statement.query}\n) ORDER BY {order}) "
-                f"TO {literal(target)} (FORMAT parquet, COMPRESSION zstd)",
+                f"TO {literal(target)} ({PARQUET})",
                 values,
             )
         except duckdb.OutOfMemoryException as error:
@@ -211,7 +211,7 @@ def _span(run: RunInfo) -> str:
 
 def _rejected(con: duckdb.DuckDBPyConnection, workdir: Path) -> Path:
     target = workdir / "rejected.parquet"
-    con.execute(f"COPY (FROM rejected ORDER BY ALL) TO {literal(target)} (FORMAT parquet)")
+    con.execute(f"COPY (FROM rejected ORDER BY ALL) TO {literal(target)} ({PARQUET})")
     return target
 
 

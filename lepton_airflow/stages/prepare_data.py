@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.dataset import (
+    PARQUET,
     DatasetInfo,
     bind,
     column_types,
@@ -21,6 +22,7 @@ from lepton_airflow.dataset import (
     literal,
     quote,
     select_statement,
+    total_order,
     window_values,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
@@ -178,7 +180,7 @@ class PrepareData(Stage):
             columns = ", ".join(map(quote, kinds))
             con.execute(
                 f"COPY (SELECT {columns} FROM {assigned} WHERE {_SPLIT} = '{name}' ORDER BY {_ROW}) TO {literal(file)} "
-                f"(FORMAT parquet, COMPRESSION zstd, {info_sql(described)})"
+                f"({PARQUET}, {info_sql(described)})"
             )
             artifacts[name] = run.save(f"{name}.parquet", file)
             log.info(
@@ -370,7 +372,7 @@ class PrepareData(Stage):
                 )
         rule = {"time": self._by_time, "group": self._by_group, "random": self._by_chance}[self.split]
         file = run.workdir / "assigned.parquet"
-        con.execute(f"COPY ({rule(con, run, info)}) TO {literal(file)} (FORMAT parquet)")
+        con.execute(f"COPY ({rule(con, run, info)}) TO {literal(file)} ({PARQUET})")
         con.execute(f"CREATE TEMP VIEW assigned AS SELECT * FROM read_parquet({literal(file)})")
         return "assigned"
 
@@ -619,7 +621,7 @@ class _Features:
             path = str(self.run.workdir / "earlier.parquet")
             time = quote(str(stage.time_column))
             self.con.execute(
-                f"COPY (SELECT * FROM snapshot WHERE CAST({time} AS TIMESTAMP) < {_time(before)}) TO {literal(Path(path))} (FORMAT parquet)"
+                f"COPY (SELECT * FROM snapshot WHERE CAST({time} AS TIMESTAMP) < {_time(before)}) TO {literal(Path(path))} ({PARQUET})"
             )
         # The user's SELECT calls it snapshot in both cases; a WITH shadows the view for the rows before a time.
         source = (
@@ -636,9 +638,7 @@ class _Features:
                 values = bind(statement, stage.parameters | window_values(self.run.window), "features")
                 select = statement.query
                 if before is not None:
-                    select = (
-                        f"WITH snapshot AS (SELECT * FROM {source}) SELECT * FROM (\n{select}\n)"
-                    )
+                    select = f"WITH snapshot AS (SELECT * FROM {source}) SELECT * FROM (\n{select}\n)"
             kinds = column_types(self.con, select, values, "features")
             for dropped in stage.drop:
                 if dropped not in kinds:
@@ -652,11 +652,11 @@ class _Features:
                     )
             kept = {c: k for c, k in kinds.items() if c not in stage.drop}
             first = [c for c in (stage.time_column, stage.cluster_column) if c in kept]
-            order = ", ".join(quote(c) for c in [*first, *(c for c in kept if c not in first)])
+            order = total_order(first, list(kept))
             columns = ", ".join(f"{_plain(quote(c), k)} AS {quote(c)}" for c, k in kept.items())
             target = self.run.workdir / f"{name}.parquet"
             self.con.execute(
-                f"COPY (SELECT {columns} FROM (\n{select}\n) ORDER BY {order}) TO {literal(target)} (FORMAT parquet)",
+                f"COPY (SELECT {columns} FROM (\n{select}\n) ORDER BY {order}) TO {literal(target)} ({PARQUET})",
                 values,
             )
         except duckdb.OutOfMemoryException as error:

@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import duckdb
+import fsspec
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lepton_airflow.contract import Receipt, Window
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
+from lepton_airflow.stages import Result, RunInfo, cache_key
+from lepton_airflow.stages.ingest_data import IngestData
+from lepton_airflow.store import Connection
+
+ROOT = Path(__file__).parents[2]
+MAY = Window("2013-05-01T00:00:00+00:00", "2013-06-01T00:00:00+00:00")
+
+
+def ingest(tmp_path: Path, sources: Any, query: str = "SELECT * FROM s", **kwargs: Any) -> Result:
+    names = ("window", "connections")
+    run = RunInfo.local(tmp_path, **{k: kwargs.pop(k) for k in names if k in kwargs})
+    return IngestData(sources=sources, query=query, **kwargs).run(run)
+
+
+def frame(tmp_path: Path, result: Result, name: str = "snapshot") -> pd.DataFrame:
+    return pd.read_parquet(RunInfo.local(tmp_path).fetch(result.artifacts[name].uri))
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def flight_sources(raw: Path) -> dict[str, Any]:
+    return {
+        "flights": {
+            "uri": f"{raw}/flights/2013-0[2-5].csv",
+            "types": {"tailnum": "VARCHAR", "arr_delay": "INTEGER"},
+        },
+        "weather": f"{raw}/weather/*.jsonl",
+        "planes": f"{raw}/planes.parquet",
+        "airports": f"{raw}/airports.csv",
+        "airlines": f"{raw}/airlines.tsv",
+    }
+
+
+# -- what it makes ----------------------------------------------------------------------------------------------------
+
+
+def test_flights_weather_and_planes_become_one_windowed_snapshot(raw_flights: Path, tmp_path: Path) -> None:
+    query = (ROOT / "dags/sql/flights_snapshot.sql").read_text()
+    result = ingest(tmp_path, flight_sources(raw_flights), query, window=MAY, order_by=["scheduled_at"])
+    rows = frame(tmp_path, result)
+    expected = duckdb.sql(
+        f"SELECT count(*) FROM read_csv('{raw_flights}/flights/2013-0[2-5].csv') WHERE arr_delay IS NOT NULL"
+    ).fetchall()[0][0]
+    assert len(rows) == result.values["rows"] == expected
+    assert rows.scheduled_at.is_monotonic_increasing
+    assert rows.scheduled_at.min().month == 2
+    assert rows.scheduled_at.max().month == 5
+    assert rows.temp.notna().mean() > 0.9  # the join on local hours finds nearly every hour's weather
+    assert (
+        result.values["sources"]["planes"]["rows"]
+        == pq.read_metadata(raw_flights / "planes.parquet").num_rows
+    )
+    assert result.values["schema"]["late"] == "BOOLEAN"
+    assert "rejected" not in result.artifacts
+
+
+def test_equal_inputs_give_equal_bytes_whatever_threads_memory_and_file_order(tmp_path: Path) -> None:
+    rows = [f"{i},{i * 0.37 % 1!r},{'abc'[i % 3]}\n" for i in range(100_000)]
+    digests = set()
+    for trial, (threads, memory) in enumerate([(1, 1024), (2, 1024), (4, 256)]):
+        random.Random(trial).shuffle(rows)
+        folder = tmp_path / str(trial)
+        for part in range(3):
+            write(folder / f"{part}.csv", "id,x,g\n" + "".join(rows[part::3]))
+        result = ingest(
+            tmp_path / f"run{trial}",
+            {"s": f"{folder}/*.csv"},
+            order_by=["g"],
+            threads=threads,
+            memory_limit_mb=memory,
+        )
+        digests.add(result.artifacts["snapshot"].sha256)
+    assert len(digests) == 1
+
+
+def test_all_formats_compression_names_with_spaces_and_unicode(tmp_path: Path) -> None:
+    folder = tmp_path / "mein Ordner ü"
+    write(folder / "a b.csv", 'id,"naïve name, x",größe\n1,"two\nlines",3.5\n2,,4\n')
+    write(folder / "t.tsv.gz", gzip.compress(b"id\tcity\n1\tK\xc3\xb6ln\n2\tRiga\n"))
+    write(folder / "j.ndjson", '{"id": 1, "nested": {"deep": [1, 2]}}\n\n{"id": 2, "late field": true}\n')
+    result = ingest(
+        tmp_path,
+        {"a": f"{folder}/a b.csv", "t": [f"{folder}/t.tsv.gz"], "j": f"file://{folder}/*.ndjson"},
+        "SELECT * FROM a JOIN t USING (id) JOIN j USING (id);  -- all of it\n",
+    )
+    rows = frame(tmp_path, result)
+    assert list(rows.columns) == ["id", "naïve name, x", "größe", "city", "nested", "late field"]
+    assert rows["naïve name, x"].tolist() == ["two\nlines", None]
+    assert rows.city.tolist() == ["Köln", "Riga"]
+    assert list(rows.nested[0]["deep"]) == [1, 2]
+
+
+def test_any_fsspec_uri_and_glob(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for month in (1, 2):
+        memory.pipe_file(f"/ingest-test/{month}.csv", f"m,v\n{month},{month * 10}\n".encode())
+    result = ingest(tmp_path, {"s": "memory://ingest-test/*.csv"})
+    assert frame(tmp_path, result).v.tolist() == [10, 20]
+
+
+def test_window_and_parameters_are_bound_not_pasted(tmp_path: Path) -> None:
+    source = write(tmp_path / "s.csv", "t,who\n2013-04-30,o'brien\n2013-05-01,o'brien\n2013-05-02,x\n")
+    result = ingest(
+        tmp_path,
+        {"s": source},
+        "SELECT * FROM s WHERE t >= $window_start AND t < $window_end AND who = $who",
+        window=MAY,
+        parameters={"who": "o'brien", "unused": 1},
+    )
+    assert result.values["rows"] == 1
+
+
+def test_types_do_not_depend_on_where_in_the_file_a_value_stands(tmp_path: Path) -> None:
+    lines = "".join(f"{i},01/02/2013\n" for i in range(50_000))
+    source = write(tmp_path / "s.csv", "n,day\n" + lines + "late text,13/02/2013\n")
+    schema = ingest(tmp_path, {"s": source}).values["schema"]
+    assert schema == {"n": "VARCHAR", "day": "VARCHAR"}  # a day-first date is not guessed
+    stated = {"s": {"uri": source, "date_format": "%d/%m/%Y"}}
+    assert ingest(tmp_path, stated).values["schema"]["day"] == "DATE"
+
+
+def test_null_values_delimiter_encoding_and_union(tmp_path: Path) -> None:
+    write(tmp_path / "in/1.csv", "a;b\nNA;é\n".encode("latin-1"))
+    write(tmp_path / "in/2.csv", b"b;a;c\nx;2;3\n")
+    spec = {
+        "uri": f"{tmp_path}/in/*.csv",
+        "delimiter": ";",
+        "null_values": ["NA"],
+        "encoding": "latin-1",
+        "union": True,
+    }
+    rows = frame(tmp_path, ingest(tmp_path, {"s": spec}, order_by=["b"]))
+    assert rows.b.tolist() == ["x", "é"]
+    assert rows.a.isna().tolist() == [False, True]
+    assert rows.c.isna().tolist() == [False, True]
+
+
+def test_columns_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "in/1.csv", "a,b\n1,2\n")
+    write(tmp_path / "in/2.csv", "b,a\n4,3\n")
+    rows = frame(tmp_path, ingest(tmp_path, {"s": f"{tmp_path}/in/*.csv"}))
+    assert rows[["a", "b"]].to_numpy().tolist() == [[1, 2], [3, 4]]
+
+
+def test_the_receipt_stays_small_with_a_thousand_columns(tmp_path: Path) -> None:
+    names = ",".join(f"column_number_{i}" for i in range(1000))
+    result = ingest(tmp_path, {"s": write(tmp_path / "s.csv", names + "\n" + ",".join("1" * 1000) + "\n")})
+    receipt = Receipt(
+        "IngestData", "k", None, "done", result.summary, result.artifacts, result.values, result.metrics
+    )
+    assert len(receipt.to_json()) < 8192
+    assert result.values["schema"]["…"].endswith(" more")
+    assert len(frame(tmp_path, result).columns) == 1000
+
+
+# -- rejected rows ----------------------------------------------------------------------------------------------------
+
+
+def test_rejected_csv_rows_are_counted_and_kept_with_their_line(tmp_path: Path) -> None:
+    good = "".join(f"{i},x,1.5\n" for i in range(100))
+    bad = b"1,ragged\nabc,bad type,2.5\n5,\xff\xfe,4\n6,too,many,1\n"
+    source = write(tmp_path / "raw.csv", b"a,b,c\n" + good.encode() + bad)
+    spec = {"uri": source, "types": {"a": "BIGINT"}}
+    result = ingest(tmp_path, {"s": spec}, max_rejected_share=0.05)
+    rejected = frame(tmp_path, result, "rejected")
+    assert result.values["sources"]["s"] == result.values["sources"]["s"] | {"rows": 100, "rejected": 4}
+    assert sorted(set(rejected.line)) == [102, 103, 104, 105]  # the last is wrong in two ways
+    assert set(rejected.source) == {"s"}
+    assert all(file.endswith("raw.csv") for file in rejected.file)
+    assert "abc,bad type,2.5" in rejected.raw.tolist()
+    with pytest.raises(
+        BadInput, match=r"4 of 104 rows \(3.85%\) cannot be read, at most 1.00%.*line 102.*1,ragged"
+    ):
+        ingest(tmp_path, {"s": spec})
+    kept = RunInfo.local(tmp_path).store.keys("artifacts")
+    assert any(key.endswith("rejected.parquet") for key in kept)
+
+
+def test_bad_json_lines_are_rejected_rows(tmp_path: Path) -> None:
+    lines = [json.dumps({"a": i}) for i in range(50)] + ['{"a": 2,', "[1]", '"text"']
+    source = write(tmp_path / "s.jsonl", "\n".join(lines) + "\n")
+    result = ingest(tmp_path, {"s": source}, max_rejected_share=0.1)
+    assert result.values["sources"]["s"]["rejected"] == 3
+    assert frame(tmp_path, result, "rejected").line.tolist() == [51, 52, 53]
+
+
+def test_stated_types_reject_rows_of_json_and_parquet_too(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": ["1", "2", "x", "x"], "k": ["a", "b", "c", "c"]}), tmp_path / "s.parquet")
+    spec = {"uri": str(tmp_path / "s.parquet"), "types": {"n": "INTEGER"}}
+    result = ingest(tmp_path, {"s": spec}, max_rejected_share=0.5)
+    assert frame(tmp_path, result).n.tolist() == [1, 2]
+    assert result.values["sources"]["s"]["rejected"] == 2
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+_BOUNDED = """
+import resource, sys
+import duckdb, pandas, pyarrow.parquet
+from lepton_airflow.stages import RunInfo
+from lepton_airflow.stages.ingest_data import IngestData
+peak_mb = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak_mb()
+types = {"id": "BIGINT", "x": "UBIGINT", "text": "VARCHAR"}
+source = {"uri": sys.argv[1], "types": types}
+result = IngestData(sources={"s": source}, query="SELECT * FROM s", order_by=["x"], memory_limit_mb=64).run(
+    RunInfo.local(sys.argv[2]))
+print(result.values["rows"], peak_mb() - before)
+"""
+
+
+def test_a_csv_several_times_larger_than_the_memory_limit_passes(tmp_path: Path) -> None:
+    source = tmp_path / "large.csv"
+    duckdb.sql(
+        f"COPY (SELECT i AS id, hash(i) AS x, repeat(md5(i::TEXT), 3) AS text FROM range(1_900_000) r(i)) TO '{source}' (HEADER)"
+    )
+    assert source.stat().st_size > 3.5 * 64e6
+    done = subprocess.run(
+        [sys.executable, "-c", _BOUNDED, str(source), str(tmp_path / "run")],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows, grown_mb = done.stdout.split()
+    assert int(rows) == 1_900_000
+    assert float(grown_mb) < 64 * 2.5  # DuckDB's limit leaves its CSV buffers and the allocator's slack out
+
+
+# -- databases --------------------------------------------------------------------------------------------------------
+
+
+def test_sqlite_rows_within_the_window(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "shop.db") as db:
+        db.execute("CREATE TABLE orders (at TEXT, amount REAL)")
+        db.executemany(
+            "INSERT INTO orders VALUES (?, ?)", [("2013-04-01", 1), ("2013-05-02", 2), ("2013-05-03", None)]
+        )
+    db.close()
+    source = {
+        "connection": "shop",
+        "sql": "SELECT * FROM orders WHERE at >= $window_start AND at < $window_end",
+    }
+    connections = {"shop": Connection("shop", "sqlite", host=str(tmp_path / "shop.db"))}
+    result = ingest(tmp_path, {"orders": source}, "SELECT * FROM orders", window=MAY, connections=connections)
+    assert result.values["rows"] == 2
+    assert result.values["sources"]["orders"]["digest"] is None
+
+
+def test_postgres_rows_of_many_types_join_a_file(postgres: Any, tmp_path: Path) -> None:
+    import psycopg2
+
+    with psycopg2.connect(**postgres) as con, con.cursor() as cursor:
+        cursor.execute(
+            "CREATE TABLE orders (id int, at timestamptz, amount numeric(10,2), note text, ok boolean, day date)"
+        )
+        cursor.execute(
+            "INSERT INTO orders SELECT i, timestamptz '2013-04-30 23:00:00+00' + i * interval '1 minute', i / 4.0, "
+            "CASE WHEN i % 3 = 0 THEN NULL ELSE 'note ü ' || i END, i % 2 = 0, '2013-05-01' FROM generate_series(1, 100000) i"
+        )
+    con.close()
+    write(tmp_path / "names.csv", "id,name\n60,sixty\n61,sixty one\n")
+    connections = {
+        "shop_db": Connection(
+            "shop_db",
+            "postgres",
+            postgres["host"],
+            postgres["user"],
+            postgres["password"],
+            postgres["dbname"],
+            postgres["port"],
+        )
+    }
+    stage = IngestData(
+        sources={
+            "orders": {
+                "connection": "shop_db",
+                "sql": "SELECT * FROM orders WHERE at >= $window_start AND at < $window_end",
+                "types": {"amount": "DECIMAL(10,2)"},
+            },
+            "names": str(tmp_path / "names.csv"),
+        },
+        query="SELECT * FROM orders LEFT JOIN names USING (id)",
+        order_by=["id"],
+    )
+    run = RunInfo.local(tmp_path, window=MAY, connections=connections)
+    rows = frame(tmp_path, stage.run(run))
+    # From minute 60 (midnight) to the last before 1 June: 31 days of minutes.
+    assert (len(rows), rows.id.min(), rows.id.max()) == (31 * 1440, 60, 31 * 1440 + 59)
+    assert str(rows.amount[0]) == "15.00"
+    assert rows.name[:3].tolist() == ["sixty", "sixty one", None]
+    assert stage.connection_ids() == ["shop_db"]
+    assert stage.input_digests(run) is None  # a live database is never taken from the cache …
+    stage.sources["orders"]["version"] = "2013-06-01"
+    assert set(stage.input_digests(run) or {}) == {"orders", "names"}  # … unless the user names its state
+
+
+@pytest.mark.parametrize("sql", ["SELECT * FROM absent", "SELECT 1 / 0 AS x"])
+def test_a_failing_database_query_shows_no_secret(
+    postgres: Any, tmp_path: Path, sql: str, caplog: Any
+) -> None:
+    connection = Connection(
+        "db",
+        "postgres",
+        postgres["host"],
+        postgres["user"],
+        postgres["password"],
+        postgres["dbname"],
+        postgres["port"],
+    )
+    with pytest.raises(
+        BadInput, match=r"source 's': Connection 'db' or its sql failed: .*(absent|zero)"
+    ) as caught:
+        ingest(tmp_path, {"s": {"connection": "db", "sql": sql}}, connections={"db": connection})
+    assert postgres["password"] not in str(caught.value) + repr(caught.value.__cause__) + caplog.text
+
+
+def test_a_wrong_password_shows_no_secret(postgres: Any, tmp_path: Path) -> None:
+    secret = "p@ss/wörd:?"
+    connection = Connection(
+        "db", "postgres", postgres["host"], postgres["user"], secret, "postgres", postgres["port"]
+    )
+    with pytest.raises(BadInput, match="password authentication failed") as caught:
+        ingest(tmp_path, {"s": {"connection": "db", "sql": "SELECT 1 AS x"}}, connections={"db": connection})
+    assert secret not in str(caught.value)
+    assert quote(secret, safe="") not in str(caught.value)
+
+
+# -- cache ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_key_follows_the_bytes_of_the_files(tmp_path: Path) -> None:
+    source = write(tmp_path / "in/1.csv", "a\n1\n")
+    stage, run = IngestData(sources={"s": f"{tmp_path}/in/*.csv"}, query="FROM s"), RunInfo.local(tmp_path)
+    first = cache_key(stage, run)
+    assert cache_key(stage, run) == first
+    write(tmp_path / "in/2.csv", "a\n2\n")
+    second = cache_key(stage, run)
+    write(Path(source), "a\n3\n")
+    assert len({first, second, cache_key(stage, run)}) == 3
+
+
+# -- refusals: each its one sentence, and a store left as it was ------------------------------------------------------
+
+CSV = "a,b\n1,2\n"
+REFUSALS: list[tuple[dict[str, str | bytes], dict[str, Any], type[LeptonError], str]] = [
+    ({}, {"sources": {"s": "absent.csv"}}, BadInput, "source 's': there is no file .*absent.csv"),
+    ({}, {"sources": {"s": "*.csv"}}, BadInput, r"source 's': no file matches .*\*.csv"),
+    ({"s.csv": ""}, {}, BadInput, r"s.csv is empty \(0 bytes\)"),
+    ({"s.csv": "a,b,A\n1,2,3\n"}, {}, BadInput, "the column 'A' twice"),
+    ({"s.csv": "a,,c\n1,2,3\n"}, {}, BadInput, "column 2 of .* has no name"),
+    ({"s.csv": "a;b\n1;2\n"}, {}, BadInput, "looks separated by ';': set delimiter=';'"),
+    ({"s.csv": "a,b\n"}, {}, BadInput, "the query gives no row; rows read: s 0"),
+    (
+        {"s.parquet": b"PAR1 cut off"},
+        {"sources": {"s": "s.parquet"}},
+        BadInput,
+        "s.parquet is not a whole Parquet file",
+    ),
+    (
+        {"s.jsonl": "[\n1,\n2]\n"},
+        {"sources": {"s": "s.jsonl"}},
+        BadInput,
+        "has no line that is a JSON object",
+    ),
+    (
+        {"1.csv": CSV, "2.csv": "a,c\n1,2\n"},
+        {"sources": {"s": "[12].csv"}},
+        BadInput,
+        "2.csv lacks b and also has c, compared",
+    ),
+    ({"s.dat": CSV}, {"sources": {"s": "s.dat"}}, BadConfiguration, "the format of s.dat is not clear"),
+    ({"s.csv": CSV, "s.tsv": CSV}, {"sources": {"s": "s.*"}}, BadConfiguration, "mixes csv and tsv"),
+    ({}, {"sources": {}}, BadConfiguration, "sources is empty"),
+    ({}, {"sources": {"s": 3}}, BadConfiguration, "source 's' is 3: expected a URI"),
+    ({}, {"sources": {"s t": "s.csv"}}, BadConfiguration, "source name 's t' is not a table name"),
+    (
+        {},
+        {"sources": {"s": {"uri": "s.csv", "formt": "csv"}}},
+        BadConfiguration,
+        "no option 'formt'; did you mean 'format'",
+    ),
+    ({}, {"sources": {"s": {"uri": "s.csv", "format": "cvs"}}}, BadConfiguration, "did you mean 'csv'"),
+    ({}, {"sources": {"s": {"sql": "SELECT 1"}}}, BadConfiguration, "has a sql and no connection"),
+    (
+        {},
+        {"sources": {"s": {"uri": "s.csv", "types": {"a": "INT); DROP"}}}},
+        BadConfiguration,
+        "is not a DuckDB type",
+    ),
+    (
+        {"s.csv": CSV},
+        {"sources": {"s": {"uri": "s.csv", "types": {"A1": "INTEGER"}}}},
+        BadInput,
+        "types names column 'A1'",
+    ),
+    ({"s.csv": CSV}, {"sources": {"s": {"uri": "s.csv", "types": {"a": "INTEGR"}}}}, BadInput, "INTEGR"),
+    (
+        {"s.csv": CSV},
+        {"query": "SELECT 1; SELECT 2"},
+        BadConfiguration,
+        "must be one SELECT, and is SELECT, SELECT",
+    ),
+    ({"s.csv": CSV}, {"query": "DELETE FROM s"}, BadConfiguration, "must be one SELECT, and is DELETE"),
+    ({"s.csv": CSV}, {"query": ""}, BadConfiguration, "must be one SELECT, and is nothing"),
+    ({"s.csv": CSV}, {"query": "SELEC a FROM s"}, BadConfiguration, 'syntax error at or near "SELEC"'),
+    ({"s.csv": CSV}, {"query": "SELECT c FROM s"}, BadConfiguration, r"\"c\" not found.*Sources: s\(a, b\)"),
+    ({"s.csv": CSV}, {"query": "SELECT a, b AS a FROM s"}, BadConfiguration, "the column 'a' twice"),
+    (
+        {"s.csv": CSV},
+        {"query": "SELECT a FROM s WHERE a > $window_start"},
+        BadConfiguration,
+        "uses \\$window_start, and this run",
+    ),
+    (
+        {"s.csv": CSV},
+        {"query": "SELECT $shre AS x", "parameters": {"share": 1}},
+        BadConfiguration,
+        "did you mean 'share'",
+    ),
+    ({"s.csv": CSV}, {"query": "SELECT * FROM s WHERE a > 5"}, BadInput, "the query gives no row"),
+    ({"s.csv": CSV}, {"query": "SELECT error(b::TEXT) FROM s"}, BadInput, "query: Invalid Input Error: 2"),
+    ({"s.csv": CSV}, {"order_by": ["aa"]}, BadConfiguration, "order_by names 'aa'; did you mean 'a'"),
+    ({"s.csv": CSV}, {"max_rejected_share": 2.0}, BadConfiguration, "expected a share from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("files", "parameters", "kind", "message"), REFUSALS)
+def test_what_cannot_work_gets_one_sentence(
+    tmp_path: Path,
+    monkeypatch: Any,
+    files: dict[str, Any],
+    parameters: dict[str, Any],
+    kind: type[LeptonError],
+    message: str,
+) -> None:
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    monkeypatch.chdir(tmp_path)
+    run = RunInfo.local(tmp_path)
+    with pytest.raises(kind, match=message) as caught:
+        IngestData(**({"sources": {"s": "s.csv"}, "query": "SELECT * FROM s"} | parameters)).run(run)
+    assert "\n" not in str(caught.value)
+    assert run.store.keys("artifacts") == []
+
+
+def test_a_window_without_data_names_the_window_and_what_was_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "s.csv", "t\n2012-01-01\n")
+    query = "SELECT * FROM s WHERE t >= $window_start"
+    with pytest.raises(BadInput, match=r"no row for the window 2013-05-01.* to 2013-06-01.*; rows read: s 1"):
+        ingest(tmp_path, {"s": source}, query, window=MAY)
+    assert ingest(tmp_path, {"s": source}, query, window=MAY, allow_empty=True).values["rows"] == 0
+
+
+def test_a_truncated_parquet_file_is_refused(raw_flights: Path, tmp_path: Path) -> None:
+    whole = (raw_flights / "planes.parquet").read_bytes()
+    write(tmp_path / "cut.parquet", whole[: len(whole) // 2])
+    with pytest.raises(BadInput, match=r"cut.parquet is not a whole Parquet file .*bring it again"):
+        ingest(tmp_path, {"s": str(tmp_path / "cut.parquet")})
+
+
+def test_parquet_with_doubled_columns_is_refused(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "s.parquet"
+    )
+    with pytest.raises(BadInput, match="has the column 'a' twice"):
+        ingest(tmp_path, {"s": str(tmp_path / "s.parquet")})
+
+
+@pytest.mark.parametrize(
+    "steal",
+    [
+        "SELECT * FROM read_text('{secret}')",
+        "SELECT * FROM read_csv('{secret}')",
+        "SELECT * FROM '{secret}'",
+        "SELECT * FROM glob('{folder}/*')",
+        "SELECT * FROM s WHERE a = (SELECT content FROM read_text('{secret}'))",
+        "SELECT * FROM read_text('{landed}/../../../secret.csv')",
+        "SELECT * FROM secret_frame",
+    ],
+)
+def test_the_query_reads_nothing_but_its_sources(tmp_path: Path, steal: str) -> None:
+    secret = write(tmp_path / "elsewhere/secret.csv", "password\nhunter2\n")
+    secret_frame = pd.DataFrame({"password": ["hunter2"]})  # DuckDB would find it by its name
+    source = write(tmp_path / "in/s.csv", CSV)
+    query = steal.format(secret=secret, folder=tmp_path / "elsewhere", landed=tmp_path / "run/work/landed")
+    with pytest.raises((BadConfiguration, BadInput)) as caught:
+        ingest(tmp_path / "run", {"s": source}, query)
+    assert "hunter2" not in str(caught.value)
+    assert len(secret_frame) == 1
+
+
+def test_an_unknown_connection_type_names_the_known_ones(tmp_path: Path) -> None:
+    connections = {"db": Connection("db", "oracle", password="hunter2")}
+    with pytest.raises(BadConfiguration, match="type 'oracle'; Known: postgres, sqlite") as caught:
+        ingest(tmp_path, {"s": {"connection": "db", "sql": "SELECT 1"}}, connections=connections)
+    assert "hunter2" not in str(caught.value)
