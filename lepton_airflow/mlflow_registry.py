@@ -217,7 +217,7 @@ class MlflowRegistry:
 
         if not self.uri.startswith("http"):
             return None
-        return f"{re.sub(r'//[^/@]*@', '//', self.uri.rstrip('/'))}/#/models/{quote(name)}/versions/{version}"
+        return f"{_shown(self.uri).rstrip('/')}/#/models/{quote(name)}/versions/{version}"
 
     # -- find or create ------------------------------------------------------------------------------------------------
 
@@ -408,14 +408,14 @@ def _answers(doing: str) -> Iterator[None]:
     except LeptonError:
         raise
     except Exception as error:  # MLflow lets through those of requests, SQLAlchemy, boto3 and more
-        reason = str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
-        if getattr(error, "error_code", None) in _REFUSALS or "401" in reason or "403" in reason:
+        reason = _shown(str(error).strip().partition("\n")[0][:400]) or type(error).__name__
+        if getattr(error, "error_code", None) in _REFUSALS or re.search(r"error code 40[13]\b", reason):
             raise BadConfiguration(f"MLflow refused {doing}: {reason}") from error
         raise LeptonError(
             f"MLflow failed at {doing}: {reason}. What was done is kept; a retry goes on from there."
         ) from error
 
 
-def _shown(uri: str) -> str:
-    """A URI without its password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def _shown(text: str) -> str:
+    """A URI, or a text with URIs in it, without user and password."""
+    return re.sub(r"//[^/@\s]*@", "//", text)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
 from lepton_airflow.evaluation import EvaluationRows, load_rows
 from lepton_airflow.package import ModelCard, ModelPackage, overlap
 from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
@@ -71,6 +71,8 @@ class EvaluateModel(Stage):
     def run(self, run: RunInfo) -> Result:
         from lepton_airflow import plots, report
 
+        for library in self.engines:
+            require(library, "EvaluateModel", self.extra)
         package = ModelPackage.open(run.fetch(self.model))
         card = package.card
         path = run.fetch(self.dataset)

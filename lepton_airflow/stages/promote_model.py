@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.errors import BadConfiguration, Skipped
+from lepton_airflow.errors import BadConfiguration, Skipped, require
 from lepton_airflow.evaluation import EvaluationRows, load_rows
 from lepton_airflow.lease import lease
 from lepton_airflow.mlflow_registry import MlflowRegistry, open_registry
@@ -77,7 +77,7 @@ class PromoteModel(Stage):
 
     cacheable: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ("mlflow-skinny", "onnxruntime", "scipy")
-    extra: ClassVar[str] = "register"
+    extra: ClassVar[str] = "evaluate,register"
     outputs: ClassVar[tuple[str, ...]] = ("evidence", "decision", "moved", "reason", "champion", "previous")
 
     name: str
@@ -95,6 +95,8 @@ class PromoteModel(Stage):
     mlflow: ConnectionId | None = None
 
     def run(self, run: RunInfo) -> Result:
+        for library in self.engines:
+            require(library, "PromoteModel", self.extra)
         check_model_name(self.name)
         backfill = run.identity.run_type == "backfill"
         if backfill and self.on_backfill == "skip":

@@ -360,6 +360,7 @@ def test_a_server_that_is_not_there_is_said_and_may_be_retried(run, put_model, m
     with pytest.raises(LeptonError, match=r"MLflow failed at opening http://127\.0\.0\.1:9") as error:
         RegisterModel(model=model.uri, name="late", tracking_uri="http://ada:geheim@127.0.0.1:9").run(run)
     assert error.value.exit_code == 1
+    assert "geheim" not in str(error.value)
     assert registrations(run.store, "late") == []
 
 
