@@ -65,4 +65,8 @@ def _cpu_s(file: Path) -> float:
 
 
 def _warm_s(file: Path) -> float:
-    return float(subprocess.run([sys.executable, "-c", _WARM, str(file)], check=True, capture_output=True, text=True).stdout)
+    return float(
+        subprocess.run(
+            [sys.executable, "-c", _WARM, str(file)], check=True, capture_output=True, text=True
+        ).stdout
+    )

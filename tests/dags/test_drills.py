@@ -118,7 +118,9 @@ def test_an_asset_event_brings_its_window(airflow: LocalAirflow) -> None:
     window = {"start": "2026-03-01T00:00:00+00:00", "end": "2026-04-01T00:00:00+00:00"}
     before = {r["dag_run_id"] for r in airflow.runs("count")}
     airflow.api("POST", "/assets/events", {"asset_id": asset["id"], "extra": {"window": window}})
-    airflow.until(lambda: bool({r["dag_run_id"] for r in airflow.runs("count")} - before), "the event's run", 60)
+    airflow.until(
+        lambda: bool({r["dag_run_id"] for r in airflow.runs("count")} - before), "the event's run", 60
+    )
     (run,) = {r["dag_run_id"] for r in airflow.runs("count")} - before
     assert airflow.wait("count", run) == "success"
     assert airflow.xcom("count", run, "own", "window") == [window["start"], window["end"]]

@@ -12,10 +12,27 @@ import pytest
 
 DAGS = Path(__file__).parents[2] / "dags"
 FILES = sorted(DAGS.glob("*.py"))
-HEAVY = """
-    adbc_driver_manager duckdb evidently great_expectations kubernetes kubernetes_asyncio matplotlib mlflow numpy onnx
-    onnxruntime optuna pandas pyarrow scipy skl2onnx sklearn sqlalchemy_adbc torch
-""".split()
+HEAVY = [
+    "adbc_driver_manager",
+    "duckdb",
+    "evidently",
+    "great_expectations",
+    "kubernetes",
+    "kubernetes_asyncio",
+    "matplotlib",
+    "mlflow",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "optuna",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "skl2onnx",
+    "sklearn",
+    "sqlalchemy_adbc",
+    "torch",
+]
 
 # Runs in an interpreter of its own. A look-up or a connection while parsing ends it with what was tried.
 PARSE = """

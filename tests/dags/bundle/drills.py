@@ -1,6 +1,6 @@
 """DAGs for drills on a real Airflow."""
 
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 from airflow.sdk import DAG, Asset, Param
 from probes import CountLetters, WaitForFile
@@ -16,7 +16,7 @@ class CountLettersOperator(StageOperator, stage=CountLetters):
     pass
 
 
-START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+START = datetime(2026, 1, 1, tzinfo=UTC)
 
 with DAG(
     "wait",

@@ -1,0 +1,171 @@
+"""What running flights_retrain as Airflow tasks costs over a plain script, and what the cache saves.
+
+One month, three times: by a plain script that calls the same libraries in one process, by a real Airflow, and by that
+Airflow again with the run cleared. `overhead_seconds_per_task` and `overhead_ratio` compare the sum of the task
+durations that Airflow shows with the script's wall time; `cached_speedup` is first over second run, in task time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+GOALS = {"cached_speedup": "at least 10"}
+DAG, MONTH, NEXT = "flights_retrain", "2013-05-01T00:00:00+00:00", "2013-06-01T00:00:00+00:00"
+
+
+def measure() -> dict[str, float]:
+    """Seconds of the plain script, of the first and of the second run."""
+    from lepton_airflow.testing import LocalAirflow, LocalMlflow
+
+    sys.path.insert(0, str(ROOT / "demo"))
+    from flights import land
+
+    raw = land(ROOT / ".cache" / "flights")
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        env = {"AIRFLOW__LEPTON__STORE": str(home / "store"), "AIRFLOW_VAR_FLIGHTS_RAW": str(raw)}
+        with LocalMlflow(home / "mlflow") as mlflow:
+            env["AIRFLOW_CONN_MLFLOW_DEFAULT"] = mlflow.connection
+            with LocalAirflow(home / "airflow", ROOT / "dags", env=env) as airflow:
+                airflow.wait_for_dag(DAG)
+                plain = _plain_seconds(raw, home / "plain", mlflow.url)
+                first = _backfill(airflow, "none")
+                second = _backfill(airflow, "completed")
+    for name in first:
+        print(
+            f"{name:<10} plain {plain[name]:6.1f} s   first run {first[name]:6.1f} s   second run {second[name]:6.1f} s"
+        )
+    script, one, two = plain["all"], sum(first.values()), sum(second.values())
+    return {
+        "overhead_seconds_per_task": round((one - script) / len(first), 2),
+        "overhead_ratio": round(one / script, 3),
+        "cached_speedup": round(one / two, 1),
+        "plain_seconds": round(script, 1),
+        "first_run_task_seconds": round(one, 1),
+        "second_run_task_seconds": round(two, 1),
+    }
+
+
+def _plain_seconds(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]:
+    """Run this file as the plain script; seconds by stage, and of the whole process as ``all``."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, __file__, str(raw), str(folder), mlflow_url],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1]) | {"all": time.monotonic() - started}
+
+
+def _backfill(airflow: Any, reprocess: str) -> dict[str, float]:
+    """Backfill the month through Airflow; the duration of each task in seconds."""
+    body = {
+        "dag_id": DAG,
+        "from_date": MONTH,
+        "to_date": MONTH,
+        "max_active_runs": 1,
+        "reprocess_behavior": reprocess,
+        "dag_run_conf": {"on_backfill": "full"},
+    }
+    backfill = airflow.api("POST", "/backfills", body)["id"]
+    airflow.until(
+        lambda: airflow.api("GET", f"/backfills/{backfill}")["completed_at"] is not None,
+        "the backfill to end",
+        900,
+    )
+    (run,) = airflow.runs(DAG)
+    tasks = airflow.tasks(DAG, run["dag_run_id"])
+    assert {t["state"] for t in tasks.values()} == {"success"}, {n: t["state"] for n, t in tasks.items()}
+    return {
+        name: task["duration"] for name, task in sorted(tasks.items(), key=lambda item: item[1]["start_date"])
+    }
+
+
+def plain_script(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]:
+    """The chain of dags/flights_retrain.py as a script without Airflow; seconds by stage."""
+    from lepton_airflow.contract import Window
+    from lepton_airflow.stages import RunInfo, Stage
+    from lepton_airflow.stages.evaluate_model import EvaluateModel
+    from lepton_airflow.stages.ingest_data import IngestData
+    from lepton_airflow.stages.prepare_data import PrepareData
+    from lepton_airflow.stages.promote_model import PromoteModel
+    from lepton_airflow.stages.register_model import RegisterModel
+    from lepton_airflow.stages.train_model import TrainModel
+    from lepton_airflow.stages.tune_model import TuneModel
+    from lepton_airflow.stages.validate_data import ValidateData
+
+    seconds: dict[str, float] = {}
+
+    def call(name: str, stage: Stage) -> Any:
+        run = RunInfo.local(folder, window=Window(MONTH, NEXT), run_key=f"plain-{name}", cache_key="0" * 64)
+        started = time.monotonic()
+        result = stage.run(run)
+        seconds[name] = time.monotonic() - started
+        return result
+
+    sources = {
+        "flights": f"{raw}/flights/*.csv",
+        "weather": f"{raw}/weather/*.jsonl",
+        "planes": f"{raw}/planes.parquet",
+        "airports": f"{raw}/airports.csv",
+        "airlines": f"{raw}/airlines.tsv",
+    }
+    sql = ROOT / "dags" / "sql"
+    order = ["scheduled_at", "origin", "carrier", "flight"]
+    query = (sql / "flights_snapshot.sql").read_text()
+    ingested = call("ingest", IngestData(sources=sources, query=query, order_by=order))
+    snapshot = ingested.artifacts["snapshot"].uri
+    suite = str(ROOT / "great_expectations" / "flights.json")
+    call("validate", ValidateData(dataset=snapshot, suite=suite))
+    prepared = call(
+        "prepare",
+        PrepareData(
+            snapshot=snapshot,
+            features=(sql / "flights_features.sql").read_text(),
+            target="late",
+            time_column="scheduled_at",
+            cluster_column="day",
+            test_start="window_start",
+            valid_fraction=0.15,
+        ),
+    )
+    train, valid, test = (prepared.artifacts[split].uri for split in ("train", "valid", "test"))
+    tuned = call("tune", TuneModel(dataset=train, trials=8, folds=3, max_rows=20_000))
+    trained = call(
+        "train",
+        TrainModel(
+            dataset=train,
+            valid=valid,
+            hyperparameters=tuned.values["best"],
+            profile=prepared.artifacts["profile"].uri,
+        ),
+    )
+    model = trained.artifacts["model"].uri
+    evaluated = call("evaluate", EvaluateModel(model=model, dataset=test, slices=["origin"]))
+    registered = call(
+        "register",
+        RegisterModel(model=model, name="plain", metrics=evaluated.metrics, tracking_uri=mlflow_url),
+    )
+    call(
+        "promote",
+        PromoteModel(
+            name="plain",
+            version=registered.values["version"],
+            dataset=test,
+            metric="roc_auc",
+            tracking_uri=mlflow_url,
+        ),
+    )
+    return seconds
+
+
+if __name__ == "__main__":
+    print(json.dumps(plain_script(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
