@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a task: docs/decisions/0004
+
 
 @pytest.fixture(scope="session")
 def raw_flights() -> Path:
