@@ -7,6 +7,7 @@ where a column of numbers has ``count, nulls, mean, std, min, max, quantiles, ed
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.dataset import DatasetInfo, quote
@@ -57,8 +58,8 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
         "kind": "number",
         "count": count,
         "nulls": nulls,
-        "mean": mean,
-        "std": std,
+        "mean": _rounded(mean),
+        "std": _rounded(std),
         "min": low,
         "max": high,
     }
@@ -79,7 +80,7 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
         f"SELECT {', '.join(f'count(*) FILTER (x <= {edge!r}::DOUBLE)' for edge in edges)} FROM (SELECT {value} AS x FROM {table})",
     )
     totals = [0, *below, count]
-    counts = [after - before for before, after in zip(totals, totals[1:], strict=False)]
+    counts = [after - before for before, after in itertools.pairwise(totals)]
     return found | {"quantiles": quantiles, "edges": edges, "counts": counts}
 
 
@@ -100,6 +101,11 @@ def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str
         "top": [[value[:_LABEL], n] for value, n in top],
         "rest": count - sum(n for _, n in top),
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    """Nine digits: the last bits of a parallel sum vary from run to run, and equal rows give an equal profile."""
+    return None if value is None else float(f"{value:.9g}")
 
 
 def _row(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:

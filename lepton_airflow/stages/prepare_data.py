@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
-_TIMES = ("DATE", "TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE")
 _INFERRED_CLASSES = 20  # a whole-number target with more distinct values is taken for a number to regress on
 _MOST_CLASSES = 1000
 _MANY_CATEGORIES = 10_000
@@ -156,7 +156,10 @@ class PrepareData(Stage):
         import duckdb
 
         try:
-            con.execute(f"CREATE TEMP VIEW snapshot AS SELECT * FROM read_parquet({literal(path)})")
+            scan = f"read_parquet({literal(path)})"
+            there = column_types(con, f"SELECT * FROM {scan}", {}, "snapshot")
+            columns = ", ".join(f"{_microseconds(quote(c), k)} AS {quote(c)}" for c, k in there.items())
+            con.execute(f"CREATE TEMP VIEW snapshot AS SELECT {columns} FROM {scan}")
         except duckdb.Error as error:
             raise BadInput(
                 f"snapshot {split_pin(self.snapshot)[0]} is not readable Parquet: {first_line(error)}"
@@ -202,25 +205,25 @@ class PrepareData(Stage):
             values={
                 "splits": {name: {"rows": rows, "time_range": span} for name, (rows, span) in splits.items()}
             },
-            metrics={f"rows_{name}": rows for name, (rows, _) in splits.items()}
-            | {"features": len(info.features), "rows_without_target": missing},
+            metrics={f"rows_{name}": float(rows) for name, (rows, _) in splits.items()}
+            | {"features": float(len(info.features)), "rows_without_target": float(missing)},
         )
 
     def _column_kinds(self, con: duckdb.DuckDBPyConnection, table: str) -> dict[str, str]:
         kinds = column_types(con, f"SELECT * FROM {table}", {}, "features")
-        roles = {
+        roles: dict[str, list[str | None]] = {
             "target": [self.target],
             "time_column": [self.time_column],
             "cluster_column": [self.cluster_column],
         }
-        roles |= {"id_columns": self.id_columns}
+        roles["id_columns"] = list(self.id_columns)
         for role, names in roles.items():
             for name in names:
                 if name is not None and name not in kinds:
                     raise BadConfiguration(
                         f"{role}: column {name!r} is not among the features' columns; {did_you_mean(name, kinds)}"
                     )
-        if self.time_column and kinds[self.time_column] not in _TIMES:
+        if self.time_column and not _is_time(kinds[self.time_column]):
             raise BadConfiguration(
                 f"time_column {self.time_column!r} is {kinds[self.time_column]}, expected a date or a timestamp: "
                 "make one in features, e.g. CAST(… AS TIMESTAMP)."
@@ -451,8 +454,10 @@ class PrepareData(Stage):
 
     def _shares(self) -> str:
         """Which split a place from 0 to below 1 belongs to; train comes first, so it gets what cannot be divided."""
-        outside = 1 - self.test_fraction
-        train = outside * (1 - self.valid_fraction)
+        outside = round(
+            1 - self.test_fraction, 9
+        )  # 0.8 * 0.75 is a little more than 0.6, and so one row more
+        train = round(outside * (1 - self.valid_fraction), 9)
         return (
             f"CASE WHEN place < {train!r} THEN 'train' WHEN place < {outside!r} THEN 'valid' ELSE 'test' END"
         )
@@ -484,13 +489,13 @@ class PrepareData(Stage):
                     f"{', '.join(sorted(found))}. Change its start or fraction, or bring more data."
                 )
         if self.split == "time":
-            for earlier, later in zip(wanted, wanted[1:], strict=False):
+            for earlier, later in itertools.pairwise(wanted):
                 if not found[earlier][2] < found[later][1]:
                     raise BadInput(
                         f"clusters of {self.cluster_column!r} overlap in time: {earlier} would reach to {found[earlier][2]} and "
                         f"{later} begin at {found[later][1]}. Cluster by something shorter, or use split='group'."
                     )
-        zone = UTC if self.time_column and kinds[self.time_column].endswith("TIME ZONE") else None
+        zone = UTC if self.time_column and _has_zone(kinds[self.time_column]) else None
         return {
             name: (rows, [t.replace(tzinfo=zone).isoformat() for t in (low, high)] if low else None)
             for name, (rows, low, high) in ((name, found[name]) for name in wanted)
@@ -579,7 +584,7 @@ class PrepareData(Stage):
             return
         time = str(self.time_column)
         there = column_types(con, "SELECT * FROM snapshot", {}, "snapshot")
-        if there.get(time) not in _TIMES:
+        if not _is_time(there.get(time, "")):
             log.warning(
                 "leak_check: the snapshot has no time column %r, so that features look ahead cannot be ruled out.",
                 time,
@@ -709,6 +714,22 @@ class _Features:
         return path
 
 
+def _microseconds(column: str, kind: str) -> str:
+    """Pandas writes nanoseconds, which DuckDB compares with no other timestamp, so not with a window either."""
+    return {
+        "TIMESTAMP_NS": f"CAST({column} AS TIMESTAMP)",
+        "TIMESTAMPTZ_NS": f"CAST({column} AS TIMESTAMPTZ)",
+    }.get(kind, column)
+
+
+def _is_time(kind: str) -> bool:
+    return kind == "DATE" or kind.startswith("TIMESTAMP")
+
+
+def _has_zone(kind: str) -> bool:
+    return kind.startswith("TIMESTAMPTZ") or kind.endswith("WITH TIME ZONE")
+
+
 def _plain(column: str, kind: str) -> str:
     """The column in one of the few types that every framework and ONNX know."""
     if kind == "BOOLEAN":
@@ -717,7 +738,7 @@ def _plain(column: str, kind: str) -> str:
         return f"CAST({column} AS DOUBLE)"
     if kind.startswith("ENUM") or kind in ("UUID", "JSON"):
         return f"CAST({column} AS VARCHAR)"
-    return column
+    return _microseconds(column, kind)
 
 
 def _fingerprint(
