@@ -195,6 +195,7 @@ class TuneModel(Stage):
         if self.storage:
             try:
                 url = make_url(self.storage)
+                url.get_dialect()
             except ArgumentError:
                 raise BadConfiguration(
                     f"storage={self.storage!r} is no database URL; expected one such as "
@@ -373,6 +374,8 @@ class _Search:
 
     def _await_one(self) -> None:
         """Take the results that are there, or wait half a second for one."""
+        from concurrent.futures.process import BrokenProcessPool
+
         done, _ = concurrent.futures.wait(
             self.running, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED
         )
@@ -382,7 +385,7 @@ class _Search:
                 value = future.result()
             except (Preempted, BadConfiguration):
                 raise
-            except concurrent.futures.process.BrokenProcessPool:
+            except BrokenProcessPool:
                 self.run.check_stop()
                 raise LeptonError(
                     f"a worker process ended in trial {running.trial.number} (out of memory, or killed): a retry goes on "

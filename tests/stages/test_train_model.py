@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+
+from lepton_airflow.contract import split_pin
+from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.errors import BadConfiguration, BadInput, Preempted
+from lepton_airflow.package import ModelPackage
+from lepton_airflow.stages import RunInfo
+from lepton_airflow.stages.train_model import TrainModel
+
+CATEGORIES = ["a b", "a_b"]  # two columns that one safe name would merge
+
+
+def save(frame: pd.DataFrame, info: DatasetInfo, path: Path) -> str:
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    info = replace(info, rows=len(frame))
+    pq.write_table(table.replace_schema_metadata({b"lepton": json.dumps(asdict(info)).encode()}), path)
+    return str(path)
+
+
+def real_frame(task: str, classes: int = 2) -> tuple[pd.DataFrame, DatasetInfo]:
+    """A real table of scikit-learn's, in a fixed shuffle, with categories and missing values of awkward names."""
+    loaders = {
+        ("regression", 2): load_diabetes,
+        ("classification", 2): load_breast_cancer,
+        ("classification", 3): load_wine,
+    }
+    frame = loaders[task, classes](as_frame=True).frame.sample(frac=1, random_state=1).reset_index(drop=True)
+    frame = frame[[*frame.columns[:5], "target"]].rename(columns={frame.columns[1]: "größe (mm)"})
+    first = frame.columns[0]
+    frame["a b"] = np.where(frame[first] > frame[first].median(), "hoch", "low")
+    frame.loc[::9, "a b"] = None
+    frame["a_b"] = np.random.default_rng(1).choice(["é x", "y", "label"], len(frame))
+    frame.loc[::7, first] = np.nan
+    labels = sorted(set(frame["target"].tolist())) if task == "classification" else []
+    features = [c for c in frame if c != "target"]
+    info = DatasetInfo(
+        target="target",
+        task=task,
+        features=features,
+        categorical=CATEGORIES,
+        classes=labels,
+        split_id="one run",
+    )
+    return frame, info
+
+
+def splits(folder: Path, task: str = "classification", classes: int = 2) -> tuple[str, str]:
+    frame, info = real_frame(task, classes)
+    cut = len(frame) * 3 // 4
+    train = save(frame[:cut], replace(info, split="train"), folder / "train.parquet")
+    return train, save(frame[cut:], replace(info, split="valid"), folder / "valid.parquet")
+
+
+def package_of(result: Any) -> ModelPackage:
+    return ModelPackage.open(Path(split_pin(result.artifacts["model"].uri)[0].removeprefix("file://")))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "task", "classes", "metric", "at_least"),
+    [
+        ("logistic_regression", "classification", 2, "roc_auc", 0.95),
+        ("logistic_regression", "classification", 3, "accuracy", 0.75),
+        ("linear_regression", "regression", 2, "r2", 0.25),
+        ("hist_gradient_boosting", "classification", 3, "accuracy", 0.75),
+        ("hist_gradient_boosting", "regression", 2, "r2", 0.25),
+        ("mlp", "classification", 2, "roc_auc", 0.9),
+        ("mlp", "regression", 2, "r2", 0.2),
+    ],
+)
+def test_a_standard_model_learns_converts_exactly_and_has_one_digest(
+    tmp_path: Path, trainer: str, task: str, classes: int, metric: str, at_least: float
+) -> None:
+    train, valid = splits(tmp_path, task, classes)
+    stage = TrainModel(dataset=train, valid=valid, trainer=trainer)
+    result = stage.run(RunInfo.local(tmp_path / "1", run_key="one"))
+    value = result.metrics[f"valid_{metric}"]
+    assert value is not None
+    assert value > at_least
+    package = package_of(result)
+    assert package.card.parity["difference"] < 1e-5
+    assert set(package.card.parity["tried"]) >= {"train", "valid", "missing numbers", "unseen categories"}
+    raw = pq.read_table(valid).to_pandas()
+    predicted = package.predict(raw)
+    assert predicted.shape == ((len(raw), classes) if task == "classification" else (len(raw),))
+    label = {"classification": ["probabilities", "label"], "regression": ["prediction"]}[task]
+    assert [o.name for o in package.session.get_outputs()] == label
+    assert [i.name for i in package.session.get_inputs()] == [f.input for f in package.card.features]
+    if trainer == "mlp":
+        return  # its export takes seconds; test_a_stopped_mlp_resumes_to_the_same_bytes compares two of its digests
+    again = stage.run(RunInfo.local(tmp_path / "2", run_key="two"))
+    assert again.artifacts["model"].sha256 == result.artifacts["model"].sha256
+
+
+def test_out_of_fold_predictions_come_from_models_that_did_not_see_the_cluster(tmp_path: Path) -> None:
+    frame, info = real_frame("classification")
+    frame["patient"] = np.arange(len(frame)) // 4
+    frame["secret"] = np.random.default_rng(0).normal(size=len(frame) // 4 + 1)[frame["patient"]]
+    frame["target"] = (frame["secret"] > 0).astype(int)  # only the cluster's identity tells the target
+    info = replace(
+        info, features=["mean radius", "secret_id"], categorical=["secret_id"], cluster_column="patient"
+    )
+    frame["secret_id"] = frame["patient"].astype(str)
+    path = save(frame, info, tmp_path / "train.parquet")
+    hyper = {"min_frequency": 1, "max_categories": 1000}
+    stage = TrainModel(dataset=path, trainer="logistic_regression", hyperparameters=hyper, folds=4)
+    result = stage.run(RunInfo.local(tmp_path))
+    out = pd.read_parquet(split_pin(result.artifacts["out_of_fold"].uri)[0].removeprefix("file://"))
+    assert out["row"].tolist() == list(range(len(frame)))
+    assert (out.groupby(frame["patient"])["fold"].nunique() == 1).all()
+    assert result.metrics["train_roc_auc"] == pytest.approx(1.0, abs=0.01)
+    assert result.metrics["out_of_fold_roc_auc"] == pytest.approx(0.5, abs=0.12)
+    grouped = package_of(result).card
+    assert grouped.cluster_column == "patient"
+
+
+def test_folds_by_time_never_train_on_the_future(tmp_path: Path) -> None:
+    from lepton_airflow.training import Rows, make_folds
+
+    frame, info = real_frame("classification")
+    frame["day"] = pd.Timestamp("2013-01-01") + pd.to_timedelta(np.arange(len(frame)) // 10, unit="D")
+    frame["day"] = frame["day"].sample(frac=1, random_state=0).to_numpy()
+    rows = Rows.load(Path(save(frame, replace(info, time_column="day"), tmp_path / "t.parquet")), "train")
+    folds = make_folds(rows, 4, "time", seed=0)
+    assert len(folds) == 4
+    for train, held_out in folds:
+        assert frame["day"].iloc[train].max() < frame["day"].iloc[held_out].min()
+    held = np.concatenate([h for _, h in folds])
+    assert len(set(held)) == len(held) > 0.75 * len(frame)
+
+
+def test_a_class_too_rare_for_every_fold_gets_probability_zero_there(tmp_path: Path) -> None:
+    frame, info = real_frame("classification", 3)
+    frame = pd.concat([frame[frame["target"] != 2], frame[frame["target"] == 2].head(2)], ignore_index=True)
+    path = save(frame, info, tmp_path / "train.parquet")
+    result = TrainModel(dataset=path, trainer="logistic_regression", folds=5).run(RunInfo.local(tmp_path))
+    out = pd.read_parquet(split_pin(result.artifacts["out_of_fold"].uri)[0].removeprefix("file://"))
+    np.testing.assert_allclose(out[["p_0", "p_1", "p_2"]].sum(axis=1), 1.0)
+
+
+def test_a_stopped_mlp_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    train, valid = splits(tmp_path)
+    hyper = {"epochs": 6, "hidden": 8}
+    stage = TrainModel(dataset=train, valid=valid, trainer="mlp", hyperparameters=hyper, folds=2)
+    whole = stage.run(RunInfo.local(tmp_path / "whole"))
+    asked = iter([False] * 18 + [True])  # two questions an epoch: in the middle of the second fold
+    with pytest.raises(Preempted, match="step"):
+        stage.run(RunInfo.local(tmp_path / "cut", should_stop=lambda: next(asked, True)))
+    run = RunInfo.local(tmp_path / "cut")
+    kept = run.store.keys("checkpoints")
+    assert any(k.endswith("fold-0.npy") for k in kept)
+    assert any(k.endswith("fold-1/mlp.pt") for k in kept)
+    fits = []
+    run.should_stop = lambda: bool(fits.append(1))
+    run.workdir = tmp_path / "elsewhere"  # what a try left on its own disk is gone
+    run.workdir.mkdir()
+    resumed = stage.run(run)
+    assert len(fits) < 30  # a whole run asks 38 times
+    assert resumed.artifacts["model"].sha256 == whole.artifacts["model"].sha256
+    assert resumed.artifacts["out_of_fold"].sha256 == whole.artifacts["out_of_fold"].sha256
+    assert run.store.keys("checkpoints") == []
+
+
+def test_a_hundred_thousand_categories_stay_small(tmp_path: Path) -> None:
+    n = 100_000
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"x": rng.normal(size=n), "id": [f"id {i}" for i in range(n)]})
+    frame.loc[: n // 4, "id"] = "common"
+    frame["y"] = ((frame["x"] > 0) ^ (frame["id"] == "common")).astype(int)
+    info = DatasetInfo(
+        target="y",
+        task="classification",
+        features=["x", "id"],
+        categorical=["id"],
+        classes=[0, 1],
+        time_column="t",
+        time_range=["2013-01-01", "2013-01-02"],
+    )
+    frame["t"] = pd.Timestamp("2013-01-01")
+    path = save(frame, info, tmp_path / "train.parquet")
+    hyper = {"max_iter": 20}
+    result = TrainModel(dataset=path, hyperparameters=hyper).run(RunInfo.local(tmp_path))
+    assert result.artifacts["model"].bytes < 100_000
+    assert result.metrics["train_roc_auc"] > 0.99
+
+
+# -- the user's own trainers ---------------------------------------------------------------------------------------------
+
+TRAINERS = """
+from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
+
+
+def plain(train, valid, hyperparameters, run):
+    return make_pipeline(StandardScaler(), LogisticRegression()).fit(train[run.features], train[run.target])
+
+
+def columns(train, valid, hyperparameters, run):
+    parts = [("n", StandardScaler(), run.numbers), ("c", OneHotEncoder(handle_unknown="ignore"), run.categorical)]
+    return make_pipeline(ColumnTransformer(parts), LogisticRegression()).fit(train[run.features], train[run.target])
+
+
+def some_columns(train, valid, hyperparameters, run):
+    model = make_pipeline(ColumnTransformer([("n", "passthrough", run.numbers[:2])]), LogisticRegression())
+    return model.fit(train[run.features], train[run.target])
+
+
+def inexact(train, valid, hyperparameters, run):
+    encode = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
+    parts = ColumnTransformer([("c", encode, run.categorical)])
+    boosted = HistGradientBoostingClassifier(max_iter=5, categorical_features=[0, 1])
+    return make_pipeline(parts, boosted).fit(train[run.features], train[run.target])
+
+
+def module(train, valid, hyperparameters, run):
+    import torch
+
+    torch.manual_seed(run.seed)
+    x = torch.tensor(train[run.features].to_numpy("float32"))
+    scale = x.std(0)
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(x.shape[1]), torch.nn.Linear(x.shape[1], 2), torch.nn.Softmax(1))
+    net(x)
+    return net, x[:2]
+
+
+def logits(train, valid, hyperparameters, run):
+    import torch
+
+    net = torch.nn.Linear(len(run.features), 2)
+    net.example_input = torch.zeros(2, len(run.features))
+    return net
+
+
+def no_example(train, valid, hyperparameters, run):
+    import torch
+
+    return torch.nn.Linear(len(run.features), 2)
+
+
+def one_probability(train, valid, hyperparameters, run):
+    import torch
+
+    net = torch.nn.Sequential(torch.nn.Linear(len(run.features), 1), torch.nn.Sigmoid())
+    return net, torch.zeros(2, len(run.features))
+
+
+def own_onnx(train, valid, hyperparameters, run):
+    from skl2onnx import to_onnx
+
+    model = plain(train, valid, hyperparameters, run)
+    x = train[run.features].to_numpy("float32")
+    return to_onnx(model, x[:1], options={"zipmap": False})
+
+
+def text(train, valid, hyperparameters, run):
+    return "a model"
+
+
+def decides(train, valid, hyperparameters, run):
+    from sklearn.svm import LinearSVC
+
+    return LinearSVC().fit(train[run.numbers], train[run.target])
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    name = f"trainers_{tmp_path.name}".replace("-", "_").replace("[", "_").replace("]", "_")
+    (folder / f"{name}.py").write_text(TRAINERS)
+    monkeypatch.syspath_prepend(str(folder))
+    return lambda function: f"{name}:{function}"
+
+
+def numbers_only(folder: Path) -> str:
+    frame, info = real_frame("classification")
+    frame = frame.drop(columns=CATEGORIES).dropna().reset_index(drop=True)
+    features = [c for c in frame if c != "target"]
+    return save(frame, replace(info, features=features, categorical=[]), folder / "numbers.parquet")
+
+
+@pytest.mark.parametrize(
+    ("function", "framework"),
+    [("plain", "scikit-learn"), ("module", "torch"), ("one_probability", "torch"), ("own_onnx", "onnx")],
+)
+def test_a_users_trainer_over_numbers_is_packaged(
+    tmp_path: Path, user_module: Callable[[str], str], function: str, framework: str
+) -> None:
+    path = numbers_only(tmp_path)
+    result = TrainModel(dataset=path, trainer=user_module(function)).run(RunInfo.local(tmp_path))
+    package = package_of(result)
+    assert package.card.framework == framework
+    assert package.card.parity["difference"] < 1e-5
+    raw = pq.read_table(path).to_pandas()
+    np.testing.assert_allclose(package.predict(raw).sum(axis=1), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", ["columns", "some_columns"])
+def test_a_users_pipeline_over_raw_columns_is_packaged(
+    tmp_path: Path, user_module: Callable[[str], str], function: str
+) -> None:
+    frame, info = real_frame("classification")
+    path = save(frame.dropna(), info, tmp_path / "train.parquet")
+    result = TrainModel(dataset=path, trainer=user_module(function)).run(RunInfo.local(tmp_path))
+    assert "unseen categories" in package_of(result).card.parity["tried"]
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("inexact", "ONNX and native predictions differ by"),
+        ("text", "it returned str; expected a fitted scikit-learn estimator"),
+        ("no_example", "without an example input"),
+        ("logits", "takes numbers, and 'a b' is a category"),
+        ("decides", "LinearSVC has no predict_proba"),
+        ("plain", "could not convert string to float"),
+    ],
+)
+def test_what_a_trainer_may_not_return_is_refused(
+    tmp_path: Path, user_module: Callable[[str], str], function: str, sentence: str
+) -> None:
+    frame, info = real_frame("classification")
+    path = save(frame.dropna(), info, tmp_path / "train.parquet")
+    with pytest.raises((BadInput, ValueError), match=sentence):
+        TrainModel(dataset=path, trainer=user_module(function)).run(RunInfo.local(tmp_path))
+    assert RunInfo.local(tmp_path).store.keys("artifacts") == []
+
+
+def test_logits_are_no_probabilities(tmp_path: Path, user_module: Callable[[str], str]) -> None:
+    with pytest.raises(BadInput, match="no probabilities; end the network with softmax"):
+        TrainModel(dataset=numbers_only(tmp_path), trainer=user_module("logits")).run(RunInfo.local(tmp_path))
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------
+
+BREAKS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "no feature": (
+        lambda f: f.drop(columns="a_b"),
+        "column 'a_b' is not in train.parquet; did you mean 'a b'",
+    ),
+    "no target": (lambda f: f.drop(columns="target"), "column 'target' is not in"),
+    "all null": (lambda f: f.assign(**{"a b": None}), "feature 'a b' is missing in all 569 rows"),
+    "zero rows": (lambda f: f.head(0), "0 rows, expected some"),
+    "one class": (lambda f: f.assign(target=1), "has no row of|is 1 in all rows"),
+    "null target": (lambda f: f.assign(target=f["target"].where(f.index > 2)), "missing in 3 of 569 rows"),
+    "new class": (lambda f: f.assign(target=f["target"] * 7), "value '7', which is none of train's classes"),
+    "infinite": (lambda f: f.assign(**{"mean area": np.inf}), "'mean area' is infinite"),
+    "text": (lambda f: f.assign(**{"mean area": "wide"}), "'mean area' should hold numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_bad_rows_get_a_sentence_and_leave_the_store_alone(tmp_path: Path, case: str) -> None:
+    change, sentence = BREAKS[case]
+    frame, info = real_frame("classification")
+    path = save(change(frame), info, tmp_path / "train.parquet")
+    with pytest.raises(BadInput, match=sentence):
+        TrainModel(dataset=path, trainer="logistic_regression").run(RunInfo.local(tmp_path))
+    assert RunInfo.local(tmp_path).store.keys("") == []
+
+
+def test_a_target_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    frame, info = real_frame("regression")
+    frame.loc[3, "target"] = np.inf
+    path = save(frame, info, tmp_path / "train.parquet")
+    with pytest.raises(BadInput, match="missing or infinite in 1 of 442 rows, first in row 3"):
+        TrainModel(dataset=path, trainer="linear_regression").run(RunInfo.local(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"trainer": "logistic_regresion"}, "did you mean 'logistic_regression'"),
+        ({"trainer": "linear_regression"}, "does regression, the dataset asks for classification"),
+        ({"hyperparameters": {"learning_rat": 0.1}}, "did you mean 'learning_rate'"),
+        ({"hyperparameters": {"max_iter": "many"}}, "max_iter='many' is not a number"),
+        ({"hyperparameters": {"max_iter": 1.5}}, "not a whole number"),
+        ({"hyperparameters": {"learning_rate": -1.0}}, "learning_rate"),
+        ({"trainer": "no_such_module_here:fit"}, "no module 'no_such_module_here'"),
+        ({"folds": 1}, "folds=1: expected at least 2"),
+        ({"folds": 3, "fold_by": "time"}, "needs a time column"),
+    ],
+)
+def test_a_wrong_parameter_gets_a_sentence(tmp_path: Path, parameters: dict[str, Any], sentence: str) -> None:
+    train, _ = splits(tmp_path)
+    with pytest.raises(BadConfiguration, match=sentence):
+        TrainModel(dataset=train, **parameters).run(RunInfo.local(tmp_path))
