@@ -10,7 +10,7 @@ from typing import Any
 
 from lepton_airflow.package import ModelCard
 
-_TITLES = {
+TITLES = {
     "accuracy": "Accuracy",
     "precision": "Precision",
     "recall": "Recall",
@@ -73,7 +73,7 @@ def render(result: Mapping[str, Any], card: ModelCard, pictures: Sequence[Path])
 
 def _metric(name: str, metric: Mapping[str, float | None]) -> str:
     value, low, high = metric["value"], metric["low"], metric["high"]
-    inner = f"<span>{_TITLES[name]}</span><b>{_number(value)}</b>"
+    inner = f"<span>{TITLES[name]}</span><b>{_number(value)}</b>"
     if low is not None and high is not None:
         inner += f"<span>{_number(low)} to {_number(high)}</span>"
         if name in _IN_UNIT and value is not None:
@@ -92,7 +92,7 @@ def _picture(path: Path) -> str:
 
 def _slices(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(rows[0]["metrics"]) if rows else []
-    head = "".join(f"<th>{_TITLES[name]}</th>" for name in names)
+    head = "".join(f"<th>{TITLES[name]}</th>" for name in names)
     body = []
     for row in rows:
         cells = []

@@ -266,13 +266,14 @@ def _flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float | None
 def _summary(
     card: ModelCard, metrics: dict[str, dict[str, float | None]], rows: EvaluationRows, touched: str | None
 ) -> str:
+    from lepton_airflow.report import TITLES
+
     name = _PRIMARY[card.task]
     main = metrics[name]
     if main["value"] is None:  # one class only
         name, main = "log_loss", metrics["log_loss"]
-    title = name.replace("_", " ").replace("roc auc", "ROC AUC").replace("rmse", "RMSE")
     between = f" [{main['low']:.3f}, {main['high']:.3f}]" if main["low"] is not None else ""
-    text = f"{title} {main['value']:.3f}{between} on {len(rows.y):,} rows"
+    text = f"{TITLES[name]} {main['value']:.3f}{between} on {len(rows.y):,} rows"
     text += f", {' to '.join(rows.info.time_range)}." if rows.info.time_range else "."
     return (
         f"{text} The model has touched some of these rows, which flatters it: {touched}" if touched else text

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.errors import BadConfiguration, Skipped, require
+from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, require
 from lepton_airflow.evaluation import EvaluationRows, load_rows
 from lepton_airflow.lease import lease
 from lepton_airflow.mlflow_registry import MlflowRegistry, open_registry
@@ -24,6 +24,7 @@ from lepton_airflow.registry import (
     is_newer,
     registrations,
 )
+from lepton_airflow.report import TITLES
 from lepton_airflow.stages import ArtifactUri, ConnectionId, Result, RunInfo, Stage
 from lepton_airflow.store import now
 
@@ -230,7 +231,7 @@ class _Bench:
             return _Finding(
                 "bootstrap",
                 f"bootstrap: {stage.name} has no champion yet, so version {candidate.version} is the first; its "
-                f"{self.metric} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(rows.y):,} rows.",
+                f"{TITLES[self.metric]} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(rows.y):,} rows.",
                 metrics,
             )
         if champion.sha256 == candidate.sha256:
@@ -283,7 +284,6 @@ class _Bench:
         return package.predict_parquet(self.path)
 
     def _interval(self, who: str, scores: NDArray[np.float32]) -> dict[str, float | None]:
-        from lepton_airflow.errors import BadInput
         from lepton_airflow.statistics.bootstrap import bootstrap_intervals
 
         stage, rows = self.stage, self.rows
@@ -299,7 +299,7 @@ class _Bench:
         )
         if self.metric not in found:
             raise BadInput(
-                f"{self.metric} is not defined on these {len(rows.y):,} rows (one class, or a constant target): widen "
+                f"{TITLES[self.metric]} is not defined on these {len(rows.y):,} rows (one class, or a constant target): widen "
                 "the window, or pass another metric."
             )
         low, estimate, high = found[self.metric]

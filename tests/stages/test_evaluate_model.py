@@ -62,7 +62,7 @@ def evaluate(tmp_path: Path, write_dataset, put_model) -> Callable[..., Result]:
         dataset = run.store.put("test.parquet", path)
         model = put_model(run.store, info, list(weights), touched=touched)
         return EvaluateModel(
-            **{"model": model.uri, "dataset": dataset.uri, "bootstrap_resamples": 200} | fields
+            **{"model": model.uri, "dataset": dataset.uri, "bootstrap_resamples": 100} | fields
         ).run(run)
 
     call.run = run  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def test_one_class_leaves_the_area_undefined_and_says_so(evaluate) -> None:
     assert result.metrics["roc_auc"] is None
     assert result.metrics["roc_auc_low"] is None
     assert result.metrics["log_loss"] is not None
-    assert result.summary.startswith("log loss")
+    assert result.summary.startswith("Log loss")
 
 
 def test_a_single_row_has_metrics_and_no_intervals(evaluate) -> None:

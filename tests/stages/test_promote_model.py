@@ -248,7 +248,7 @@ def test_a_regression_is_judged_by_rmse(desk: Desk, put_rows) -> None:
 
 def test_rows_that_cannot_decide_are_said(desk: Desk, put_rows) -> None:
     one_class = put_rows(desk.run, rows().assign(late=0)).uri
-    with pytest.raises(BadInput, match=r"roc_auc is not defined on these 3,000 rows"):
+    with pytest.raises(BadInput, match=r"ROC AUC is not defined on these 3,000 rows"):
         desk.promote(desk.register(GOOD, 4), dataset=one_class)
 
 
