@@ -38,11 +38,11 @@ class IngestData(Stage):
     """Collect rows from files and databases into one immutable Parquet snapshot.
 
     ``query`` is one DuckDB SELECT over the sources, which are tables of their names. Equal inputs give byte-equal
-    snapshots whatever the number of threads, as long as the query itself is deterministic: give every ``DISTINCT
-    ON``, ``first()`` and ``row_number()`` an order, and average with ``favg`` where the last bit counts.
+    snapshots whatever the number of threads, as long as the query's own result is fixed: give every ``DISTINCT ON``,
+    ``first()`` and ``row_number()`` an order, and round averages, whose last bits depend on the order of adding.
 
     ``sources={"flights": "s3://raw/flights/*.csv", "weather": {"uri": "weather.jsonl", "types": {"hour": "INTEGER"}},
-    "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE placed >= $window_start"}}``
+    "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE ordered_at >= $window_start"}}``
 
     :param sources: name to a URI, a glob, a list of them, or a dict: uri, format (csv, tsv, jsonl, parquet), types,
         delimiter, null_values, date_format, encoding, union, connection; or connection (postgres, sqlite), sql, version.

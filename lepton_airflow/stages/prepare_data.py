@@ -198,6 +198,7 @@ class PrepareData(Stage):
             "profile.json", json.dumps(profile, ensure_ascii=False, allow_nan=False)
         )
         counts = ", ".join(f"{rows} {name}" for name, (rows, _) in splits.items())
+        metrics: dict[str, float | None] = {f"rows_{name}": rows for name, (rows, _) in splits.items()}
         return Result(
             summary=f"{len(info.features)} features to predict {self.target!r} ({info.task}); rows: {counts}"
             + (f"; {missing} without a target left out." if missing else "."),
@@ -205,8 +206,7 @@ class PrepareData(Stage):
             values={
                 "splits": {name: {"rows": rows, "time_range": span} for name, (rows, span) in splits.items()}
             },
-            metrics={f"rows_{name}": float(rows) for name, (rows, _) in splits.items()}
-            | {"features": float(len(info.features)), "rows_without_target": float(missing)},
+            metrics=metrics | {"features": len(info.features), "rows_without_target": missing},
         )
 
     def _column_kinds(self, con: duckdb.DuckDBPyConnection, table: str) -> dict[str, str]:
