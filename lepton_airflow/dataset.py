@@ -118,7 +118,9 @@ def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duc
         found = ", ".join(s.type.name for s in statements) or "nothing"
         raise BadConfiguration(f"{what} must be one SELECT, and is {found}: {' '.join(sql.split())[:80]!r}.")
     # The text is put in parentheses later, where the semicolon that may end it would not parse.
-    end = next((at for at, kind in duckdb.tokenize(sql) if kind.name == "operator" and _byte(sql, at) == ";"), None)
+    end = next(
+        (at for at, kind in duckdb.tokenize(sql) if kind.name == "operator" and _byte(sql, at) == ";"), None
+    )
     return con.extract_statements(sql.encode()[:end].decode())[0] if end is not None else statements[0]
 
 

@@ -482,7 +482,12 @@ class Landing:
                 f"source {source.name!r}: {first_line(error)} Raise memory_limit_mb."
             ) from None
         except duckdb.Error as error:
-            raise BadInput(f"source {source.name!r}: {what} cannot be read: {first_line(error)}") from None
+            reason = first_line(error)
+            if "Error when sniffing" in reason:  # the rest of that message is a page of settings
+                reason = (
+                    f"no CSV in {source.encoding}; look for an unclosed quote, another delimiter or encoding"
+                )
+            raise BadInput(f"source {source.name!r}: {what} cannot be read: {reason}") from None
 
 
 def _query_database(

@@ -109,7 +109,7 @@ def test_one_select_can_be_put_in_parentheses(tmp_path: Path, sql: str) -> None:
     "sql", ["", "SELECT 1; SELECT 2", "CREATE TABLE x AS SELECT 1", "SELECT 1) TO 'x' --", "PRAGMA version"]
 )
 def test_anything_else_is_refused(tmp_path: Path, sql: str) -> None:
-    with pytest.raises(BadConfiguration, match="^query"):
+    with pytest.raises(BadConfiguration, match=r"^query"):
         select_statement(connect(tmp_path), sql, "query")
 
 
