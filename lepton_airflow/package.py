@@ -265,6 +265,8 @@ def feature_frame(frame: pd.DataFrame, features: Sequence[Feature]) -> pd.DataFr
             columns[feature.name] = text
             continue
         try:
+            if column.dtype.kind in "mM":
+                raise TypeError("a time is no number")
             wide = np.asarray(column.to_numpy(dtype=np.float64, na_value=np.nan))
         except (TypeError, ValueError) as error:
             raise BadInput(

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -178,10 +178,11 @@ class Workers:
         self.count, self._scorer, self._should_stop = count, scorer, should_stop
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
+            # replace(): each process reads the rows for itself instead of getting these through a pipe
             spawn = multiprocessing.get_context("spawn")  # a fork of a process with OpenMP threads may hang
             self._stop = spawn.Event()
             self._pool = ProcessPoolExecutor(
-                count, spawn, initializer=_start_worker, initargs=(scorer, self._stop, os.getpid())
+                count, spawn, initializer=_start_worker, initargs=(replace(scorer), self._stop, os.getpid())
             )
 
     def __enter__(self) -> Self:

@@ -69,6 +69,7 @@ class TrainModel(Stage):
     parity_tolerance: float = 1e-4
     threads: int = 1
 
+    resumable: ClassVar[bool] = True
     engines: ClassVar[tuple[str, ...]] = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "torch", "numpy")
     extra: ClassVar[str] = "train"
     outputs: ClassVar[tuple[str, ...]] = ("model", "out_of_fold", "curves")
@@ -189,7 +190,7 @@ class TrainModel(Stage):
             touched.append(Touched.by("valid", sha256(self.valid), valid.info))
         for uri in self.also_touched:
             entry = Touched.by("tuning", sha256(uri), read_info(run.fetch(uri)))
-            if entry.sha256 != touched[0].sha256:
+            if entry.sha256 not in {t.sha256 for t in touched}:
                 touched.append(entry)
         return touched
 

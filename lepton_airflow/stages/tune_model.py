@@ -81,6 +81,7 @@ class TuneModel(Stage):
     seed: int = 0
     threads: int = 1
 
+    resumable: ClassVar[bool] = True
     engines: ClassVar[tuple[str, ...]] = ("optuna", "scikit-learn", "torch", "numpy")
     extra: ClassVar[str] = "tune"
     outputs: ClassVar[tuple[str, ...]] = ("best", "trials", "history", "importance")
@@ -130,7 +131,7 @@ class TuneModel(Stage):
             {k: [type(d).__name__, vars(d)] for k, d in space.items()},
         ]
         study = self._study(run, f"{run.run_key}-{digest_of(tuned)[:12]}", metric)
-        with Workers(_spawned(scorer, self.workers), self.workers, run.should_stop) as workers:
+        with Workers(scorer, self.workers, run.should_stop) as workers:
             search = _Search(self, run, study, space, workers, metric)
             search.take_up()
             search.go()
@@ -271,13 +272,6 @@ class TuneModel(Stage):
                 "trials_failed": float(failed),
             },
         )
-
-
-def _spawned(scorer: Any, workers: int) -> Any:
-    """The scorer to send to processes: without the rows, which each reads for itself."""
-    from dataclasses import replace
-
-    return replace(scorer) if workers > 1 else scorer
 
 
 @dataclass
