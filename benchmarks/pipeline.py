@@ -134,7 +134,7 @@ def plain_script(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]:
             time_column="scheduled_at",
             cluster_column="day",
             test_start="window_start",
-            valid_fraction=0.15,
+            valid_fraction=0.1,
         ),
     )
     train, valid, test = (prepared.artifacts[split].uri for split in ("train", "valid", "test"))

@@ -84,7 +84,7 @@ with DAG(
         time_column="scheduled_at",
         cluster_column="day",  # the flights of one day are late together
         test_start="window_start",
-        valid_fraction=0.15,
+        valid_fraction=0.1,
     )
     tune = TuneModelOperator(
         task_id="tune",
