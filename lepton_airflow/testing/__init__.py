@@ -1,22 +1,25 @@
-"""What a test of a DAG, a stage or a runner needs: a real Airflow on this machine, and the runner's conformance suite."""
+"""What a test of a DAG, a stage or a runner needs: a real Airflow on this machine, and the runners' conformance suites."""
 
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.testing.local_airflow import LocalAirflow
-from lepton_airflow.testing.local_mlflow import LocalMlflow
 
 if TYPE_CHECKING:
-    from lepton_airflow.testing.conformance import RunnerConformance
+    from lepton_airflow.testing.conformance import (
+        IsolatedRunnerConformance,
+        LocalRunnerConformance,
+        RunnerConformance,
+    )
 
-__all__ = ["LocalAirflow", "LocalMlflow", "RunnerConformance"]
+__all__ = ["IsolatedRunnerConformance", "LocalAirflow", "LocalRunnerConformance", "RunnerConformance"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RunnerConformance":  # it needs pytest, which the demo does not
+    if name in __all__:  # the suites need pytest, which the demo does not
         import pytest
 
         pytest.register_assert_rewrite("lepton_airflow.testing.conformance")
-        from lepton_airflow.testing.conformance import RunnerConformance
+        from lepton_airflow.testing import conformance
 
-        return RunnerConformance
+        return getattr(conformance, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

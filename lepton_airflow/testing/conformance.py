@@ -1,0 +1,416 @@
+"""What every runner must do, as tests: subclass the class that fits and say how to make your runner.
+
+::
+
+    class TestMyRunner(IsolatedRunnerConformance):
+        def make_runner(self, **settings):
+            return MyRunner(**settings)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from lepton_airflow.contract import Receipt, Request, RunIdentity, split_pin
+from lepton_airflow.errors import (
+    BadConfiguration,
+    BadInput,
+    IntegrityError,
+    LeptonError,
+    OutOfMemory,
+    Preempted,
+    RunnerError,
+    Skipped,
+)
+from lepton_airflow.runners import Runner
+from lepton_airflow.store import Connection, Store
+
+PROBES = "lepton_airflow.testing.probe_stages"
+
+_PASSWORD = 'c0nformance p@ss/wörd"%'  # noqa: S105 - made up, with all that needs quoting somewhere
+
+
+def probe(name: str, store: str | Path, **parameters: Any) -> Request:
+    """A request for one of the probe stages."""
+    return Request(
+        stage=f"{PROBES}:{name}",
+        parameters=parameters,
+        store=str(store),
+        identity=RunIdentity(dag_id="conformance", task_id=name),
+    )
+
+
+def until(condition: Callable[[], Any], what: str, within_s: float = 20) -> Any:
+    """Wait for a condition to become true and return its value; fails the test when it does not."""
+    deadline = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {within_s:.0f} s in vain for {what}"
+        time.sleep(0.02)
+    return value
+
+
+def running(pids: Sequence[int]) -> list[int]:
+    """Those of the processes that still run; one that only waits to be collected does not."""
+    found = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state not in "ZX":
+            found.append(pid)
+    return found
+
+
+def _pids(file: Path) -> list[int]:
+    return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+
+class RunnerConformance:
+    """The contract of every runner. Each test gets a store that runner and test both reach."""
+
+    @abstractmethod
+    def make_runner(self, **settings: Any) -> Runner:
+        """A runner; ``settings`` may be ``memory_limit_mb`` and ``grace_s``."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Path:
+        """The artifact store of the test; override it where the runner reaches another one."""
+        return tmp_path / "store with späce"
+
+    def run(
+        self, request: Request, connections: Sequence[Connection] = (), runner: Runner | None = None
+    ) -> Receipt:
+        """Run a request with no Airflow around it."""
+        return (runner or self.make_runner()).run(request, connections, {})
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def test_result_arrives_whole(self, store: Path) -> None:
+        receipt = self.run(probe("Copy", store, text="grün"))
+        assert (receipt.status, receipt.summary) == ("done", "4 characters copied.")
+        assert (receipt.values, receipt.metrics) == ({"length": 4}, {"length": 4.0, "undefined": None})
+        assert receipt.links == {"about": "https://example.org/copy"}
+        artifact = receipt.artifacts["copy"]
+        assert artifact.sha256 == hashlib.sha256("grün".encode()).hexdigest()
+        assert artifact.bytes == 5
+        assert Store(str(store)).fetch(artifact.uri, Path()).read_text() == "grün"
+
+    def test_receipt_is_in_the_store(self, store: Path) -> None:
+        request = probe("Copy", store)
+        assert self.run(request) == Store(str(store)).receipt(request.run_key)
+
+    def test_equal_run_comes_from_the_cache(self, store: Path) -> None:
+        first = self.run(probe("Copy", store))
+        again = self.run(probe("Copy", store))
+        assert (first.status, again.status) == ("done", "cached")
+        assert again.artifacts == first.artifacts
+
+    # -- failures ----------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        ("how", "kind", "status"),
+        [
+            ("BadInput", BadInput, "refused"),
+            ("BadConfiguration", BadConfiguration, "refused"),
+            ("IntegrityError", IntegrityError, "refused"),
+            ("LeptonError", LeptonError, "failed"),
+            ("Preempted", Preempted, "preempted"),
+            ("Skipped", Skipped, "skipped"),
+        ],
+    )
+    def test_failure_keeps_its_kind_and_leaves_a_receipt(
+        self, store: Path, how: str, kind: type[LeptonError], status: str
+    ) -> None:
+        request = probe("Fail", store, how=how, message="naïve «words»")
+        with pytest.raises(kind, match="naïve «words»") as caught:
+            self.run(request)
+        assert type(caught.value) is kind
+        receipt = Store(str(store)).receipt(request.run_key)
+        assert receipt is not None
+        assert receipt.status == status
+        assert receipt.error == {"kind": how, "message": "naïve «words»", "exit_code": kind.exit_code}
+
+    def test_foreign_error_may_be_retried(self, store: Path) -> None:
+        with pytest.raises(LeptonError, match="ValueError: as asked") as caught:
+            self.run(probe("Fail", store, how="ValueError"))
+        assert caught.value.exit_code == 1
+
+    def test_exit_is_a_failure(self, store: Path) -> None:
+        with pytest.raises(LeptonError, match=r"called sys.exit\(3\)"):
+            self.run(probe("Fail", store, how="exit"))
+
+    def test_endless_message_is_cut(self, store: Path) -> None:
+        with pytest.raises(BadInput) as caught:
+            self.run(probe("Fail", store, how="BadInput", message='界"\n\0' * 50_000))
+        assert str(caught.value).startswith("界")
+        assert str(caught.value).endswith("…")
+
+    def test_unknown_stage_is_refused(self, store: Path) -> None:
+        with pytest.raises(BadConfiguration, match=r"no function 'Copyy'; .*Known"):
+            self.run(probe("Copyy", store))
+
+    # -- surroundings -------------------------------------------------------------------------------------------------
+
+    def test_code_beside_the_dag_is_found_and_hides_no_library(
+        self, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "dags"
+        folder.mkdir()
+        (folder / "probe_beside_the_dag.py").write_text(
+            "import fsspec\n\ndef answer():\n    return fsspec.__name__, 42\n"
+        )
+        (folder / "fsspec.py").write_text("raise ImportError('a DAG file named like a library')\n")
+        monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])  # where Airflow puts it: at the end
+        assert self.run(probe("Look", store, module="probe_beside_the_dag")).values["answer"] == [
+            "fsspec",
+            42,
+        ]
+
+    def test_scratch_space_is_removed(self, store: Path) -> None:
+        assert not Path(self.run(probe("Look", store)).values["scratch"]).exists()
+
+    def test_cancel_is_safe_at_any_time(self, store: Path) -> None:
+        runner = self.make_runner()
+        runner.cancel()
+        assert self.run(probe("Copy", store), runner=runner).status == "done"
+        runner.cancel()
+
+    def test_pinned_input_that_was_altered(self, store: Path) -> None:
+        artifact = Store(str(store)).put("input.txt", b"before")
+        Path(split_pin(artifact.uri)[0].removeprefix("file://")).write_bytes(b"after!")
+        with pytest.raises(IntegrityError, match=r"input\.txt has sha256 .* pinned to"):
+            self.run(probe("Copy", store, source=artifact.uri))
+
+
+class IsolatedRunnerConformance(RunnerConformance):
+    """The contract of a runner whose stages run in a process of their own, here or elsewhere."""
+
+    def test_killed_stage_is_a_sentence_and_a_retry_works(self, store: Path, tmp_path: Path) -> None:
+        request = probe("Fail", store, how="SIGKILL", once=str(tmp_path / "once"))
+        with pytest.raises(RunnerError, match="left no receipt: it was killed"):
+            self.run(request)
+        assert self.run(request).summary == "It went well this time."
+
+    def test_log_arrives_line_by_line_with_levels(
+        self, store: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO):
+            self.run(probe("Speak", store))
+        lines = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lepton_airflow.stage"]
+        for wanted in (
+            ("WARNING", "careful with ünïcödé"),
+            ("ERROR", "two lines:"),
+            ("ERROR", "the second"),
+            ("INFO", "plain words"),
+            ("INFO", "last line"),
+        ):
+            assert wanted in lines
+
+    def test_log_arrives_while_the_stage_runs(self, store: Path, tmp_path: Path) -> None:
+        runner = self.make_runner(grace_s=5)
+        request = probe("Hang", store, pids=str(tmp_path / "pids"))
+        with _Listener() as lines, _Background(lambda: self.run(request, runner=runner)) as task:
+            until(lambda: "hanging" in lines, "the stage's line")
+            assert task.is_alive()
+            runner.cancel()
+
+    def test_much_output_and_garbage_block_nothing(self, store: Path) -> None:
+        with _Listener() as lines:
+            receipt = self.run(probe("Speak", store, lines=100_000, garbage=True))
+        assert receipt.status == "done"
+        assert sum(line.startswith("line ") for line in lines) == 100_000
+        assert any("garbage" in line for line in lines)
+        assert max(map(len, lines)) < 100_000
+
+    def _look(self, store: Path, **parameters: Any) -> tuple[Request, list[Connection]]:
+        # More than a pipe holds at once, so that the runner cannot hand it over before the stage reads.
+        connection = Connection("db", "postgres", "host", "user", _PASSWORD, extra={"padding": "." * 200_000})
+        wanted = hashlib.sha256(_PASSWORD.encode()).hexdigest()
+        return probe("Look", store, connection="db", password_is=wanted, **parameters), [connection]
+
+    def test_connections_arrive_and_lie_open_nowhere(self, store: Path) -> None:
+        receipt = self.run(*self._look(store))
+        assert receipt.values["password_arrived"] is True
+
+    def test_secrets_are_in_no_log_message_or_file(
+        self, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        request, connections = self._look(store, say=True)
+        with caplog.at_level(logging.DEBUG), pytest.raises(LeptonError) as caught:
+            self.run(request, connections)
+        lines = [r.getMessage() for r in caplog.records]
+        told = "\n".join([str(caught.value), *lines])
+        assert "cannot connect to db://user:***@host" in str(caught.value)
+        assert "connecting with ***" in lines
+        for form in (_PASSWORD, json.dumps(_PASSWORD)[1:-1], repr(_PASSWORD)[1:-1]):
+            assert form not in told
+            for file in tmp_path.rglob("*"):
+                assert not file.is_file() or form.encode() not in file.read_bytes(), file
+
+    def test_workers_environment_does_not_leak(self, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in (
+            "AIRFLOW_CONN_DB",
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN",
+            "AIRFLOW_VAR_KEY",
+            "MY_API_TOKEN",
+        ):
+            monkeypatch.setenv(name, "secret")
+        seen = self.run(probe("Look", store)).values["environment"]
+        assert [name for name in seen if name.startswith("AIRFLOW") or name == "MY_API_TOKEN"] == []
+        assert "PATH" in seen
+
+    @pytest.mark.parametrize("children", [0, 3])
+    def test_memory_limit(self, store: Path, children: int) -> None:
+        with pytest.raises(OutOfMemory, match="its limit is 300 MiB"):
+            self.run(
+                probe("Fill", store, megabytes=400 // max(1, children), children=children),
+                runner=self.make_runner(memory_limit_mb=300),
+            )
+
+
+class LocalRunnerConformance(IsolatedRunnerConformance):
+    """The contract of a runner whose stages run in a process of their own on this machine."""
+
+    def test_nothing_stays_behind_a_stage(self, store: Path, tmp_path: Path) -> None:
+        pids = tmp_path / "pids"
+        assert self.run(probe("Abandon", store, pids=str(pids))).status == "done"
+        assert len(_pids(pids)) == 3
+        assert running(_pids(pids)) == []
+
+    def test_cancel_ends_the_stage_and_its_family(self, store: Path, tmp_path: Path) -> None:
+        pids, runner = tmp_path / "pids", self.make_runner(grace_s=10)
+        with _Background(lambda: self.run(probe("Hang", store, pids=str(pids)), runner=runner)) as task:
+            family = until(lambda: _pids(pids), "the stage to run")
+            started = time.monotonic()
+            runner.cancel()
+            task.join(15)
+        assert (
+            time.monotonic() - started < 8
+        )  # it ended when it was asked, not when the grace period was over
+        assert isinstance(task.error, Preempted)
+        assert running(family) == []
+
+    def test_cancel_from_a_signal_handler(self, store: Path, tmp_path: Path) -> None:
+        """As Airflow calls it: in the thread that waits for the stage."""
+        pids, runner = tmp_path / "pids", self.make_runner(grace_s=30)
+        before = signal.signal(signal.SIGUSR1, lambda *_: runner.cancel())
+
+        def interrupt() -> None:
+            until(lambda: _pids(pids), "the stage to run")
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        try:
+            with _Background(interrupt):
+                started = time.monotonic()
+                with pytest.raises(Preempted):
+                    self.run(probe("Hang", store, pids=str(pids)), runner=runner)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert time.monotonic() - started < 20
+
+    def test_stubborn_stage_is_killed_after_the_grace_period(self, store: Path, tmp_path: Path) -> None:
+        pids, runner = tmp_path / "pids", self.make_runner(grace_s=0.5)
+        with _Background(
+            lambda: self.run(probe("Hang", store, pids=str(pids), stubborn="ignore"), runner=runner)
+        ) as task:
+            family = until(lambda: _pids(pids), "the stage to run")
+            runner.cancel()
+            task.join(15)
+        assert isinstance(task.error, RunnerError)
+        assert running(family) == []
+
+    def test_resumable_stage_goes_on_where_it_stopped(self, store: Path, tmp_path: Path) -> None:
+        count, runner = tmp_path / "count", self.make_runner(grace_s=10)
+        with _Background(lambda: self.run(probe("Resume", store, file=str(count)), runner=runner)) as task:
+            until(lambda: count.exists() and int(count.read_text()) >= 5, "five steps")
+            runner.cancel()
+            task.join(15)
+        assert isinstance(task.error, Preempted)
+        kept = int(count.read_text())
+        receipt = self.run(probe("Resume", store, file=str(count), steps=kept + 1))
+        assert receipt.values == {"start": kept, "steps": kept + 1}
+
+    @pytest.mark.parametrize("stubborn", ["no", "ignore", "busy"])
+    def test_nothing_survives_a_killed_worker(self, store: Path, tmp_path: Path, stubborn: str) -> None:
+        pids = tmp_path / "pids"
+        request = probe("Hang", store, pids=str(pids), stubborn=stubborn)
+        worker = subprocess.Popen(
+            [sys.executable, "-c", _WORKER, request.to_json(), repr(self.make_runner())]
+        )
+        try:
+            family = until(lambda: _pids(pids), "the stage to run")
+            assert running(family) == family
+        finally:
+            worker.kill()
+            worker.wait()
+        until(lambda: not running(family), "the stage and its family to end", within_s=5)
+
+
+# A worker: runs one request with a runner given by its repr.
+_WORKER = """
+import sys
+from lepton_airflow.contract import Request
+from lepton_airflow import runners
+runner = eval(sys.argv[2], {name: getattr(runners, name) for name in runners.__all__})
+runner.run(Request.from_json(sys.argv[1]), [], {})
+"""
+
+
+class _Listener(logging.Handler):
+    """Collects the stage's log lines, and keeps them from slower listeners."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.logger = logging.getLogger("lepton_airflow.stage")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        self.before = self.logger.level, self.logger.propagate
+        self.logger.level, self.logger.propagate = logging.INFO, False
+        self.logger.addHandler(self)
+        return self.lines
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.level, self.logger.propagate = self.before
+
+
+class _Background(threading.Thread):
+    """Runs something beside the test, keeps its error, and is waited for at the end."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            self.error = error
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.join(30)
+        assert not self.is_alive(), "it did not end"
