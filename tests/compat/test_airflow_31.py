@@ -35,7 +35,7 @@ def airflow_31() -> Path:
     home = ROOT / ".cache" / f"airflow-3.1-{key}"
     home.parent.mkdir(exist_ok=True)
     python, complete = home / "bin" / "python", home / ".complete"
-    with home.with_suffix(".lock").open("w") as lock:
+    with (home.parent / f"{home.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not complete.exists():
             shutil.rmtree(home, ignore_errors=True)
