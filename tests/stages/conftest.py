@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -160,6 +161,15 @@ def mlflow_sqlite(tmp_path: Path, mlflow_template: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when pytest is killed before it could stop the server."""
+    prctl_set_pdeathsig = 1
+    _LIBC.prctl(prctl_set_pdeathsig, signal.SIGTERM)
+
+
+_LIBC = ctypes.CDLL(None)
+
+
 class MlflowServer:
     """A real ``mlflow server`` on a free loopback port; it can be stopped and started again on the same data."""
 
@@ -181,6 +191,7 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock taken
             )
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
