@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.testing.local_airflow import LocalAirflow
+from lepton_airflow.testing.local_mlflow import LocalMlflow
 
 if TYPE_CHECKING:
     from lepton_airflow.testing.conformance import (
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
         RunnerConformance,
     )
 
-__all__ = ["IsolatedRunnerConformance", "LocalAirflow", "LocalRunnerConformance", "RunnerConformance"]
+__all__ = ["IsolatedRunnerConformance", "LocalAirflow", "LocalMlflow", "LocalRunnerConformance", "RunnerConformance"]
 
 
 def __getattr__(name: str) -> Any:
