@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lepton_airflow import errors
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, MissingExtra, Preempted, Skipped
+
+
+def _kinds() -> dict[str, type[LeptonError]]:
+    return {
+        name: kind
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, LeptonError)
+    }
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    drawn = {
+        name: (depth, int(code))
+        for depth, name, code in re.findall(
+            r"^    ([│ ├└─]*)(\w+) +(\d+)  ", errors.__doc__ or "", re.MULTILINE
+        )
+    }
+    assert {name: code for name, (_, code) in drawn.items()} == {n: k.exit_code for n, k in _kinds().items()}
+    assert {name: len(depth) // 4 for name, (depth, _) in drawn.items()} == {
+        n: k.__mro__.index(LeptonError) for n, k in _kinds().items()
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(_kinds()))
+def test_a_recorded_error_comes_back_as_its_kind(kind: str) -> None:
+    error = errors.from_record(kind, "the sentence", _kinds()[kind].exit_code)
+    assert type(error) is _kinds()[kind]
+    assert str(error) == "the sentence"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "kind"),
+    [(80, BadInput), (75, Preempted), (99, Skipped), (1, LeptonError), (7, LeptonError)],
+)
+def test_a_kind_unknown_here_still_tells_whether_to_retry(exit_code: int, kind: type[LeptonError]) -> None:
+    assert type(errors.from_record("SomebodysError", "x", exit_code)) is kind
+
+
+def test_did_you_mean() -> None:
+    assert errors.did_you_mean("hyperparams", ["target", "hyperparameters"]).startswith(
+        "did you mean 'hyperparameters'?"
+    )
+    assert errors.did_you_mean("zzz", ["b", "a"]) == "Known: a, b."
+    assert errors.did_you_mean("zzz", []) == "Known: none."
+
+
+def test_missing_extra_says_what_where_and_how(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_such_engine").mkdir()  # a folder of that name would import as an empty namespace package
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        MissingExtra, match=r"TrainModel needs no_such_engine, .*pip install 'lepton-airflow\[train\]'"
+    ):
+        errors.require("no_such_engine", "TrainModel", "train")
+    assert issubclass(MissingExtra, BadConfiguration)
+    errors.require("fsspec", "the store", "s3")
