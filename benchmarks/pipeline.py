@@ -138,7 +138,7 @@ def plain_script(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]:
         ),
     )
     train, valid, test = (prepared.artifacts[split].uri for split in ("train", "valid", "test"))
-    tuned = call("tune", TuneModel(dataset=train, trials=8, folds=3, max_rows=20_000))
+    tuned = call("tune", TuneModel(dataset=train, trials=8, folds=3, workers=2, max_rows=20_000))
     trained = call(
         "train",
         TrainModel(

@@ -74,7 +74,7 @@ def _machine() -> str:
         cpu = models[0] if models else cpu
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"], check=True, cwd=HERE, capture_output=True, text=True
     ).stdout
     return f"{os.cpu_count()} cores of {cpu}, {memory_gib:.0f} GiB, Python {platform.python_version()}, at {revision.strip()}"
 

@@ -5,9 +5,10 @@ Raw data lies in the folder that the Airflow Variable ``flights_raw`` names; MLf
 ``mlflow_default``. A backfill registers models and moves nothing, unless ``on_backfill`` says ``full``.
 """
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
-from airflow.sdk import DAG, CronDataIntervalTimetable, Param
+from airflow.sdk import DAG, Param
+from airflow.timetables.interval import CronDataIntervalTimetable
 
 from lepton_airflow.operators import (
     EvaluateModelOperator,
@@ -24,9 +25,11 @@ RAW = "{{ var.value.flights_raw }}"
 
 with DAG(
     dag_id="flights_retrain",
-    schedule=CronDataIntervalTimetable("@monthly", timezone="UTC"),  # "@monthly" alone has an empty data interval
-    start_date=datetime(2013, 4, 1, tzinfo=timezone.utc),  # the first month with three months before it
-    end_date=datetime(2013, 12, 1, tzinfo=timezone.utc),
+    schedule=CronDataIntervalTimetable(
+        "@monthly", timezone="UTC"
+    ),  # "@monthly" alone has an empty data interval
+    start_date=datetime(2013, 4, 1, tzinfo=UTC),  # the first month with three months before it
+    end_date=datetime(2013, 12, 1, tzinfo=UTC),
     catchup=False,
     default_args={"retries": 1, "mlflow": "mlflow_default"},
     params={
@@ -37,7 +40,12 @@ with DAG(
             description="What to train; a name from lepton_airflow.models.",
         ),
         "trials": Param(
-            8, type="integer", minimum=1, maximum=500, title="Trials", description="Hyperparameter sets to try."
+            8,
+            type="integer",
+            minimum=1,
+            maximum=500,
+            title="Trials",
+            description="Hyperparameter sets to try.",
         ),
         "min_effect": Param(
             0.0,
@@ -92,6 +100,7 @@ with DAG(
         trainer="{{ params.trainer }}",
         trials="{{ params.trials }}",
         folds=3,
+        workers=2,
         max_rows=20_000,
     )
     train = TrainModelOperator(

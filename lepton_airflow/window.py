@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from lepton_airflow.contract import Window
@@ -57,7 +57,7 @@ def from_partition_key(key: str) -> Window:
         )
     year, month, day, hour = match.groups()
     try:
-        start = datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), tzinfo=timezone.utc)
+        start = datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), tzinfo=UTC)
     except ValueError as error:
         raise BadConfiguration(f"partition key {key!r} is no date: {error}.") from None
     if hour:
@@ -77,7 +77,7 @@ def checked(start: Any, end: Any, where: str) -> Window:
         times = [t if isinstance(t, datetime) else datetime.fromisoformat(str(t)) for t in (start, end)]
     except ValueError:
         raise BadConfiguration(f"{where}: {start!r}, {end!r} are not two ISO 8601 times.") from None
-    first, last = (t if t.tzinfo else t.replace(tzinfo=timezone.utc) for t in times)
+    first, last = (t if t.tzinfo else t.replace(tzinfo=UTC) for t in times)
     if first >= last:
         raise BadConfiguration(f"{where}: the window from {start} to {end} is empty; expected start < end.")
     return Window(_iso(first), _iso(last))
@@ -97,4 +97,4 @@ def _from_events(events: Mapping[Any, Any]) -> Window | None:
 
 
 def _iso(time: datetime) -> str:
-    return time.astimezone(timezone.utc).isoformat(timespec="seconds")
+    return time.astimezone(UTC).isoformat(timespec="seconds")

@@ -149,9 +149,11 @@ class LocalAirflow:
             self.stop_component(component)
 
     def _answers(self) -> bool:
-        with suppress(OSError, urllib.error.URLError, ValueError):
-            with urllib.request.urlopen(f"{self.url}/api/v2/monitor/health", timeout=5) as reply:
-                return bool(json.load(reply)["metadatabase"]["status"] == "healthy")
+        with (
+            suppress(OSError, urllib.error.URLError, ValueError),
+            urllib.request.urlopen(f"{self.url}/api/v2/monitor/health", timeout=5) as reply,
+        ):
+            return bool(json.load(reply)["metadatabase"]["status"] == "healthy")
         return False
 
     # -- asking it ---------------------------------------------------------------------------------------------------
@@ -160,6 +162,7 @@ class LocalAirflow:
         """Run ``airflow ARGS`` in this Airflow's environment; returns what it printed."""
         done = subprocess.run(
             [sys.executable, "-m", "airflow", *args],
+            check=False,
             env=self.environment(),
             cwd=self.home,
             capture_output=True,

@@ -8,9 +8,9 @@ import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from lepton_airflow.testing import processes
-from typing import Self
 
 
 @dataclass

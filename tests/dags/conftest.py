@@ -11,7 +11,6 @@ import pytest
 from lepton_airflow.testing import LocalAirflow, LocalMlflow
 
 ROOT = Path(__file__).parents[2]
-PASSWORD = "correct-horse-battery-staple"
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +21,14 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMlflow]:
 
 
 @pytest.fixture(scope="session")
+def password() -> str:
+    """The secret of the Connection ``drill_database``."""
+    return "correct-horse-battery-staple"
+
+
+@pytest.fixture(scope="session")
 def airflow(
-    tmp_path_factory: pytest.TempPathFactory, mlflow: LocalMlflow, raw_flights: Path
+    tmp_path_factory: pytest.TempPathFactory, mlflow: LocalMlflow, raw_flights: Path, password: str
 ) -> Iterator[LocalAirflow]:
     """A running Airflow; lost heartbeats are noticed after 15 s, not 300, so that drills end."""
     home = tmp_path_factory.mktemp("airflow")
@@ -50,7 +55,7 @@ def airflow(
             "AIRFLOW_VAR_FLIGHTS_RAW": str(raw_flights),
             "AIRFLOW_CONN_MLFLOW_DEFAULT": mlflow.connection,
             "AIRFLOW_CONN_DRILL_DATABASE": json.dumps(
-                {"conn_type": "postgres", "host": "db.example", "login": "me", "password": PASSWORD}
+                {"conn_type": "postgres", "host": "db.example", "login": "me", "password": password}
             ),
             "NIGHTLY_EXPORT": str(export),
         },

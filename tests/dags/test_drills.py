@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import PASSWORD
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.testing import LocalAirflow
@@ -77,11 +76,11 @@ def test_a_cleared_running_task_starts_again_alone(airflow: LocalAirflow, tmp_pa
     assert airflow.wait("wait", run) == "success"
 
 
-def test_mapped_tasks_cache_windows_and_secrets(airflow: LocalAirflow) -> None:
+def test_mapped_tasks_cache_windows_and_secrets(airflow: LocalAirflow, password: str) -> None:
     first = airflow.trigger("count", {"text": "letters"})
     assert airflow.wait("count", first) == "success"
     assert [airflow.xcom("count", first, "each", "letters", i) for i in range(3)] == [1, 2, 3]
-    assert airflow.xcom("count", first, "total", "letters") == len("letters") + len(PASSWORD)
+    assert airflow.xcom("count", first, "total", "letters") == len("letters") + len(password)
     assert airflow.xcom("count", first, "own")["status"] == "done"
 
     again = airflow.trigger("count", {"text": "letters"})
@@ -101,7 +100,7 @@ def test_mapped_tasks_cache_windows_and_secrets(airflow: LocalAirflow) -> None:
     assert airflow.xcom("count", healed, "own")["status"] == "done"
     assert blob.read_text() == "7"
 
-    _assert_nowhere(airflow, PASSWORD)
+    _assert_nowhere(airflow, password)
 
 
 def _assert_nowhere(airflow: LocalAirflow, secret: str) -> None:

@@ -49,7 +49,7 @@ before = set(sys.modules)
 socket.socket.connect = refuse("network used")
 socket.getaddrinfo = refuse("name resolved")
 names = runpy.run_path(sys.argv[1])
-dags = [o for o in gc.get_objects() if isinstance(o, airflow.sdk.DAG)]
+dags = [o for o in gc.get_objects() if issubclass(type(o), airflow.sdk.DAG)]  # isinstance would wake lazy proxies
 print(json.dumps({
     "dags": sorted({d.dag_id for d in dags}),
     "heavy": sorted({m.partition(".")[0] for m in set(sys.modules) - before} & set(sys.argv[2:])),
@@ -61,6 +61,7 @@ print(json.dumps({
 def test_a_dag_file_parses_with_airflow_alone(file: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PARSE, str(file), *HEAVY],
+        check=False,
         capture_output=True,
         text=True,
         env=os.environ | {"AIRFLOW_HOME": str(tmp_path)},

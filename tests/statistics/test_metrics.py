@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import subprocess
 import sys
 
@@ -145,7 +145,7 @@ def test_metric_names_are_checked():
         ["b", "a", "b"],
         [2, 1, 2],
         np.array(["2013-01-02", "2013-01-01", "2013-01-02"], dtype="datetime64[D]"),
-        np.array([datetime.date(2013, 1, 2), datetime.date(2013, 1, 1), datetime.date(2013, 1, 2)]),
+        np.array([dt.date(2013, 1, 2), dt.date(2013, 1, 1), dt.date(2013, 1, 2)]),
         np.array(["b", 1, "b"], dtype=object),
     ],
 )
