@@ -60,7 +60,7 @@ def fit(
     train: pd.DataFrame, valid: pd.DataFrame | None, hyperparameters: dict[str, Any], run: TrainerRun
 ) -> Any:
     """Fit on ``train``, resuming from ``run.checkpoint``; returns (fitted transformer of the raw columns, module)."""
-    require("torch", "the model mlp", "train")
+    require("torch", "the model mlp", "torch")
     import torch
     from torch import nn
 

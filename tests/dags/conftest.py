@@ -40,7 +40,6 @@ def airflow(
         }
         for name, path in (("project", ROOT / "dags"), ("drills", Path(__file__).parent / "bundle"))
     ]
-    export = home / "airports.parquet"
     running = LocalAirflow(
         home,
         ROOT / "dags",
@@ -57,7 +56,6 @@ def airflow(
             "AIRFLOW_CONN_DRILL_DATABASE": json.dumps(
                 {"conn_type": "postgres", "host": "db.example", "login": "me", "password": password}
             ),
-            "NIGHTLY_EXPORT": str(export),
         },
     )
     with running:
