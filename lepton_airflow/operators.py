@@ -27,7 +27,7 @@ from airflow.providers.common.compat.sdk import (
     AirflowNotFoundException,
     AirflowSkipException,
 )
-from airflow.sdk import BaseOperator
+from airflow.sdk import BaseOperator, BaseOperatorLink
 
 from lepton_airflow import settings, window as windows
 from lepton_airflow.contract import Receipt, Request, RunIdentity
@@ -37,6 +37,28 @@ from lepton_airflow.store import Connection, Store
 
 _COMMON: dict[str, Any] = {"runner": None, "store": None, "cache": "use", "cache_ttl_s": None, "window": None}
 _BASE = frozenset(inspect.signature(BaseOperator.__init__).parameters)  # what every Airflow operator takes
+
+
+class ReceiptLink(BaseOperatorLink):
+    """A button in Airflow's UI that leads where the receipt's link of this name leads."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """What the button says."""
+        return self._name
+
+    @property
+    def xcom_key(self) -> str:
+        """Where Airflow keeps the address."""
+        return f"_link_{self._name}"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: Any) -> str:
+        """The address; Airflow asks in the task's own process, when the task ends."""
+        receipt: Receipt | None = getattr(operator, "_receipt", None)
+        return receipt.links.get(self._name, "") if receipt else ""
 
 
 class StageOperator(BaseOperator):
@@ -61,6 +83,7 @@ class StageOperator(BaseOperator):
             )
         cls.stage = stage
         cls.template_fields = (*names, "store", "cache", "window")
+        cls.operator_extra_links = tuple(ReceiptLink(name) for name in stage.links)
         cls.template_fields_renderers = {n: "sql" for n in names if n in ("query", "features")}
         cls.__doc__ = f"{inspect.getdoc(stage)}\n\n{_returns(stage)}"
 
@@ -96,6 +119,7 @@ class StageOperator(BaseOperator):
             raise
         finally:
             self._active = None
+        self._receipt = receipt
         self.log.info("%s: %s", receipt.status, receipt.summary)
         for name, artifact in receipt.artifacts.items():
             context["ti"].xcom_push(key=name, value=artifact.uri)

@@ -130,6 +130,9 @@ class Stage:
         tuple[str, ...]
     ] = ()  # distributions whose versions enter the cache key and the receipt
     extra: ClassVar[str] = ""  # the extra of lepton-airflow that brings them
+    links: ClassVar[
+        tuple[str, ...]
+    ] = ()  # names of the links it returns: buttons of the task in Airflow's UI
     outputs: ClassVar[tuple[str, ...]] = ()  # names of the artifacts and values it returns: its XCom keys
 
     def run(self, run: RunInfo) -> Result:
@@ -171,7 +174,8 @@ def _flat(value: Any) -> list[str]:
         return []
     if not isinstance(value, (Mapping, list, tuple)):
         return [str(value)]
-    items = value.values() if isinstance(value, Mapping) else value
+    # By name: the order in which a dict was written changes no result.
+    items = [value[name] for name in sorted(value)] if isinstance(value, Mapping) else value
     return [text for item in items for text in _flat(item)]
 
 
@@ -188,10 +192,14 @@ def choices(stage: type[Stage]) -> dict[str, tuple[Any, ...]]:
     """The values that each field takes, of those that take one of a few (``Literal``)."""
     found = {}
     for name, hint in typing.get_type_hints(stage).items():
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        options = typing.get_args(hint) if _is_union(hint) else (hint,)
         if all(o is type(None) or typing.get_origin(o) is typing.Literal for o in options):
             found[name] = tuple(value for o in options for value in typing.get_args(o))
     return found
+
+
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
 
 
 def _marker(hint: Any) -> str | None:
@@ -447,11 +455,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return value
     if optional and value == "None":  # Jinja renders None as Python writes it
         return None
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
     plain = [o for o in options if o is not type(None)]
     for option in plain:
         if _fits(value, option):

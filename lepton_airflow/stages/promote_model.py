@@ -79,6 +79,7 @@ class PromoteModel(Stage):
     cacheable: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ("mlflow-skinny", "onnxruntime", "scipy")
     extra: ClassVar[str] = "evaluate,register"
+    links: ClassVar[tuple[str, ...]] = ("mlflow",)
     outputs: ClassVar[tuple[str, ...]] = ("evidence", "decision", "moved", "reason", "champion", "previous")
 
     name: str

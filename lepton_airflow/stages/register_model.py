@@ -57,6 +57,7 @@ class RegisterModel(Stage):
     cacheable: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ("mlflow-skinny",)
     extra: ClassVar[str] = "register"
+    links: ClassVar[tuple[str, ...]] = ("mlflow",)
     outputs: ClassVar[tuple[str, ...]] = ("name", "version", "model_uri")
 
     model: ArtifactUri
