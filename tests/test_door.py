@@ -15,7 +15,7 @@ from lepton_airflow.contract import PROTOCOL, Receipt, Request
 from lepton_airflow.door import perform, plain, redactor
 from lepton_airflow.stages import all_stages
 from lepton_airflow.store import Connection, Store
-from lepton_airflow.testing.conformance import probe
+from lepton_airflow.testing import probe
 
 # What is absent where only the door and the standard library are, besides fsspec.
 ABSENT = [

@@ -10,9 +10,19 @@ if TYPE_CHECKING:
         IsolatedRunnerConformance,
         LocalRunnerConformance,
         RunnerConformance,
+        probe,
+        until,
     )
 
-__all__ = ["IsolatedRunnerConformance", "LocalAirflow", "LocalMlflow", "LocalRunnerConformance", "RunnerConformance"]
+__all__ = [
+    "IsolatedRunnerConformance",
+    "LocalAirflow",
+    "LocalMlflow",
+    "LocalRunnerConformance",
+    "RunnerConformance",
+    "probe",
+    "until",
+]
 
 
 def __getattr__(name: str) -> Any:
