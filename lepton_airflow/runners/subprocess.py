@@ -130,7 +130,7 @@ class Subprocess(Runner):
             Path(folder, "tmp").mkdir()
             last_words: deque[str] = deque(maxlen=1)
             with self._started(folder, connections, last_words) as process:
-                over_limit = self._attend(process)
+                over_limit = self._attend(process, supervised=bool(context))
             if over_limit:
                 raise OutOfMemory(
                     f"{request.stage} used {over_limit} MiB, its limit is {self.memory_limit_mb} MiB and it was killed: "
@@ -208,20 +208,38 @@ class Subprocess(Runner):
                 if fd >= 0:
                     os.close(fd)
 
-    def _attend(self, process: subprocess.Popen[str]) -> int | None:
+    def _attend(self, process: subprocess.Popen[str], *, supervised: bool) -> int | None:
         """Wait until the stage ends, without collecting it; the MiB it held if that was over the limit, else None."""
         over_limit: list[int] = []
         ended = threading.Event()
+        watches = []
         if self.memory_limit_mb is not None:
             limit = self.memory_limit_mb << 20
-            threading.Thread(
-                target=_limit_memory, args=(process.pid, limit, ended, over_limit), daemon=True
-            ).start()
+            watches.append(
+                threading.Thread(
+                    target=_limit_memory, args=(process.pid, limit, ended, over_limit), daemon=True
+                )
+            )
+        if supervised:
+            watches.append(
+                threading.Thread(
+                    target=_end_with_supervisor, args=(os.getppid(), ended, self.cancel), daemon=True
+                )
+            )
+        for watch in watches:
+            watch.start()
         try:
             with suppress(ChildProcessError):  # a worker that ignores SIGCHLD
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        except (
+            BaseException
+        ):  # Airflow's execution_timeout: let the stage keep what it has, as when it is cancelled
+            self.cancel()
+            raise
         finally:
             ended.set()
+            for watch in watches:  # none may signal the process group once it can be another's
+                watch.join()
         return over_limit[0] if over_limit else None
 
     def _environment(self) -> dict[str, str]:
@@ -284,6 +302,14 @@ def _limit_memory(pid: int, limit: int, ended: threading.Event, over_limit: list
                 over_limit.append(used >> 20)
                 signal_group(pid, signal.SIGKILL)
                 return
+
+
+def _end_with_supervisor(supervisor: int, ended: threading.Event, cancel: Callable[[], None]) -> None:
+    """Cancel the stage once Airflow's supervisor, our parent, is gone: its task has no heartbeat, so another try starts."""
+    while not ended.wait(_POLL_S):
+        if os.getppid() != supervisor:
+            cancel()
+            return
 
 
 def _resident(process: psutil.Process) -> int:

@@ -360,14 +360,62 @@ class LocalRunnerConformance(IsolatedRunnerConformance):
             worker.wait()
         until(lambda: not running(family), "the stage and its family to end", within_s=5)
 
+    def test_nothing_survives_a_killed_supervisor(self, store: Path, tmp_path: Path) -> None:
+        """The process that heartbeats for a task dies alone: the task has lost its run, and another try will start."""
+        pids, task = tmp_path / "pids", tmp_path / "task"
+        request = probe("Hang", store, pids=str(pids))
+        supervisor = subprocess.Popen(
+            [sys.executable, "-c", _WORKER, request.to_json(), repr(self.make_runner()), str(task)]
+        )
+        try:
+            family = [*until(lambda: _pids(pids), "the stage to run"), *_pids(task)]
+            assert running(family) == family
+        finally:
+            supervisor.kill()
+            supervisor.wait()
+        until(lambda: not running(family), "the task, the stage and its family to end", within_s=8)
 
-# A worker: runs one request with a runner given by its repr.
+    def test_a_task_out_of_time_asks_its_stage_to_stop(self, store: Path, tmp_path: Path) -> None:
+        """As Airflow's execution_timeout does: an exception out of a signal handler."""
+        count, runner = tmp_path / "count", self.make_runner(grace_s=10)
+        before = signal.signal(signal.SIGUSR1, _time_is_over)
+
+        def interrupt() -> None:
+            until(lambda: count.exists() and int(count.read_text()) >= 5, "five steps")
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        try:
+            with _Background(interrupt), pytest.raises(_TimeIsOver):
+                self.run(probe("Resume", store, file=str(count)), runner=runner)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        left = Store(str(store)).receipt(probe("Resume", store).run_key)
+        assert left is not None
+        assert left.status == "preempted"
+
+
+class _TimeIsOver(BaseException):
+    pass
+
+
+def _time_is_over(*_: object) -> None:
+    raise _TimeIsOver
+
+
+# A worker: runs one request with a runner given by its repr; with a third argument in a child, as Airflow's supervisor
+# runs a task, and writes the child's process id there.
 _WORKER = """
-import sys
+import os, pathlib, sys
 from lepton_airflow.contract import Request
 from lepton_airflow import runners
 runner = eval(sys.argv[2], {name: getattr(runners, name) for name in runners.__all__})
-runner.run(Request.from_json(sys.argv[1]), [], {})
+forked = len(sys.argv) > 3
+if forked and os.fork():
+    os.wait()
+else:
+    if forked:
+        pathlib.Path(sys.argv[3]).write_text(str(os.getpid()))
+    runner.run(Request.from_json(sys.argv[1]), [], {"dag_run": None} if forked else {})
 """
 
 
