@@ -21,6 +21,8 @@ from lepton_airflow.errors import ContractError, LeptonError, StoreError
 from lepton_airflow.stages import all_stages, describe, get_stage
 from lepton_airflow.store import Store, connections_from_json
 
+_WEEK_S = 7 * 24 * 3600.0
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -54,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     ls = cache.add_parser("ls", help="list what can be reused, oldest first")
     evict = cache.add_parser("evict", help="drop entries, and the artifacts that nothing needs any more")
     evict.add_argument(
-        "--older-than-s", type=float, default=0.0, help="only entries at least this old [seconds]"
+        "--older-than-s",
+        type=float,
+        default=_WEEK_S,
+        help="only entries at least this old [seconds]; default: a week. Runs as old as this must have ended",
     )
     for command, call in ((ls, _cache_ls), (evict, _cache_evict)):
         command.add_argument(

@@ -299,11 +299,12 @@ class Store:
         found = [(key, self._read_receipt(key)) for key in self.keys("cache")]
         return sorted(((k, r) for k, r in found if r is not None), key=lambda item: item[1].created)
 
-    def cache_evict(self, *, stage: str | None = None, older_than_s: float = 0.0) -> tuple[int, int]:
-        """Drop cache entries and then the artifacts that nothing reaches any more.
+    def cache_evict(self, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
+        """Drop cache entries at least so old, and then the artifacts that nothing reaches any more.
 
-        An artifact stays when a cache entry, a registration or a ledger entry names it, or when it is younger than an
-        hour (a run may be about to name it). Returns the numbers of entries and of bytes removed.
+        An artifact stays when a cache entry, a registration or a ledger entry names it; when a task's receipt does that
+        is younger (tasks after it may be about to read it); and when it is younger than an hour itself (a task may be
+        about to name it). Returns the numbers of entries and of bytes removed.
         """
         limit = time.time() - older_than_s
         dropped = 0
@@ -311,11 +312,9 @@ class Store:
             if (stage is None or entry.stage == stage) and _created(entry) <= limit:
                 self.delete(key)
                 dropped += 1
-        kept = b"\n".join(
-            self.read(key) or b""
-            for prefix in ("cache", "registrations", "ledger")
-            for key in self.keys(prefix)
-        ).decode(errors="replace")
+        naming = [key for prefix in ("cache", "registrations", "ledger") for key in self.keys(prefix)]
+        naming += [key for key in self.keys("receipts") if self._age_s(key) < older_than_s]
+        kept = b"\n".join(self.read(key) or b"" for key in naming).decode(errors="replace")
         freed = 0
         with self._errors("evicting artifacts"):
             for folder in self._folders("artifacts"):
@@ -507,12 +506,16 @@ def _storage_options(protocol: str, connection: Connection | None) -> dict[str, 
         return options
     options |= connection.extra.get("storage_options", {})
     if protocol in ("s3", "s3a"):
-        for key, value in (("key", connection.login), ("secret", connection.password)):
+        extra = connection.extra  # named as Airflow's Amazon provider names them
+        for key, value in (
+            ("key", connection.login or extra.get("aws_access_key_id")),
+            ("secret", connection.password or extra.get("aws_secret_access_key")),
+            ("token", extra.get("aws_session_token")),
+            ("endpoint_url", extra.get("endpoint_url") or connection.host),
+            ("client_kwargs", {"region_name": extra["region_name"]} if extra.get("region_name") else None),
+        ):
             if value:
                 options.setdefault(key, value)
-        endpoint = connection.extra.get("endpoint_url") or connection.host
-        if endpoint:
-            options.setdefault("endpoint_url", endpoint)
     return options
 
 

@@ -277,8 +277,9 @@ def test_evict_keeps_what_is_young_or_named(run: Bench, capsys: pytest.CaptureFi
     run.store.write("ledger/m/1.json", made["2"].to_json().encode())
     arguments = ["--store", run.store.root]
 
-    assert main(["cache", "evict", *arguments, "--older-than-s", "3600"]) == 0
-    assert capsys.readouterr().out == "0 entries and 0 bytes removed\n"
+    assert main(["cache", "evict", *arguments]) == 0
+    assert capsys.readouterr().out == "0 entries and 0 bytes removed\n"  # all younger than a week
+    arguments += ["--older-than-s", "0"]
     assert main(["cache", "evict", *arguments]) == 0
     assert capsys.readouterr().out == "4 entries and 0 bytes removed\n"  # all younger than an hour
     assert all(run.blob(receipt).exists() for receipt in made.values())
@@ -294,10 +295,19 @@ def test_evict_keeps_what_is_young_or_named(run: Bench, capsys: pytest.CaptureFi
     assert run(text=str(plain), mark="3").status == "cached"
 
 
+def test_evict_spares_what_a_recent_run_made_without_the_cache(run: Bench) -> None:
+    receipt = run(mark="!", cache="off")
+    _age(run.store, 24 * 3600)  # the task after it waits for a worker since yesterday
+    run.store.cache_evict(older_than_s=7 * 24 * 3600)
+    assert run.blob(receipt).exists()
+    run.store.cache_evict(older_than_s=0)
+    assert not run.blob(receipt).exists()
+
+
 def test_evict_spares_a_folder_that_a_writer_just_made(run: Bench) -> None:
     folder = run.folder / "store" / "artifacts" / ("0" * 32)
     folder.mkdir()
-    run.store.cache_evict()
+    run.store.cache_evict(older_than_s=0)
     assert folder.exists()
 
 

@@ -320,6 +320,18 @@ def test_a_missing_bucket_is_a_sentence(s3: str) -> None:
 # -- Connections ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_connection_of_the_amazon_provider_opens_a_store() -> None:
+    extra = {
+        "aws_access_key_id": KEY,
+        "aws_secret_access_key": SECRET,
+        "aws_session_token": "short-lived",
+        "region_name": "eu-central-1",
+    }
+    fs = Store("s3://bucket/x", Connection("s3", "aws", extra=extra)).fs
+    assert (fs.key, fs.secret, fs.token) == (KEY, SECRET, "short-lived")
+    assert fs.client_kwargs == {"region_name": "eu-central-1"}
+
+
 def test_connections_show_no_secret() -> None:
     connection = Connection("s3", "aws", login=KEY, password=SECRET, extra={"token": SECRET})
     assert SECRET not in repr(connection)

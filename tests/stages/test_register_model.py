@@ -289,7 +289,7 @@ def test_the_record_pins_the_package_and_eviction_keeps_it(
     assert registration.package == model.uri
     assert registration.window == WINDOW
     monkeypatch.setattr("lepton_airflow.store._GRACE_S", -1)
-    run.store.cache_evict()
+    run.store.cache_evict(older_than_s=0)
     assert run.store.intact(model)
     assert not run.store.intact(other)
 
