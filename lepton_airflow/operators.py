@@ -192,12 +192,15 @@ def _evidence(receipt: Receipt) -> tuple[Any, ...]:
 
 
 def _beside(value: Any, folder: str) -> Any:
-    """Paths that start with ``./`` or ``../`` are taken from the DAG file's folder, at any depth of a value."""
+    """The value with paths that start with ``./`` or ``../`` taken from the DAG file's folder, at any depth.
+
+    What a mapped task pushed comes from Airflow as a lazy sequence, and becomes a list.
+    """
     if isinstance(value, str) and value.startswith(("./", "../")) and folder:
         return os.path.normpath(os.path.join(folder, value))
     if isinstance(value, Mapping):
         return {k: _beside(v, folder) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_beside(v, folder) for v in value]
     return value
 

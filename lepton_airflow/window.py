@@ -29,12 +29,17 @@ _PARTITION = re.compile(r"^(\d{4})(?:-(\d{2})(?:-(\d{2})(?:[T ](\d{2})(?::\d{2})
 def resolve(context: Mapping[str, Any]) -> tuple[Window | None, str]:
     """The window of a run from its Airflow context; or None and why there is none.
 
-    :raises BadConfiguration: a partition key, an event or a param is there but is no span of time.
+    :raises BadConfiguration: an event or a param is there but is no span of time.
     """
     dag_run = context.get("dag_run")
     key = getattr(dag_run, "partition_key", None)
     if key:
-        return from_partition_key(key), ""
+        try:
+            return from_partition_key(key), ""
+        except (
+            BadConfiguration
+        ) as error:  # partitions of another kind, by region say: most stages need no window
+            return None, str(error).rstrip(".")
     start, end = getattr(dag_run, "data_interval_start", None), getattr(dag_run, "data_interval_end", None)
     if start is not None and end is not None and start < end:
         return Window(_iso(start), _iso(end)), ""

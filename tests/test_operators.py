@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import threading
+from collections import UserList
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException
@@ -22,7 +23,7 @@ from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import BadConfiguration, LeptonError, Preempted, RunnerError
 from lepton_airflow.operators import StageOperator, TrainModelOperator
 from lepton_airflow.runners import InProcess, Subprocess
-from lepton_airflow.stages import Stage, all_stages
+from lepton_airflow.stages import Result, RunInfo, Stage, all_stages
 from lepton_airflow.store import Store
 from lepton_airflow.testing import until
 from lepton_airflow.testing.probe_stages import Copy, Fail, Hang, Look, Resume
@@ -35,6 +36,18 @@ class Choose(Stage):
     """Take one of two, or none."""
 
     mode: Literal["a", "b"] | None = "a"
+
+
+@dataclass(kw_only=True)
+class Join(Stage):
+    """Join words."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("text",)
+
+    words: list[str]
+
+    def run(self, run: RunInfo) -> Result:
+        return Result(summary="joined.", values={"text": " ".join(self.words)})
 
 
 class CopyOperator(StageOperator, stage=Copy):
@@ -225,6 +238,16 @@ def test_mapped_instances_run_each_for_itself(run: Any, dag: DAG) -> None:
     receipts = [run(mapped, map_index=index) for index in range(2)]
     assert [r["values"] for r in receipts] == [{"length": 1}, {"length": 3}]
     assert receipts[0]["run_key"] != receipts[1]["run_key"]
+
+
+def test_outputs_of_a_mapped_task_arrive_as_a_list(run: Any, dag: DAG) -> None:
+    class JoinOperator(StageOperator, stage=Join):
+        pass
+
+    class Lazy(UserList[str]):
+        """Airflow's own sequence of a mapped task's outputs is no list either."""
+
+    assert run(JoinOperator(task_id="x", words=Lazy(["a", "bcd"])))["values"] == {"text": "a bcd"}
 
 
 def test_paths_beside_the_dag_file(run: Any, dag: DAG, tmp_path: Path) -> None:

@@ -90,6 +90,13 @@ def test_partition_keys_that_are_no_time(key: str) -> None:
         window.from_partition_key(key)
 
 
+def test_a_partition_that_is_no_time_has_no_window_and_says_so() -> None:
+    interval = _days(1, 2)  # whatever the interval is, it is not what this run is about
+    found, why = window.resolve(_context(key="eu-west", interval=interval))
+    assert found is None
+    assert "partition key 'eu-west' is no span of time" in why
+
+
 def test_times_without_offset_are_utc_and_others_keep_their_instant() -> None:
     assert window.checked("2013-01-01", "2013-01-31T19:00:00-05:00", "x") == JANUARY
     local = timezone(timedelta(hours=1))

@@ -80,6 +80,7 @@ def test_mapped_tasks_cache_windows_and_secrets(airflow: LocalAirflow, password:
     first = airflow.trigger("count", {"text": "letters"})
     assert airflow.wait("count", first) == "success"
     assert [airflow.xcom("count", first, "each", "letters", i) for i in range(3)] == [1, 2, 3]
+    assert airflow.xcom("count", first, "sum", "letters") == 1 + 2 + 3
     assert airflow.xcom("count", first, "total", "letters") == len("letters") + len(password)
     assert airflow.xcom("count", first, "own")["status"] == "done"
 

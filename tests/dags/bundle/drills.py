@@ -38,4 +38,5 @@ with DAG(
     total = CountLettersOperator(
         task_id="total", text="", earlier=[own.output["count"]], database="drill_database", cache="off"
     )
+    CountLettersOperator(task_id="sum", text="", earlier=each.output["count"])
     each >> total
