@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lepton_airflow.contract import digest_of, split_pin
+from lepton_airflow.contract import split_pin
 from lepton_airflow.dataset import (
     PARQUET,
     DatasetInfo,
@@ -34,7 +34,7 @@ from lepton_airflow.stages import (
     Result,
     RunInfo,
     Stage,
-    code_digest,
+    cache_key,
     is_code,
     load_code,
 )
@@ -165,8 +165,13 @@ class PrepareData(Stage):
                 f"snapshot {split_pin(self.snapshot)[0]} is not readable Parquet: {first_line(error)}"
             ) from None
         table = _Features(self, con, run).write("features", None)
+        (rows,) = _row(con, f"SELECT count(*) FROM {table}")
+        if not rows:
+            raise BadInput(
+                "features gives no row: check its conditions, and that the snapshot has the rows it asks for."
+            )
         kinds = self._column_kinds(con, table)
-        info = self._info(con, table, kinds, sha256)
+        info = self._info(con, run, table, kinds, sha256)
         missing = self._check_target(con, table, info)
         assigned = self._assign(con, run, table, info, kinds)
         splits = self._splits(con, info, assigned, kinds)
@@ -231,7 +236,7 @@ class PrepareData(Stage):
         return kinds
 
     def _info(
-        self, con: duckdb.DuckDBPyConnection, table: str, kinds: dict[str, str], sha256: str
+        self, con: duckdb.DuckDBPyConnection, run: RunInfo, table: str, kinds: dict[str, str], sha256: str
     ) -> DatasetInfo:
         """What is a feature, a category, a class."""
         others = {self.target, self.time_column, self.cluster_column, *self.id_columns}
@@ -261,26 +266,8 @@ class PrepareData(Stage):
                 f"target {self.target!r} is {kind}, which task='classification' does not take as a class: "
                 "cast it to INTEGER or VARCHAR in features."
             )
-        code = code_digest(self.features) if self.features and is_code(self.features) else self.features
-        rule = [
-            self.split,
-            self.time_column,
-            self.cluster_column,
-            self.stratify,
-            self.valid_fraction,
-            self.test_fraction,
-        ]
-        rule += [self.valid_start, self.test_start, self.seed]
-        definition = [
-            sha256,
-            code,
-            self.parameters,
-            self.target,
-            self.id_columns,
-            self.drop,
-            self.drop_missing_target,
-            rule,
-        ]
+        # Splits of one id share no row, so all that moves a row to another split must change the id: the window too.
+        division = cache_key(replace(self, memory_limit_mb=0, threads=0), run)
         return DatasetInfo(
             target=self.target,
             task=task,
@@ -288,7 +275,7 @@ class PrepareData(Stage):
             categorical=[name for name in features if kinds[name] == "VARCHAR"],
             time_column=self.time_column,
             cluster_column=self.cluster_column,
-            split_id=digest_of(definition)[:32],
+            split_id=str(division)[:32],
             snapshot_sha256=sha256,
         )
 
@@ -296,10 +283,6 @@ class PrepareData(Stage):
         """The number of rows without a target; raises BadInput when what is there cannot be learnt."""
         target = quote(self.target)
         rows, known = _row(con, f"SELECT count(*), count({target}) FROM {table}")
-        if not rows:
-            raise BadInput(
-                "features gives no row: check its conditions, and that the snapshot has the rows it asks for."
-            )
         if not known:
             raise BadInput(
                 f"target {self.target!r} is missing in all {rows} rows: check the column, or where it comes from."
@@ -495,9 +478,15 @@ class PrepareData(Stage):
                         f"clusters of {self.cluster_column!r} overlap in time: {earlier} would reach to {found[earlier][2]} and "
                         f"{later} begin at {found[later][1]}. Cluster by something shorter, or use split='group'."
                     )
-        zone = UTC if self.time_column and _has_zone(kinds[self.time_column]) else None
+        kind = kinds.get(str(self.time_column), "")
+
+        def text(moment: datetime) -> str:
+            if kind == "DATE":  # as the last time of a range it means the whole day
+                return moment.date().isoformat()
+            return moment.replace(tzinfo=UTC if _has_zone(kind) else None).isoformat()
+
         return {
-            name: (rows, [t.replace(tzinfo=zone).isoformat() for t in (low, high)] if low else None)
+            name: (rows, [text(low), text(high)] if low else None)
             for name, (rows, low, high) in ((name, found[name]) for name in wanted)
         }
 
@@ -734,7 +723,7 @@ def _plain(column: str, kind: str) -> str:
     """The column in one of the few types that every framework and ONNX know."""
     if kind == "BOOLEAN":
         return f"CAST({column} AS TINYINT)"
-    if kind.startswith("DECIMAL") or kind in ("HUGEINT", "UHUGEINT"):
+    if kind.startswith("DECIMAL") or kind in ("HUGEINT", "UHUGEINT", '"NULL"'):  # NULL: pandas wrote no value
         return f"CAST({column} AS DOUBLE)"
     if kind.startswith("ENUM") or kind in ("UUID", "JSON"):
         return f"CAST({column} AS VARCHAR)"

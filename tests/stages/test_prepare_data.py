@@ -166,6 +166,33 @@ def test_split_id_names_the_division(tmp_path: Path) -> None:
     assert split_id() == one
     assert split_id(seed=1) != one
     assert split_id(drop=["kind"]) != one
+    assert split_id(task="regression", stratify=True) != one  # not stratified, so other rows
+    assert split_id(threads=1) == one
+
+
+def test_a_window_that_moves_the_cut_makes_another_division(tmp_path: Path) -> None:
+    """Else the rows that a later run trained on would pass for rows that it has not seen."""
+    ids = set()
+    for day in ("03", "08"):
+        window = Window(f"2024-01-{day}T00:00:00+00:00", "2024-02-01T00:00:00+00:00")
+        result = prepare(tmp_path, table(), **TIME, test_start="window_start", window=window)
+        ids.add(info(tmp_path, result).split_id)
+    assert len(ids) == 2
+
+
+def test_the_time_range_of_dates_names_days(tmp_path: Path) -> None:
+    frame = table().assign(t=lambda f: f.t.dt.date)
+    result = prepare(tmp_path, frame, **TIME)
+    low, high = info(tmp_path, result).time_range or ("", "")
+    assert (low, high) == ("2024-01-01", str(splits(tmp_path, result)["train"].t.max()))
+
+
+def test_a_column_without_a_value_is_a_feature_that_tells_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = prepare(tmp_path, table().assign(kind=None), **TIME)
+    assert "'kind' is missing in every row of train" in caplog.text
+    assert info(tmp_path, result).categorical == []
 
 
 def test_a_split_of_fraction_0_is_not_made(tmp_path: Path) -> None:
