@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -498,18 +499,12 @@ def _infer_column(
             yield _expect("column_values_to_be_unique", column=name)
     if kind in (*_INTEGERS, "FLOAT", "DOUBLE") or kind.startswith("DECIMAL"):
         low, high = con.execute(f"SELECT min({column}), max({column}) FROM dataset").fetchone() or (0, 0)
-        slack = _SLACK * (float(high) - float(low))
-        bounds = [float(low) - slack, float(high) + slack]
-        if low >= 0:
-            bounds[0] = max(0.0, bounds[0])
-        if kind in _INTEGERS:
-            bounds = [bounds[0] // 1, -(-bounds[1] // 1)]
-        yield _expect(
-            "column_values_to_be_between",
-            column=name,
-            min_value=_number(bounds[0]),
-            max_value=_number(bounds[1]),
-        )
+        whole = kind in _INTEGERS
+        if math.isfinite(low) and math.isfinite(high):
+            least, most = (
+                _bounds(low, high, whole=True) if whole else _bounds(float(low), float(high), whole=False)
+            )
+            yield _expect("column_values_to_be_between", column=name, min_value=least, max_value=most)
     elif kind == "VARCHAR" and distinct <= _MAX_VALUES_IN_SET:
         values = con.execute(
             f"SELECT DISTINCT {column} FROM dataset WHERE {column} IS NOT NULL ORDER BY 1"
@@ -526,6 +521,19 @@ def _expect(kind: str, **kwargs: Any) -> dict[str, Any]:
     return {"type": f"expect_{kind}", "kwargs": kwargs}
 
 
-def _number(value: float) -> float | int:
-    """A bound to read: whole where it is, else four significant digits."""
-    return int(value) if value == int(value) else float(f"{value:.4g}")
+def _bounds(low: float, high: float, *, whole: bool) -> tuple[float, float]:
+    """Bounds around what was observed, with slack, rounded outwards to about as many digits as the slack has."""
+    slack = _SLACK * (high - low)
+    least, most = low, high
+    if 1e-300 < slack < math.inf:
+        decimals = 1 - math.floor(math.log10(slack))
+        decimals = min(decimals, 0) if whole else decimals
+        unit = 10.0**-decimals
+        least = min(low, round(math.floor((low - slack) / unit) * unit, decimals))
+        most = max(high, round(math.ceil((high + slack) / unit) * unit, decimals))
+    least = max(least, 0) if low >= 0 else least
+    return _readable(least), _readable(most)
+
+
+def _readable(bound: float) -> float:
+    return int(bound) if bound == int(bound) else bound

@@ -562,3 +562,19 @@ def test_an_inferred_suite_takes_any_types_and_names(mixed: str, tmp_path: Path,
     )
     uri, _ = infer(run, str(nested))
     assert ValidateData(dataset=str(nested), suite=uri).run(run).values == {"passed": True}
+
+
+def test_an_inferred_bound_lies_outside_of_what_it_was_inferred_from(tmp_path: Path, run: RunInfo) -> None:
+    path = tmp_path / "numbers.parquet"
+    duckdb.sql(
+        f"""COPY (
+            SELECT 1234567.5 + i::DOUBLE AS far_from_zero, -1e9 - i / 2 AS below, i * 1e-7 AS small, 2**62 + i AS huge,
+                (2::HUGEINT**62)::BIGINT + i AS whole, 5 AS constant, (i / 7)::DECIMAL(9, 3) AS price,
+                CASE WHEN i = 0 THEN 'inf'::DOUBLE ELSE i END AS infinite
+            FROM range(100) t(i)
+        ) TO '{path}' (FORMAT parquet)"""
+    )
+    uri, proposed = infer(run, str(path))
+    assert ValidateData(dataset=str(path), suite=uri).run(run).values == {"passed": True}
+    assert kwargs_of(proposed, "column_values_to_be_between", "far_from_zero")["max_value"] == 1234676.4
+    assert kwargs_of(proposed, "column_values_to_be_between", "infinite") is None
