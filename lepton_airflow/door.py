@@ -19,7 +19,14 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.errors import ContractError, LeptonError, MissingExtra, OutOfMemory, Preempted
+from lepton_airflow.errors import (
+    BadConfiguration,
+    ContractError,
+    LeptonError,
+    MissingExtra,
+    OutOfMemory,
+    Preempted,
+)
 from lepton_airflow.stages import Result, RunInfo, Stage, build, cache_key, get_stage, versions
 from lepton_airflow.store import Connection, Store, now
 
@@ -128,6 +135,12 @@ def _run(kind: type[Stage], stage: Stage, run: RunInfo) -> Result:
         if not kind.extra or library not in ENGINE_MODULES:
             raise
         raise MissingExtra(kind.__name__, library, kind.extra) from error
+    except BadConfiguration as error:
+        if (
+            run.window is None and run.window_note and "has no window" in str(error)
+        ):  # only the operator knows why
+            raise BadConfiguration(f"{error} Why it has none: {run.window_note}.") from error
+        raise
     if not isinstance(result, Result):
         raise ContractError(f"{kind.__name__}.run returned {type(result).__name__}, expected a Result.")
     return result

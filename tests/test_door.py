@@ -142,6 +142,18 @@ def test_what_cannot_run_is_refused_with_a_sentence(
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_stage_without_its_window_says_why_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("t\n2013-01-01\n")
+    given = {"sources": {"a": str(tmp_path / "a.csv")}, "query": "SELECT * FROM a WHERE t >= $window_start"}
+    request = Request(
+        "IngestData", given, str(tmp_path / "store"), window_note="the interval is empty: do this"
+    )
+    receipt = perform(request)
+    assert receipt.status == "refused"
+    assert "query uses $window_start" in receipt.summary
+    assert receipt.summary.endswith("Why it has none: the interval is empty: do this.")
+
+
 def test_files_that_cannot_be_read_or_written_are_sentences(tmp_path: Path) -> None:
     done = _door("run", str(tmp_path / "none.json"), str(tmp_path / "receipt.json"))
     assert (done.returncode, "none.json cannot be read: No such file" in done.stderr) == (80, True)
