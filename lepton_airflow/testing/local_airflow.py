@@ -113,6 +113,10 @@ class LocalAirflow:
         self.command("db", "migrate")
         for component in components:
             self.start_component(component)
+        self.wait_until_it_answers(components, wait_s)
+
+    def wait_until_it_answers(self, components: Sequence[str] = COMPONENTS, wait_s: float = 180) -> None:
+        """Wait for the API of what was started; raises LeptonError when a component ends, or the time is over."""
 
         def answers() -> bool:
             for component in components:
@@ -176,8 +180,7 @@ class LocalAirflow:
     def api(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """One call of the REST API (``/api/v2`` is put before the path); returns the JSON, None when there is none."""
         if self._token is None:
-            with urllib.request.urlopen(f"{self.url}/auth/token", timeout=30) as reply:
-                self._token = json.load(reply)["access_token"]
+            self._token = self._call(urllib.request.Request(f"{self.url}/auth/token"))["access_token"]
         address = f"{self.url}/api/v2{urllib.parse.quote(path, safe='/:~')}"
         if query:
             address += "?" + urllib.parse.urlencode(query, doseq=True)
@@ -187,13 +190,17 @@ class LocalAirflow:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
         )
+        return self._call(request)
+
+    def _call(self, request: urllib.request.Request) -> Any:
+        what = f"{request.method or 'GET'} {request.full_url}"
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 text = reply.read()
         except urllib.error.HTTPError as error:
-            raise LeptonError(
-                f"{method} {path}: {error.code} {error.read().decode(errors='replace')[:600]}"
-            ) from None
+            raise LeptonError(f"{what}: {error.code} {error.read().decode(errors='replace')[:600]}") from None
+        except OSError as error:  # URLError is one, and so is a time-out
+            raise LeptonError(f"{what}: no answer ({error}); see the logs in {self.home}.") from None
         return json.loads(text) if text else None
 
     def wait_for_dag(self, dag_id: str, wait_s: float = 120) -> None:
