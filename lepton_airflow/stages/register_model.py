@@ -168,7 +168,9 @@ class RegisterModel(Stage):
             "lepton.window": f"{window['start']} to {window['end']}" if window else "",
         }
         tags |= {f"lepton.data.{role}": digest for role, digest in card.data.items()}
-        tags |= {f"metric.{name}": f"{value:.6g}" for name, value in metrics.items()}
+        # The ends of intervals are with the MLflow run; as tags they would hide the rest in the table of versions.
+        point = {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))}
+        tags |= {f"metric.{name}": f"{value:.6g}" for name, value in point.items()}
         return {k: str(v) for k, v in (tags | self.tags).items() if v != ""}
 
 
