@@ -193,7 +193,7 @@ class LocalAirflow:
         return self._call(request)
 
     def _call(self, request: urllib.request.Request) -> Any:
-        what = f"{request.method or 'GET'} {request.full_url}"
+        what = f"{request.get_method()} {request.full_url}"
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 text = reply.read()
