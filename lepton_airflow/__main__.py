@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument(
         "--parent-fd", type=int, help="inherited pipe; when its other end closes, the stage ends"
     )
+    run.add_argument(
+        "--scratch", type=Path, help="with --parent-fd: a directory that is removed when the other end closes"
+    )
     run.add_argument("--search-path", default="", help="where user code lies besides: appended to sys.path")
     run.set_defaults(call=_run)
 
@@ -86,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     from lepton_airflow.processes import end_with_parent
 
     if args.parent_fd is not None:
-        end_with_parent(args.parent_fd)
+        end_with_parent(args.parent_fd, args.scratch)
     text = ""
     if args.connections_fd is not None:
         with open(args.connections_fd, encoding="utf-8") as pipe:

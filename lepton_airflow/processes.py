@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 MARK = "LEPTON_STAGE_MARK"
 
@@ -39,9 +41,10 @@ def kill_marked(mark: str) -> None:
             return
 
 
-def end_with_parent(pipe: int) -> None:
+def end_with_parent(pipe: int, scratch: Path | None = None) -> None:
     """End this process and all it starts once the other end of ``pipe`` closes, as it does when a worker is killed.
 
+    The directory ``scratch`` is removed then, as the killed parent cannot do it any more.
     A process of its own watches the pipe: a thread would wait for as long as some library keeps the interpreter busy.
     Everything is told to stop, and killed two seconds later. Call it before any thread is started.
     """
@@ -52,12 +55,12 @@ def end_with_parent(pipe: int) -> None:
         os.close(pipe)
         return
     try:
-        _watch(pipe, stage)
+        _watch(pipe, stage, scratch)
     finally:
         os._exit(0)
 
 
-def _watch(pipe: int, stage: int) -> None:
+def _watch(pipe: int, stage: int, scratch: Path | None) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -74,4 +77,6 @@ def _watch(pipe: int, stage: int) -> None:
         time.sleep(0.05)
     if mark := os.environ.get(MARK):
         kill_marked(mark)
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
     signal_group(stage, signal.SIGKILL)  # this process too

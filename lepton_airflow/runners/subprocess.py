@@ -167,7 +167,14 @@ class Subprocess(Runner):
                 [
                     *(sys.executable, "-P", "-m", "lepton_airflow", "run"),
                     *(f"{folder}/request.json", f"{folder}/receipt.json"),
-                    *("--connections-fd", str(secrets_read), "--parent-fd", str(alive_read)),
+                    *(
+                        "--connections-fd",
+                        str(secrets_read),
+                        "--parent-fd",
+                        str(alive_read),
+                        "--scratch",
+                        folder,
+                    ),
                     *("--search-path", os.pathsep.join(after)),
                 ],
                 cwd=folder,

@@ -347,10 +347,12 @@ class LocalRunnerConformance(IsolatedRunnerConformance):
 
     @pytest.mark.parametrize("stubborn", ["no", "ignore", "busy"])
     def test_nothing_survives_a_killed_worker(self, store: Path, tmp_path: Path, stubborn: str) -> None:
-        pids = tmp_path / "pids"
+        pids, scratch = tmp_path / "pids", tmp_path / "scratch"
+        scratch.mkdir()
         request = probe("Hang", store, pids=str(pids), stubborn=stubborn)
         worker = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, request.to_json(), repr(self.make_runner())]
+            [sys.executable, "-c", _WORKER, request.to_json(), repr(self.make_runner())],
+            env=os.environ | {"TMPDIR": str(scratch)},
         )
         try:
             family = until(lambda: _pids(pids), "the stage to run")
@@ -359,6 +361,7 @@ class LocalRunnerConformance(IsolatedRunnerConformance):
             worker.kill()
             worker.wait()
         until(lambda: not running(family), "the stage and its family to end", within_s=5)
+        until(lambda: not any(scratch.iterdir()), "its scratch space to be removed", within_s=5)
 
     def test_nothing_survives_a_killed_supervisor(self, store: Path, tmp_path: Path) -> None:
         """The process that heartbeats for a task dies alone: the task has lost its run, and another try will start."""
