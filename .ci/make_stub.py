@@ -50,6 +50,7 @@ class StageOperator(BaseOperator):
 COMMON = """\
         runner: Runner | None = None,
         store: str | XComArg | None = None,
+        store_conn_id: str | None = None,
         cache: Literal["use", "refresh", "off"] | str | XComArg = "use",
         cache_ttl_s: float | None = None,
         window: Mapping[str, str] | XComArg | None = None,

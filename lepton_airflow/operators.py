@@ -5,6 +5,8 @@ The stage is the single source: signature, docstring and template fields are mad
 
 :param runner: where the stage runs, such as ``Subprocess(memory_limit_mb=4096)``; default: the installation's.
 :param store: URI of the artifact store (templated); default: the installation's.
+:param store_conn_id: id of the Connection that opens the store; default: the installation's for its own store, else
+    ambient identity.
 :param cache: ``use`` an equal earlier result, ``refresh`` it, or keep the cache ``off`` (templated). The run param
     ``refresh_cache`` set to true refreshes every task of a run.
 :param cache_ttl_s: age above which an earlier result is not used [seconds]; default: the installation's.
@@ -35,7 +37,14 @@ from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonEr
 from lepton_airflow.stages import Stage, all_stages, build, choices, markers, stage_name
 from lepton_airflow.store import Connection, Store
 
-_COMMON: dict[str, Any] = {"runner": None, "store": None, "cache": "use", "cache_ttl_s": None, "window": None}
+_COMMON: dict[str, Any] = {
+    "runner": None,
+    "store": None,
+    "store_conn_id": None,
+    "cache": "use",
+    "cache_ttl_s": None,
+    "window": None,
+}
 _BASE = frozenset(inspect.signature(BaseOperator.__init__).parameters)  # what every Airflow operator takes
 
 
@@ -147,7 +156,7 @@ class StageOperator(BaseOperator):
             window, note = windows.checked(span["start"], span["end"], "window"), ""
         else:
             window, note = windows.resolve(context)
-        store_connection = settings.setting("store_conn_id") if not self.store else None
+        store_connection = self.store_conn_id or (None if self.store else settings.setting("store_conn_id"))
         needed = build(stage, parameters).connection_ids()
         refresh = (context.get("params") or {}).get("refresh_cache") is True
         return Request(

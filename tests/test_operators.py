@@ -135,7 +135,16 @@ def test_every_stage_has_its_operator_with_its_fields_and_its_documentation(stag
     assert operator.stage is kind
     parameters = inspect.signature(operator).parameters
     own = list(inspect.signature(kind).parameters)
-    assert list(parameters) == [*own, "runner", "store", "cache", "cache_ttl_s", "window", "kwargs"]
+    assert list(parameters) == [
+        *own,
+        "runner",
+        "store",
+        "store_conn_id",
+        "cache",
+        "cache_ttl_s",
+        "window",
+        "kwargs",
+    ]
     assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "kwargs")
     assert set(own) | {"store", "cache", "window"} == set(operator.template_fields)
     text = help_text(operator)
@@ -308,6 +317,32 @@ def test_an_unknown_connection_is_a_sentence_and_not_retried(run: Any, dag: DAG)
         AirflowFailException, match=r"Connection 'nowhere' does not exist: create it .* AIRFLOW_CONN_NOWHERE"
     ):
         run(LookOperator(task_id="x", connection="nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({}, "of_the_installation"),
+        ({"store": "memory://x"}, None),  # not the keys of another store
+        ({"store": "memory://x", "store_conn_id": "of_the_team"}, "of_the_team"),
+        ({"store_conn_id": "of_the_team"}, "of_the_team"),
+    ],
+)
+def test_which_connection_opens_the_store(
+    run: Any, dag: DAG, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], wanted: str | None
+) -> None:
+    monkeypatch.setenv("AIRFLOW__LEPTON__STORE_CONN_ID", "of_the_installation")
+    for name in ("OF_THE_INSTALLATION", "OF_THE_TEAM"):
+        monkeypatch.setenv(f"AIRFLOW_CONN_{name}", json.dumps({"conn_type": "aws"}))
+    asked: list[tuple[Any, list[str]]] = []
+
+    class Asking(InProcess):
+        def run(self, request: Any, connections: Any, context: Any) -> Any:
+            asked.append((request.store_connection, [c.id for c in connections]))
+            return super().run(request, connections, context)
+
+    run(CopyOperator(task_id="x", runner=Asking(), **arguments))
+    assert asked == [(wanted, [wanted] if wanted else [])]
 
 
 # -- evidence ------------------------------------------------------------------------------------------------------------
