@@ -260,7 +260,7 @@ def feature_frame(frame: pd.DataFrame, features: Sequence[Feature]) -> pd.DataFr
             )
         if feature.kind == "category":
             missing = column.isna().to_numpy()
-            text = np.array([v if isinstance(v, str) else str(v) for v in column], dtype=object)
+            text = np.array([v if isinstance(v, str) else _as_text(v) for v in column], dtype=object)
             text[missing] = ""
             columns[feature.name] = text
             continue
@@ -284,6 +284,11 @@ def feature_frame(frame: pd.DataFrame, features: Sequence[Feature]) -> pd.DataFr
             )
         columns[feature.name] = narrow
     return pd.DataFrame(columns, index=frame.index, columns=[f.name for f in features])
+
+
+def _as_text(value: Any) -> str:
+    """A category as text: a whole number that is a float because another row lacks one is 7, not 7.0."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _batches(path: Path, columns: Sequence[str], batch_rows: int) -> Iterator[pd.DataFrame]:

@@ -22,6 +22,7 @@ from lepton_airflow.package import (
     ModelCard,
     ModelPackage,
     Touched,
+    feature_frame,
     features_of,
     overlap,
     row_fingerprints,
@@ -150,6 +151,13 @@ def test_missing_values_may_be_null_of_any_kind(tmp_path: Path, fitted: Pipeline
     assert (predicted == predicted[0]).all()
     rows["dep hour"] = pd.array([None, None, None], dtype="Int64")
     assert np.isnan(model.predict(rows)).all()
+
+
+def test_a_category_of_digits_is_the_same_beside_a_missing_one() -> None:
+    (feature,) = features_of(replace(INFO, features=["carrier"]))
+    whole, with_missing = pd.DataFrame({"carrier": [7, 8]}), pd.DataFrame({"carrier": [7, 8, None, 0.5]})
+    assert feature_frame(whole, [feature])["carrier"].tolist() == ["7", "8"]
+    assert feature_frame(with_missing, [feature])["carrier"].tolist() == ["7", "8", "", "0.5"]
 
 
 JANUARY = Touched("train", "a" * 64, "train", "run 1", "day", ["2013-01-01", "2013-01-31"], 300)

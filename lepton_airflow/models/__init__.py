@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
@@ -33,3 +34,10 @@ def load(name: str) -> ModuleType:
             f"trainer={name!r} is no standard model and no reference module:function; {did_you_mean(name, names())}"
         )
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def at_least(least: float, hyperparameters: Mapping[str, float]) -> None:
+    """Refuse hyperparameters below what a model can work with; raises BadConfiguration with the first of them."""
+    for name, value in hyperparameters.items():
+        if not value >= least:
+            raise BadConfiguration(f"hyperparameters: {name}={value}, expected at least {least}.")

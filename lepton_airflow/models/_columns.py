@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lepton_airflow.errors import BadInput
+from lepton_airflow.models import at_least
+
 if TYPE_CHECKING:
     import pandas as pd
     from sklearn.compose import ColumnTransformer
@@ -27,8 +30,7 @@ def scaled_and_one_hot(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    kept = {c: sorted(frequent(train[c], max_categories, min_frequency)) for c in run.categorical}
-    kept = {c: names for c, names in kept.items() if names}
+    kept = {c: sorted(names) for c, names in _kept(train, run, max_categories, min_frequency).items()}
     numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
     one_hot = OneHotEncoder(
         categories=list(kept.values()), handle_unknown="ignore", sparse_output=sparse, dtype="float64"
@@ -52,14 +54,11 @@ def ordinal(
     from sklearn.compose import ColumnTransformer
     from sklearn.preprocessing import OrdinalEncoder
 
-    kept = {}
-    for c in run.categorical:
-        names = frequent(train[c], max_categories, min_frequency)
-        if len(run.classes) <= 2:
+    kept = _kept(train, run, max_categories, min_frequency)
+    if len(run.classes) <= 2:
+        for c, names in kept.items():
             mean = train[run.target].groupby(train[c].to_numpy()).mean()
-            names = sorted(names, key=lambda name: (mean[name], name))
-        if names:
-            kept[c] = names
+            names.sort(key=lambda name: (mean[name], name))
     rank = OrdinalEncoder(
         categories=[_objects(names) for names in kept.values()],
         handle_unknown="use_encoded_value",
@@ -70,6 +69,21 @@ def ordinal(
         + [("categories", rank, list(kept))] * bool(kept)
     )
     return columns.fit(train[run.features])
+
+
+def _kept(
+    train: pd.DataFrame, run: TrainerRun, max_categories: int, min_frequency: int
+) -> dict[str, list[str]]:
+    """The frequent values of each category feature that has some; raises when no feature at all is left."""
+    at_least(1, {"max_categories": max_categories, "min_frequency": min_frequency})
+    found = {c: frequent(train[c], max_categories, min_frequency) for c in run.categorical}
+    kept = {c: names for c, names in found.items() if names}
+    if not kept and not run.numbers:
+        raise BadInput(
+            f"no value of the features {', '.join(map(repr, run.categorical[:5]))} occurs in min_frequency={min_frequency} of "
+            f"the {len(train):,} rows, so nothing is left to learn from; lower min_frequency or bring more rows."
+        )
+    return kept
 
 
 def frequent(column: pd.Series[str], max_categories: int, min_frequency: int) -> list[str]:

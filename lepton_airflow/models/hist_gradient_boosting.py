@@ -6,7 +6,7 @@ With ``valid`` the number of trees is chosen by its loss. Deterministic for a se
 
 learning_rate        shrinkage of each tree, above 0 [dimensionless]
 max_iter             trees at most (per class, with more than two classes)
-max_leaf_nodes       leaves per tree at most, or null for no limit
+max_leaf_nodes       leaves per tree at most, from 2 on
 max_depth            levels per tree at most, or null
 min_samples_leaf     rows per leaf at least [rows]
 l2_regularization    penalty on leaf values, at least 0

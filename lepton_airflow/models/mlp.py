@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.errors import require
-from lepton_airflow.models import _columns
+from lepton_airflow.errors import BadConfiguration, require
+from lepton_airflow.models import _columns, at_least
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +65,13 @@ def fit(
     from torch import nn
 
     h = hyperparameters
+    at_least(1, {name: h[name] for name in ("hidden", "layers", "batch_size", "epochs", "patience")})
+    at_least(0, {"weight_decay": h["weight_decay"]})
+    if not 0 <= h["dropout"] < 1 or not h["learning_rate"] > 0:
+        raise BadConfiguration(
+            f"hyperparameters: dropout={h['dropout']} and learning_rate={h['learning_rate']}, expected a dropout from 0 to "
+            "below 1 and a learning_rate above 0."
+        )
     torch.manual_seed(run.seed)
     torch.set_num_threads(run.threads)
     columns = _columns.scaled_and_one_hot(

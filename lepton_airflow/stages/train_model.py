@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ class TrainModel(Stage):
         valid_path = run.fetch(self.valid) if self.valid else None
         rows = Rows.load(path, "train")
         valid = Rows.load(valid_path, "valid", like=rows) if valid_path else None
+        profile = self._profile(run)
         trainer = Trainer.find(self.trainer, rows.schema.task)
         hyperparameters = trainer.complete(self.hyperparameters)
         touched = self._touched(run, rows, valid)
@@ -162,7 +164,7 @@ class TrainModel(Stage):
             run.workdir / "model",
             onnx_model,
             card,
-            profile=run.fetch(self.profile) if self.profile else None,
+            profile=profile,
             rows=None
             if timed
             else _all_rows(row_fingerprints, [*paths, *map(run.fetch, self.also_touched)], rows),
@@ -177,6 +179,18 @@ class TrainModel(Stage):
         return Result(
             _summary(self, rows, valid, metrics, parity, artifacts["model"].bytes), artifacts, metrics=flat
         )
+
+    def _profile(self, run: RunInfo) -> Path | None:
+        if self.profile is None:
+            return None
+        path = run.fetch(self.profile)
+        try:
+            json.loads(path.read_bytes())["columns"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise BadInput(
+                f"profile {split_pin(self.profile)[0]} is no reference profile: pass prepare.output['profile']."
+            ) from None
+        return path
 
     def _touched(self, run: RunInfo, rows: Rows, valid: Rows | None) -> list[Touched]:
         from lepton_airflow.dataset import read_info

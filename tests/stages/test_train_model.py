@@ -375,6 +375,23 @@ def test_bad_rows_get_a_sentence_and_leave_the_store_alone(tmp_path: Path, case:
     assert RunInfo.local(tmp_path).store.keys("") == []
 
 
+def test_categories_that_are_all_rare_leave_nothing_to_learn_from(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"c": list("abcde") * 2, "y": [0, 1] * 5})
+    info = DatasetInfo(target="y", task="classification", features=["c"], categorical=["c"], classes=[0, 1])
+    path = save(frame, info, tmp_path / "train.parquet")
+    for trainer in ("logistic_regression", "hist_gradient_boosting"):
+        with pytest.raises(
+            BadInput, match="no value of the features 'c' occurs in min_frequency=10 of the 10 rows"
+        ):
+            TrainModel(dataset=path, trainer=trainer).run(RunInfo.local(tmp_path))
+
+
+def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:
+    train, _ = splits(tmp_path)
+    with pytest.raises(BadInput, match=r"train\.parquet is no reference profile: pass prepare"):
+        TrainModel(dataset=train, trainer="logistic_regression", profile=train).run(RunInfo.local(tmp_path))
+
+
 def test_a_target_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     frame, info = real_frame("regression")
     frame.loc[3, "target"] = np.inf
@@ -392,6 +409,9 @@ def test_a_target_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         ({"hyperparameters": {"max_iter": "many"}}, "max_iter='many' is not a number"),
         ({"hyperparameters": {"max_iter": 1.5}}, "not a whole number"),
         ({"hyperparameters": {"learning_rate": -1.0}}, "learning_rate"),
+        ({"trainer": "mlp", "hyperparameters": {"layers": 0}}, "layers=0, expected at least 1"),
+        ({"trainer": "mlp", "hyperparameters": {"dropout": 1.0}}, "expected a dropout from 0 to below 1"),
+        ({"hyperparameters": {"max_categories": 0}}, "max_categories=0, expected at least 1"),
         ({"trainer": "no_such_module_here:fit"}, "no module 'no_such_module_here'"),
         ({"folds": 1}, "folds=1: expected at least 2"),
         ({"folds": 3, "fold_by": "time"}, "needs a time column"),
