@@ -65,6 +65,7 @@ def test_the_best_of_the_trials_is_found_drawn_and_repeatable(
         dataset,
         search_space=SPACE | {"max_iter": {"low": 50, "high": 200, "step": 50}},
         hyperparameters={"min_frequency": 5},
+        trials=5,
     )
     with caplog.at_level(logging.INFO):
         result = stage.run(RunInfo.local(tmp_path / "1"))
@@ -76,8 +77,8 @@ def test_the_best_of_the_trials_is_found_drawn_and_repeatable(
     for name in ("history", "importance"):
         picture = Path(split_pin(result.artifacts[name].uri)[0].removeprefix("file://"))
         assert picture.read_bytes().startswith(b"\x89PNG")
-    lines = [r.getMessage() for r in caplog.records if "of 6)" in r.getMessage()]
-    assert len(lines) == 6
+    lines = [r.getMessage() for r in caplog.records if "of 5)" in r.getMessage()]
+    assert len(lines) == 5
     assert "s left" in lines[0]
     again = stage.run(RunInfo.local(tmp_path / "2"))
     assert again.values["best"] == result.values["best"]
@@ -93,12 +94,12 @@ if __name__ == "__main__":
     dataset, folder, workers = sys.argv[1:]
     stage = TuneModel(
         dataset=dataset, trainer="slow_trainer:fit", search_space={"C": {"low": 1e-4, "high": 1e2, "log": True}},
-        folds=3, trials=6, workers=int(workers), pruner="none",
+        folds=2, trials=4, workers=int(workers), pruner="none",
     )
     print(stage.run(RunInfo.local(folder, run_key="killed")).summary)
 """
 
-# The third trial announces itself and then never ends, as long as the flag file is there.
+# From the sixth fit on, fits announce themselves and then never end, as long as the flag file is there.
 SLOW_TRAINER = """
 import os, pathlib, threading
 from sklearn.linear_model import LogisticRegression
@@ -107,7 +108,7 @@ def fit(train, valid, hyperparameters, run):
     flag = pathlib.Path(os.environ["HANG"])
     with flag.with_name("fits").open("a") as fits:
         print(hyperparameters["C"], os.getpid(), file=fits)
-    if flag.exists() and len(flag.with_name("fits").read_text().splitlines()) > 7:
+    if flag.exists() and len(flag.with_name("fits").read_text().splitlines()) > 5:
         threading.Event().wait()
     return LogisticRegression(C=hyperparameters["C"]).fit(train[run.features], train[run.target])
 """
@@ -145,7 +146,7 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_finished_trial(
     command = [sys.executable, str(tmp_path / "drive.py"), dataset, str(tmp_path / "run"), str(workers)]
     first = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        assert until(lambda: fits.exists() and len(fits.read_text().splitlines()) > 7, 120)
+        assert until(lambda: fits.exists() and len(fits.read_text().splitlines()) > 5, 120)
         children = {int(line.split()[1]) for line in fits.read_text().splitlines()}
         os.kill(first.pid, signal.SIGKILL)
     finally:
@@ -166,16 +167,16 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_finished_trial(
     flag.unlink()
     fitted_before = len(fits.read_text().splitlines())
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    assert "6 trials complete, 0 pruned, 0 failed" in done.stdout
+    assert "4 trials complete, 0 pruned, 0 failed" in done.stdout
     after = optuna.load_study(study_name=name, storage=storage).trials
     assert [(t.number, t.params, t.value) for t in after[: len(before)] if t in finished] == [
         (t.number, t.params, t.value) for t in finished
     ]
     complete = [t.params["C"] for t in after if t.state.name == "COMPLETE"]
-    assert len(complete) == len(set(complete)) == 6
+    assert len(complete) == len(set(complete)) == 4
     assert {t.params["C"] for t in running} <= set(complete)  # what was cut short was run again
     fitted_after = len(fits.read_text().splitlines()) - fitted_before
-    assert fitted_after == 3 * (6 - len(finished))
+    assert fitted_after == 2 * (4 - len(finished))
     assert store.keys("artifacts")
 
 
@@ -190,15 +191,15 @@ def test_two_workers_share_a_study_in_postgresql(dataset: str, tmp_path: Path, p
         schema=postgres["dbname"],
     )
     run = RunInfo.local(tmp_path, connections={"studies": connection})
-    stage = tune(dataset, workers=2, trials=5, storage_connection="studies", pruner="none")
+    stage = tune(dataset, workers=2, trials=3, storage_connection="studies", pruner="none")
     result = stage.run(run)
-    assert result.metrics["trials_complete"] == 5
-    assert len({t["hyperparameters"]["C"] for t in trials_of(result)}) == 5
-    more = tune(dataset, trials=6, storage_connection="studies", pruner="none").run(
+    assert result.metrics["trials_complete"] == 3
+    assert len({t["hyperparameters"]["C"] for t in trials_of(result)}) == 3
+    more = tune(dataset, trials=4, storage_connection="studies", pruner="none").run(
         run
     )  # a larger budget goes on
-    assert more.metrics["trials_complete"] == 6
-    assert trials_of(more)[:5] == trials_of(result)
+    assert more.metrics["trials_complete"] == 4
+    assert trials_of(more)[:3] == trials_of(result)
     wrong = Connection(**(asdict(connection) | {"port": 1}))
     with pytest.raises(StoreError, match=r"storage 127\.0\.0\.1:1/postgres cannot be used") as error:
         stage.run(RunInfo.local(tmp_path, connections={"studies": wrong}))
@@ -206,13 +207,13 @@ def test_two_workers_share_a_study_in_postgresql(dataset: str, tmp_path: Path, p
 
 
 def test_a_stop_between_folds_keeps_what_is_finished(dataset: str, tmp_path: Path) -> None:
-    stage = tune(dataset, pruner="none")
+    stage = tune(dataset, pruner="none", trials=4)
     asked = iter([False] * 8)
     with pytest.raises(Preempted):
         stage.run(RunInfo.local(tmp_path, should_stop=lambda: next(asked, True)))
     result = stage.run(RunInfo.local(tmp_path))
     trials = trials_of(result)
-    assert [t["state"] for t in trials].count("complete") == 6
+    assert [t["state"] for t in trials].count("complete") == 4
     cut = [t for t in trials if t["state"] == "fail"]
     assert len(cut) == 1
     assert [t["hyperparameters"] for t in trials].count(cut[0]["hyperparameters"]) == 2
@@ -232,7 +233,7 @@ def test_a_refresh_makes_a_finished_study_anew(
 
 def test_bad_trials_are_pruned_after_their_first_fold(dataset: str, tmp_path: Path) -> None:
     space = {"C": {"choices": [1e-7, 1.0]}}
-    result = tune(dataset, search_space=space, trials=14, hyperparameters={"max_iter": 50}).run(
+    result = tune(dataset, search_space=space, trials=9, hyperparameters={"max_iter": 50}).run(
         RunInfo.local(tmp_path)
     )
     pruned = [t for t in trials_of(result) if t["state"] == "pruned"]
