@@ -25,6 +25,7 @@ SAID_AS = {
     "lepton-airflow": "",  # another extra: the file is enough
     "mlflow-skinny": "mlflow",
     "protobuf": "skl2onnx",
+    "apache-airflow-providers-common-compat": "airflow.providers.common.compat",
     "psycopg2-binary": "psycopg2",
     "pytest-timeout": "mark.timeout",
     "s3fs": "s3",
