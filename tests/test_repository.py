@@ -21,13 +21,14 @@ REQUIREMENTS = PROJECT["dependencies"] + [item for extra in EXTRAS.values() for 
 # Distributions that are not called what a file of ours says: what it says instead.
 SAID_AS = {
     "apache-airflow-providers-cncf-kubernetes": "kubernetes",
+    "apache-airflow-providers-common-compat": "airflow.providers.common.compat",
     "import-linter": "lint_imports",
     "lepton-airflow": "",  # another extra: the file is enough
     "mlflow-skinny": "mlflow",
     "protobuf": "skl2onnx",
-    "apache-airflow-providers-common-compat": "airflow.providers.common.compat",
     "psycopg2-binary": "psycopg2",
     "pytest-timeout": "mark.timeout",
+    "pytest-xdist": "loadgroup",
     "s3fs": "s3",
     "scikit-learn": "sklearn",
 }
