@@ -7,11 +7,12 @@ PrepareData writes one Parquet file per split. Its key-value metadata holds a :c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean
 
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from lepton_airflow.contract import Window
 
 _KEY = b"lepton"
+_T = TypeVar("_T")
 # Small row groups: a writer holds one of them whole, and the memory limit must hold with wide rows too.
 PARQUET = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 24576"
+# For what is read once and thrown away: row groups are small in bytes too, which DuckDB allows where order is free.
+SCRATCH = "FORMAT parquet, ROW_GROUP_SIZE 24576, ROW_GROUP_SIZE_BYTES '8MB'"
 _MB_PER_THREAD = (
     125  # what DuckDB advises at least; with less, sorts and Parquet writers fail instead of spilling
 )
@@ -211,3 +215,19 @@ def connect(
     con.execute("SET enable_external_access = false")
     con.execute("SET lock_configuration = true")
     return con
+
+
+def interruptible(con: duckdb.DuckDBPyConnection, work: Callable[[], _T]) -> _T:
+    """Do work with a DuckDB so that a signal is heeded at once: it raises here, and stops the statement under way.
+
+    DuckDB does not return to Python before a statement is done, and Python handles signals in its main thread only: so
+    the work is done in another one.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            return future.result()
+        finally:
+            while not future.done():  # the signal may have come between two statements
+                con.interrupt()
+                wait([future], timeout=0.05)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote as percent, urlencode
 
 from lepton_airflow.contract import digest_of, split_pin
-from lepton_airflow.dataset import PARQUET, first_line, quote
+from lepton_airflow.dataset import SCRATCH, first_line, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, require
 from lepton_airflow.store import Connection, Store, digest_path
 
@@ -316,7 +316,7 @@ class Landing:
             ", ".join(files[p] for p in paths[:3]),
             f"COPY (SELECT * FROM read_csv({listed}, {self._csv_options(source, paths[0])}, header=true, auto_detect=false, "
             f"columns={columns}, store_rejects=true, rejects_table='{errors}', rejects_scan='{scans}', "
-            f"rejects_line_size_limit=65536)) TO {_literal(str(target))} ({PARQUET})",
+            f"rejects_line_size_limit=65536)) TO {_literal(str(target))} ({SCRATCH})",
         )
         self.con.execute(
             f"INSERT INTO rejected SELECT $1, file_path, line, column_name, error_type || ': ' || error_message, csv_line "
@@ -347,7 +347,7 @@ class Landing:
             ", ".join(list(files.values())[:3]),
             f"COPY (SELECT * FROM read_ndjson({_literal([str(p) for p in paths])}, records=true, sample_size=-1, "
             "maximum_sample_files=1000000, map_inference_threshold=-1, field_appearance_threshold=0)) "
-            f"TO {_literal(str(target))} ({PARQUET})",
+            f"TO {_literal(str(target))} ({SCRATCH})",
         )
         return [target]
 
@@ -458,7 +458,7 @@ class Landing:
         self._read(
             source,
             "its rows",
-            f"COPY (SELECT * REPLACE ({casts}) FROM {scan} WHERE {fits}) TO {_literal(str(target))} ({PARQUET})",
+            f"COPY (SELECT * REPLACE ({casts}) FROM {scan} WHERE {fits}) TO {_literal(str(target))} ({SCRATCH})",
         )
         (unfit,) = self._one(
             f"SELECT (SELECT count(*) FROM {scan}) - (SELECT count(*) FROM {_parquet_scan([target], False)})"

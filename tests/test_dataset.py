@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -14,6 +17,7 @@ from lepton_airflow.dataset import (
     column_types,
     connect,
     info_sql,
+    interruptible,
     load_frame,
     quote,
     read_info,
@@ -136,3 +140,24 @@ def test_a_total_order_leaves_no_choice(first: list[str]) -> None:
     order = total_order(first, ["g", "x", "z"])
     found = {tuple(duckdb.sql(f"SELECT * FROM {rows} ORDER BY {order}").fetchall()) for _ in range(3)}
     assert len(found) == 1
+
+
+def test_a_signal_stops_a_long_statement_at_once() -> None:
+    def handle(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    con = duckdb.connect()
+    before, began = signal.signal(signal.SIGALRM, handle), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interruptible(
+                con,
+                lambda: con.execute(
+                    "SELECT sum(hash(a.range + b.range)) FROM range(10_000_000) a, range(100_000) b"
+                ),
+            )
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 20  # alone it takes hours
+    assert interruptible(con, lambda: con.execute("SELECT 1").fetchone()) == (1,)

@@ -9,19 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lepton_airflow.contract import split_pin
+from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.dataset import (
     PARQUET,
+    SCRATCH,
     bind,
     column_types,
     connect,
     first_line,
+    interruptible,
     literal,
     select_statement,
-    total_order,
     window_values,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
+from lepton_airflow.sorting import MIN_MEMORY_MB, sort_parquet
 from lepton_airflow.sources import Landed, Landing, Source
 from lepton_airflow.stages import Result, RunInfo, Stage
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_UNSORTED = "query.parquet"
 _SCHEMA_BYTES = 3000  # of the receipt's 8 KB; the snapshot itself has the whole schema
 
 
@@ -52,7 +55,8 @@ class IngestData(Stage):
     :param order_by: columns that order the snapshot; ties are put in a fixed order; empty: all columns.
     :param max_rejected_share: largest share of one source's rows that may be unreadable [share, 0 to 1].
     :param allow_empty: whether a snapshot without rows is fine.
-    :param memory_limit_mb: what DuckDB may hold; the rest is spilled to disk [MB].
+    :param memory_limit_mb: what DuckDB may hold, at least 128; the rest is spilled to disk. Give the process 300 MB more
+        for Python and Parquet writers; and more here for rows over 10 KB or 500 columns [MB].
     :param threads: threads of DuckDB; the result does not depend on it.
     :raises BadInput: a source is missing, empty, damaged or rejects too many rows, or the query gives no row.
     :raises BadConfiguration: the query is not one SELECT over the sources, or needs a window and there is none.
@@ -105,6 +109,10 @@ class IngestData(Stage):
             raise BadConfiguration(
                 f"max_rejected_share={self.max_rejected_share}: expected a share from 0 to 1."
             )
+        if self.memory_limit_mb < MIN_MEMORY_MB:
+            raise BadConfiguration(
+                f"memory_limit_mb={self.memory_limit_mb}: DuckDB needs at least {MIN_MEMORY_MB} to sort in pieces."
+            )
         sources = self._sources()
         files = {source.name: {} if source.sql else source.files(run) for source in sources}
         readable = [path for found in files.values() for path in found]
@@ -112,37 +120,79 @@ class IngestData(Stage):
             run.workdir, memory_limit_mb=self.memory_limit_mb, threads=self.threads, readable=readable
         )
         try:
-            landing, landed = Landing(con, run), []
-            for source in sources:
-                began = time.monotonic()
-                landed.append(landing.land(source, files[source.name]))
-                log.info(
-                    "%s: %d rows, %d rejected, from %s (%.1f s)",
-                    source.name, landed[-1].rows, landed[-1].rejected,
-                    f"{len(files[source.name])} file(s)" if files[source.name] else source.connection,
-                    time.monotonic() - began,
-                )  # fmt: skip
-                run.check_stop()
-            artifacts = {}
-            if any(one.rejected for one in landed):
-                artifacts["rejected"] = run.save("rejected.parquet", _rejected(con, run.workdir))
-                self._check_rejected(con, landed, artifacts["rejected"].uri)
-            snapshot, schema, rows = self._query(con, landed, run)
+            landed, schema, rejected = interruptible(con, lambda: self._collect(con, sources, files, run))
         finally:
             con.close()
-        artifacts["snapshot"] = run.save("snapshot.parquet", snapshot)
+        snapshot = run.workdir / "snapshot.parquet"
+        rows = self._sort(run.workdir / _UNSORTED, snapshot, run)
+        if not rows and not self.allow_empty:
+            read = ", ".join(f"{one.name} {one.rows}" for one in landed)
+            raise BadInput(
+                f"the query gives no row{_span(run)}; rows read: {read}. "
+                "Check the window and the conditions, or set allow_empty=true."
+            )
+        artifacts = rejected | {"snapshot": run.save("snapshot.parquet", snapshot)}
         counts = {
             one.name: {"rows": one.rows, "rejected": one.rejected, "digest": source.digest(run)}
             for one, source in zip(landed, sources, strict=True)
         }
-        read, rejected = sum(one.rows for one in landed), sum(one.rejected for one in landed)
+        taken, left = sum(one.rows for one in landed), sum(one.rejected for one in landed)
         return Result(
-            summary=f"{rows} rows with {len(schema)} columns from {read} rows of {len(sources)} source(s)"
-            f"{_span(run)}; {rejected} rejected.",
+            summary=f"{rows} rows with {len(schema)} columns from {taken} rows of {len(sources)} source(s)"
+            f"{_span(run)}; {left} rejected.",
             artifacts=artifacts,
             values={"rows": rows, "sources": counts, "schema": _bounded(schema)},
-            metrics={"rows": rows, "rows_read": read, "rows_rejected": rejected},
+            metrics={"rows": rows, "rows_read": taken, "rows_rejected": left},
         )
+
+    def _collect(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        sources: list[Source],
+        files: dict[str, dict[Path, str]],
+        run: RunInfo,
+    ) -> tuple[list[Landed], dict[str, str], dict[str, Artifact]]:
+        """Land the sources and run the query; its rows are in the scratch space then, in any order."""
+        landing, landed = Landing(con, run), []
+        for source in sources:
+            began = time.monotonic()
+            landed.append(landing.land(source, files[source.name]))
+            log.info(
+                "%s: %d rows, %d rejected, from %s (%.1f s)",
+                source.name, landed[-1].rows, landed[-1].rejected,
+                f"{len(files[source.name])} file(s)" if files[source.name] else source.connection,
+                time.monotonic() - began,
+            )  # fmt: skip
+            run.check_stop()
+        kept: dict[str, Artifact] = {}
+        if any(one.rejected for one in landed):
+            kept["rejected"] = run.save("rejected.parquet", _rejected(con, run.workdir))
+            self._check_rejected(con, landed, kept["rejected"].uri)
+        return landed, self._query(con, landed, run), kept
+
+    def _sort(self, unsorted: Path, target: Path, run: RunInfo) -> int:
+        import duckdb
+        import pyarrow as pa
+
+        try:
+            return sort_parquet(
+                unsorted,
+                target,
+                self.order_by,
+                scratch=run.workdir / "sort",
+                memory_limit_mb=self.memory_limit_mb,
+                threads=self.threads,
+                check_stop=run.check_stop,
+            )
+        except duckdb.OutOfMemoryException as error:
+            raise BadConfiguration(
+                f"sorting the snapshot: {first_line(error)} Raise memory_limit_mb={self.memory_limit_mb}."
+            ) from None
+        except pa.ArrowNotImplementedError as error:
+            raise BadConfiguration(
+                f"query gives a type that the snapshot cannot hold ({first_line(error)}): cast it, an INTERVAL to seconds "
+                "with epoch()."
+            ) from None
 
     def _check_rejected(self, con: duckdb.DuckDBPyConnection, landed: list[Landed], kept: str) -> None:
         for one in landed:
@@ -160,9 +210,7 @@ class IngestData(Stage):
                     "correct the source, its types, delimiter or encoding."
                 )
 
-    def _query(
-        self, con: duckdb.DuckDBPyConnection, landed: list[Landed], run: RunInfo
-    ) -> tuple[Path, dict[str, str], int]:
+    def _query(self, con: duckdb.DuckDBPyConnection, landed: list[Landed], run: RunInfo) -> dict[str, str]:
         import duckdb
 
         statement = select_statement(con, self.query, "query")
@@ -173,15 +221,11 @@ class IngestData(Stage):
             for column in self.order_by:
                 if column not in schema:
                     raise BadConfiguration(f"order_by names {column!r}; {did_you_mean(column, schema)}")
-            order = total_order(self.order_by, list(schema))
-            target = run.workdir / "snapshot.parquet"
             log.info(
                 "query: %d columns, ordered by %s", len(schema), ", ".join(self.order_by) or "all of them"
             )
             con.execute(
-                f"COPY (SELECT * FROM (\n{statement.query}\n) ORDER BY {order}) "
-                f"TO {literal(target)} ({PARQUET})",
-                values,
+                f"COPY (\n{statement.query}\n) TO {literal(run.workdir / _UNSORTED)} ({SCRATCH})", values
             )
         except duckdb.OutOfMemoryException as error:
             raise BadConfiguration(
@@ -195,14 +239,7 @@ class IngestData(Stage):
             raise BadConfiguration(f"query: {first_line(error)}. Sources: {tables}.") from None
         except duckdb.Error as error:
             raise BadInput(f"query: {first_line(error)}. Sources: {tables}.") from None
-        rows = con.execute("SELECT count(*) FROM read_parquet($1)", [str(target)]).fetchall()[0][0]
-        if not rows and not self.allow_empty:
-            counts = ", ".join(f"{one.name} {one.rows}" for one in landed)
-            raise BadInput(
-                f"the query gives no row{_span(run)}; rows read: {counts}. "
-                "Check the window and the conditions, or set allow_empty=true."
-            )
-        return target, schema, rows
+        return schema
 
 
 def _span(run: RunInfo) -> str:
