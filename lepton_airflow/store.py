@@ -110,8 +110,13 @@ class Store:
         fs, path = self._resolve(plain)
         with self._errors(f"reading {plain}"):
             if not fs.exists(path):
+                where = (
+                    " The store is a folder: workers on several machines need [lepton] store to be one that all reach."
+                    if self._local and path.startswith(self._root + "/")
+                    else ""
+                )
                 raise BadInput(
-                    f"{plain} does not exist; expected an artifact or a file there. Run what makes it again."
+                    f"{plain} does not exist; expected an artifact or a file there. Run what makes it again.{where}"
                 )
             if _is_local(fs):
                 local = Path(path)

@@ -320,6 +320,14 @@ def test_a_missing_bucket_is_a_sentence(s3: str) -> None:
 # -- Connections ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_another_worker_may_have_made_is_missed_with_advice(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    with pytest.raises(BadInput, match=r"does not exist; .* need \[lepton\] store to be one that all reach"):
+        store.fetch(store.uri("artifacts/0/x"), tmp_path)
+    with pytest.raises(BadInput, match=r"Run what makes it again\.$"):
+        store.fetch(str(tmp_path / "elsewhere"), tmp_path)
+
+
 def test_a_connection_of_the_amazon_provider_opens_a_store() -> None:
     extra = {
         "aws_access_key_id": KEY,

@@ -84,7 +84,8 @@ def test_a_run_without_a_data_interval_says_what_to_do(airflow: LocalAirflow) ->
     run = airflow.trigger(DAG, QUICK)
     assert airflow.wait(DAG, run) == "failed"
     log = airflow.log(DAG, run, "ingest")
-    assert "window" in log
+    assert "this run has no window" in log
+    assert "this kind of run has no data interval: give the asset event" in log
     assert airflow.tasks(DAG, run)["ingest"]["try_number"] == 1  # exit code 80: retries would not help
 
 
