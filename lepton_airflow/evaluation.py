@@ -49,6 +49,7 @@ def load_rows(
                 f"the model's {what} is {mine!r}, the dataset's is {theirs!r}: pass a split of the data that the model "
                 "was made for."
             )
+    check_kinds(card, info)
     cluster_column = cluster_column or info.cluster_column
     wanted = dict.fromkeys([card.target, *([cluster_column] if cluster_column else []), *columns])
     frame = load_frame(path, list(wanted))
@@ -67,16 +68,31 @@ def load_rows(
     return EvaluationRows(info, y, clusters, cluster_column, frame)
 
 
+def check_kinds(card: ModelCard, info: DatasetInfo) -> None:
+    """Refuse a dataset in which a model's text has become numbers, or its numbers text: it would match no category.
+
+    A column of digits that was read as text last month and as numbers this month is such a case.
+    """
+    kinds = {False: "a number", True: "text"}
+    for feature in card.features:
+        mine, theirs = feature.kind == "category", feature.name in info.categorical
+        if feature.name in info.features and mine != theirs:
+            raise BadInput(
+                f"feature {feature.name!r} is {kinds[theirs]} in the dataset, the model was trained on it as {kinds[mine]}: "
+                "cast it to one type in PrepareData's features."
+            )
+
+
 def _class_numbers(target: pd.Series[Any], card: ModelCard) -> NDArray[np.int64]:
     import numpy as np
 
     number_of = {label: number for number, label in enumerate(card.classes)}
     labels = target.tolist()
-    unknown = sorted({str(label) for label in labels if label not in number_of})
+    unknown = sorted({repr(label) for label in labels if label not in number_of})
     if unknown:
         raise BadInput(
             f"target {card.target!r} has the values {', '.join(unknown[:5])}, which the model does not know; it was "
-            f"trained on {', '.join(map(str, card.classes[:10]))}. Train it on data with all classes, or drop these rows."
+            f"trained on {', '.join(map(repr, card.classes[:10]))}. Train it on data with all classes, or drop these rows."
         )
     return np.fromiter((number_of[label] for label in labels), np.int64, len(labels))
 

@@ -196,11 +196,13 @@ class EvaluateModel(Stage):
 
     def _check_gate(self, names: Sequence[str]) -> None:
         known = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-        for key in self.gate or {}:
+        for key, bound in (self.gate or {}).items():
             if key not in known:
                 raise BadConfiguration(
                     f"gate: {key!r} is not a metric of this model; {did_you_mean(key, known)}"
                 )
+            if isinstance(bound, bool) or not isinstance(bound, int | float):
+                raise BadConfiguration(f"gate: {key}={bound!r} is not a number, such as 0.65.")
 
     def _apply_gate(self, flat: dict[str, float | None], report_uri: str) -> None:
         from lepton_airflow.statistics.metrics import HIGHER_IS_BETTER

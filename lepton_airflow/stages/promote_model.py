@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, require
-from lepton_airflow.evaluation import EvaluationRows, load_rows
+from lepton_airflow.evaluation import EvaluationRows, check_kinds, load_rows
 from lepton_airflow.lease import lease
 from lepton_airflow.mlflow_registry import MlflowRegistry, open_registry
 from lepton_airflow.package import ModelPackage, overlap
@@ -246,6 +246,7 @@ class _Bench:
             )
         package = ModelPackage.open(self.run.fetch(champion.package))
         self._refuse_another_kind(package, champion)
+        check_kinds(package.card, rows.info)
         if is_newer(champion.window, candidate.window):
             return _Finding(
                 "hold",

@@ -98,6 +98,8 @@ class TuneModel(Stage):
         for name in ("trials", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise BadConfiguration(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise BadConfiguration(f"max_rows={self.max_rows}: expected at least 1, or null for all rows.")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         scorer = Scorer(
             path=run.fetch(self.dataset),

@@ -163,6 +163,8 @@ def predicted_classes(scores: NDArray[np.float64], threshold: float) -> NDArray[
     """Return the predicted class of each row, shape (n,)."""
     import numpy as np
 
+    if not 0 <= threshold <= 1:
+        raise BadConfiguration(f"threshold={threshold}: expected a probability, from 0 to 1.")
     return (scores >= threshold).astype(np.int64) if scores.ndim == 1 else scores.argmax(axis=1)
 
 

@@ -255,6 +255,8 @@ def test_rows_the_model_has_touched_are_refused_by_name(evaluate) -> None:
         (lambda f: f, {"cluster_column": "week"}, "column 'week' is not in"),
         (lambda f: f, {"gate": {"auc": 0.5}}, "gate: 'auc' is not a metric of this model; did you mean"),
         (lambda f: f, {"gate": {"rmse": 0.5}}, "'rmse' is not a metric"),
+        (lambda f: f, {"gate": {"roc_auc": "high"}}, "roc_auc='high' is not a number"),
+        (lambda f: f, {"threshold": 50.0}, "threshold=50.0: expected a probability"),
         (lambda f: f, {"bootstrap_resamples": 3}, "n_resamples=3"),
         (lambda f: f.drop(columns="wind"), {}, "column 'wind' is not in"),
         (lambda f: f.drop(columns="late"), {}, "column 'late' is not in"),
@@ -263,7 +265,11 @@ def test_rows_the_model_has_touched_are_refused_by_name(evaluate) -> None:
             {},
             r"target 'late' is missing in \d+ of 2,000 rows",
         ),
-        (lambda f: f.assign(late="cancelled"), {}, "has the values cancelled, which the model does not know"),
+        (
+            lambda f: f.assign(late="cancelled"),
+            {},
+            "has the values 'cancelled', which the model does not know",
+        ),
         (lambda f: f.assign(wind=np.inf), {}, "'wind' is infinite"),
         (lambda f: f.assign(hour="early"), {}, "'hour' should hold numbers"),
         (lambda f: f.head(0), {}, "0 rows"),
@@ -278,6 +284,14 @@ def test_what_cannot_be_judged_is_refused_in_a_sentence(change, fields, sentence
 def test_a_dataset_for_another_target_is_refused(evaluate) -> None:
     with pytest.raises(BadConfiguration, match="the model's target is 'late', the dataset's is 'cancelled'"):
         evaluate(rows().assign(cancelled=0), data=replace(INFO, target="cancelled"))
+
+
+def test_a_category_that_became_a_number_is_refused(evaluate) -> None:
+    data = replace(INFO, categorical=[])
+    with pytest.raises(
+        BadInput, match="'origin' is a number in the dataset, the model was trained on it as text"
+    ):
+        evaluate(rows().assign(origin=7), data=data)
 
 
 def test_the_onnx_model_is_what_is_run(evaluate, monkeypatch) -> None:

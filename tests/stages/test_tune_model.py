@@ -286,6 +286,7 @@ def test_a_set_that_cannot_be_fitted_fails_alone(
         ({"hyperparameters": {"C": 1.0}}, "'C' is fixed in hyperparameters and searched"),
         ({"metric": "roc_acu"}, "did you mean 'roc_auc'"),
         ({"metric": "rmse"}, "does not fit classification"),
+        ({"max_rows": 0}, "max_rows=0: expected at least 1"),
         ({"trials": 0}, "trials=0: expected at least 1"),
         ({"storage": "postgresql://u:secret@h/d"}, "holds a password"),
         ({"storage": "somewhere"}, "is no database URL"),
