@@ -156,6 +156,16 @@ def test_equal_inputs_give_equal_bytes_whatever_the_order_and_threads(
     assert len(digests) == 1
 
 
+def test_five_rows_are_enough_and_accuse_nobody(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0, 5.0], "y": [2.0, 4.0, 6.0, 8.0, 10.0]})
+    result = prepare(tmp_path, frame, split="random", valid_fraction=0.25)
+    assert {name: part["rows"] for name, part in result.values["splits"].items()} == {
+        "train": 3,
+        "valid": 1,
+        "test": 1,
+    }
+
+
 def test_split_id_names_the_division(tmp_path: Path) -> None:
     def split_id(**kwargs: Any) -> set[str | None]:
         result = prepare(tmp_path, table(), **({"id_columns": ["t"]} | RANDOM | kwargs))
