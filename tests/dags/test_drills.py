@@ -46,13 +46,18 @@ def test_a_killed_stage_is_retried(airflow: LocalAirflow, tmp_path: Path) -> Non
     assert "was killed (SIGKILL)" in airflow.log("wait", run, "wait", 1)
 
 
-def test_a_killed_worker_leaves_nothing_running_and_is_retried(airflow: LocalAirflow, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["supervisor and task", "supervisor alone"])
+def test_a_killed_worker_leaves_nothing_running_and_is_retried(
+    airflow: LocalAirflow, tmp_path: Path, killed: str
+) -> None:
     run = _wait_run(airflow, tmp_path)
     stage = _starts(tmp_path)[0]
     task = _parent(stage)
     os.kill(_parent(task), signal.SIGKILL)  # the supervisor, so that nobody reports the task's end
-    os.kill(task, signal.SIGKILL)
+    if killed == "supervisor and task":
+        os.kill(task, signal.SIGKILL)
     airflow.until(lambda: not _running(stage), "the stage to end with its worker", 5)
+    airflow.until(lambda: not _running(task), "the task to end with its supervisor", 15)
     airflow.until(lambda: len(_starts(tmp_path)) == 2, "Airflow to notice and try again", 90)
     (tmp_path / "go").touch()
     assert airflow.wait("wait", run) == "success"
