@@ -49,8 +49,8 @@ class EvaluateModel(Stage):
     :param gate: the worst acceptable values, ``{"roc_auc": 0.65}`` (or ``roc_auc_low`` for the end of its interval):
         a smallest value, for losses a largest one. Where one is missed the stage fails, after its report is stored.
     :param allow_overlap: also judge on rows that the model has touched; the report then says so.
-    :raises BadInput: the rows do not fit the model, or a gate is missed.
-    :raises BadConfiguration: the model has touched the rows; an unknown column or metric.
+    :raises BadInput: the rows do not fit the model or lack a column, or a gate is missed.
+    :raises BadConfiguration: the model has touched the rows; an unknown metric, a number out of its range.
     """
 
     engines: ClassVar[tuple[str, ...]] = ("onnxruntime", "scikit-learn", "matplotlib")
