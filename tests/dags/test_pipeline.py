@@ -16,7 +16,9 @@ DAG = "flights_retrain"
 QUICK = {"trainer": "logistic_regression", "trials": 2}  # what is tested here is the chain, not the model
 
 
-def _backfill(airflow: LocalAirflow, first: str, last: str, conf: dict[str, Any], reprocess: str = "none") -> None:
+def _backfill(
+    airflow: LocalAirflow, first: str, last: str, conf: dict[str, Any], reprocess: str = "none"
+) -> None:
     body = {
         "dag_id": DAG,
         "from_date": f"{first}-01T00:00:00Z",
@@ -27,7 +29,9 @@ def _backfill(airflow: LocalAirflow, first: str, last: str, conf: dict[str, Any]
     }
     backfill = airflow.api("POST", "/backfills", body)["id"]
     airflow.until(
-        lambda: airflow.api("GET", f"/backfills/{backfill}")["completed_at"] is not None, "the backfill to end", 600
+        lambda: airflow.api("GET", f"/backfills/{backfill}")["completed_at"] is not None,
+        "the backfill to end",
+        600,
     )
 
 
@@ -43,7 +47,9 @@ def ledger(airflow: LocalAirflow) -> Ledger:
     return Ledger(Store(str(airflow.home / "store")), "flights_late")
 
 
-def test_a_backfill_of_two_months_at_once_registers_and_moves_nothing(airflow: LocalAirflow, ledger: Ledger) -> None:
+def test_a_backfill_of_two_months_at_once_registers_and_moves_nothing(
+    airflow: LocalAirflow, ledger: Ledger
+) -> None:
     _backfill(airflow, "2013-06", "2013-07", {})
     for month in ("2013-06", "2013-07"):
         receipts = _receipts(airflow, month)
@@ -51,7 +57,9 @@ def test_a_backfill_of_two_months_at_once_registers_and_moves_nothing(airflow: L
         assert receipts["evaluate"]["metrics"]["roc_auc_low"] > 0.5
         assert receipts["ingest"]["values"]["rows"] > 100_000
     assert ledger.entries() == []
-    versions = {_receipts(airflow, month)["register"]["values"]["version"] for month in ("2013-06", "2013-07")}
+    versions = {
+        _receipts(airflow, month)["register"]["values"]["version"] for month in ("2013-06", "2013-07")
+    }
     assert versions == {1, 2}
 
 
