@@ -134,8 +134,7 @@ class StageOperator(BaseOperator):
             context["ti"].xcom_push(key=name, value=artifact.uri)
         for name, value in receipt.values.items():
             context["ti"].xcom_push(key=name, value=value)
-        if receipt.metrics:
-            context["ti"].xcom_push(key="metrics", value=receipt.metrics)
+        context["ti"].xcom_push(key="metrics", value=receipt.metrics)
         return receipt.to_dict()
 
     def on_kill(self) -> None:

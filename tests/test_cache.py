@@ -16,7 +16,9 @@ from lepton_airflow import stages
 from lepton_airflow.__main__ import main
 from lepton_airflow.contract import Receipt, Request, RunIdentity, Window, split_pin
 from lepton_airflow.door import perform
-from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage
+from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage, cache_key
+from lepton_airflow.stages.prepare_data import PrepareData
+from lepton_airflow.stages.validate_data import ValidateData
 from lepton_airflow.store import Store
 
 
@@ -325,3 +327,19 @@ def test_which_store_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.delenv("AIRFLOW__LEPTON__STORE", raising=False)
     assert main(["cache", "ls"]) == 80
     assert "Pass --store URI" in capsys.readouterr().err
+
+
+def test_the_window_counts_only_for_stages_that_depend_on_it(tmp_path: Path) -> None:
+    data = tmp_path / "data.parquet"
+    data.write_bytes(b"any bytes: only their digest counts here")
+    may, june = (
+        RunInfo.local(
+            tmp_path,
+            window=Window(f"2013-0{month}-01T00:00:00+00:00", f"2013-0{month + 1}-01T00:00:00+00:00"),
+        )
+        for month in (5, 6)
+    )
+    validate = ValidateData(dataset=str(data), suite={"name": "s", "expectations": []})
+    prepare = PrepareData(snapshot=str(data), target="y")
+    assert cache_key(validate, may) == cache_key(validate, june)
+    assert cache_key(prepare, may) != cache_key(prepare, june)

@@ -124,6 +124,9 @@ class Stage:
     cacheable: ClassVar[bool] = (
         True  # False for what changes the world outside the store (a registry, an endpoint)
     )
+    windowed: ClassVar[bool] = (
+        True  # False: the result does not depend on the run's window, so neither does the cache key
+    )
     measures_machine: ClassVar[bool] = False  # True: the CPU model enters the cache key
     resumable: ClassVar[bool] = False  # True: asks run.should_stop itself, so that SIGTERM loses nothing
     engines: ClassVar[
@@ -354,7 +357,7 @@ def cache_key(stage: Stage, run: RunInfo) -> str | None:
     for name, marker in markers(kind).items():
         if marker == "artifact" and name in parameters:
             parameters[name] = _without_location(parameters[name])
-    window = [run.window.start, run.window.end] if run.window else None
+    window = [run.window.start, run.window.end] if run.window and kind.windowed else None
     machine = cpu_model() if kind.measures_machine else None
     return digest_of(
         [kind.__name__, own_code_digest(kind), versions(kind), parameters, window, inputs, machine]

@@ -53,6 +53,7 @@ class EvaluateModel(Stage):
     :raises BadConfiguration: the model has touched the rows; an unknown metric, a number out of its range.
     """
 
+    windowed: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ("onnxruntime", "scikit-learn", "matplotlib")
     extra: ClassVar[str] = "evaluate"
     outputs: ClassVar[tuple[str, ...]] = ("report",)

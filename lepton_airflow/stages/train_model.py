@@ -110,7 +110,7 @@ class TrainModel(Stage):
             f"checkpoints/{run.run_key}/{same_fit[:16]}",
             run.workdir / "checkpoints" / same_fit[:16],
         )
-        if not run.refresh and (found := checkpoints.restore()):
+        if found := checkpoints.restore():  # of this run and this fit only, and dropped when it is done
             log.info("resuming from %d checkpoint files of an earlier try", found)
         curves: list[dict[str, float]] = []
         fitting = _Fitting(self, run, trainer, rows, valid, hyperparameters, checkpoints, curves)

@@ -82,6 +82,7 @@ class TuneModel(Stage):
     threads: int = 1
 
     resumable: ClassVar[bool] = True
+    windowed: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ("optuna", "scikit-learn", "torch", "numpy")
     extra: ClassVar[str] = "tune"
     outputs: ClassVar[tuple[str, ...]] = ("best", "trials", "history", "importance")

@@ -60,6 +60,7 @@ class ValidateData(Stage):
     :raises BadConfiguration: the suite is not there, is no suite, or names an unknown expectation.
     """
 
+    windowed: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ("great-expectations", "duckdb", "pandas")
     extra: ClassVar[str] = "validate"
     outputs: ClassVar[tuple[str, ...]] = ("validation", "data_docs", "suite", "passed")
