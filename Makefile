@@ -16,7 +16,7 @@ demo-stop: setup ## End what make demo started
 	@$(python) demo/run.py down
 
 test: setup ## Run all tests
-	@$(python) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## Check style, types and the layers of the architecture
 	$(python) -m ruff check

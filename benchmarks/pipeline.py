@@ -67,20 +67,8 @@ def _plain_seconds(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]
 
 def _backfill(airflow: Any, reprocess: str) -> dict[str, float]:
     """Backfill the month through Airflow; the duration of each task in seconds."""
-    body = {
-        "dag_id": DAG,
-        "from_date": MONTH,
-        "to_date": MONTH,
-        "max_active_runs": 1,
-        "reprocess_behavior": reprocess,
-        "dag_run_conf": {"on_backfill": "full"},
-    }
-    backfill = airflow.api("POST", "/backfills", body)["id"]
-    airflow.until(
-        lambda: airflow.api("GET", f"/backfills/{backfill}")["completed_at"] is not None,
-        "the backfill to end",
-        900,
-    )
+    backfill = airflow.backfill(DAG, MONTH[:10], MONTH[:10], {"on_backfill": "full"}, reprocess=reprocess)
+    airflow.wait_for_backfill(backfill, 900)
     (run,) = airflow.runs(DAG)
     tasks = airflow.tasks(DAG, run["dag_run_id"])
     assert {t["state"] for t in tasks.values()} == {"success"}, {n: t["state"] for n, t in tasks.items()}

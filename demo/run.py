@@ -147,18 +147,7 @@ def _backfill(af: LocalAirflow) -> None:
     if wanted <= known:
         say("these months are backfilled already; clear one in the UI to run it again")
         return
-    af.api(
-        "POST",
-        "/backfills",
-        {
-            "dag_id": DAG,
-            "from_date": f"{FIRST}T00:00:00Z",
-            "to_date": f"{LAST}T00:00:00Z",
-            "max_active_runs": 1,
-            "reprocess_behavior": "none",
-            "dag_run_conf": CONF,
-        },
-    )
+    af.backfill(DAG, FIRST, LAST, CONF)
     say(f"backfilling {len(wanted)} months of {DAG}, one at a time, with {json.dumps(CONF)}")
 
 

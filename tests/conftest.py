@@ -20,12 +20,8 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a task: docs/decisions/0004
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests on one core, and all that share the real Airflow; those take longest, so they start first."""
-    for item in items:
-        group = "airflow" if item.get_closest_marker("airflow") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Start with the tests on a real Airflow: they take longest, and the others fill the second core meanwhile."""
     items.sort(key=lambda item: item.get_closest_marker("airflow") is None)
 
 

@@ -1,17 +1,26 @@
-"""Kill, retry, clear, map, expire: on a real Airflow, with a team's own stages."""
+"""On a real Airflow: kill, retry, clear, map and expire a team's own stages, and backfill the whole chain on real flights.
+
+All of it in one file, so that it shares one Airflow when the tests run on several cores.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lepton_airflow.contract import split_pin
+from lepton_airflow.registry import Ledger
+from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalAirflow
 
-pytestmark = pytest.mark.airflow
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
+
+DAG = "flights_retrain"
+QUICK = {"trainer": "logistic_regression", "trials": 2}  # what is tested here is the chain, not the model
 
 
 def _starts(folder: Path) -> list[int]:
@@ -129,3 +138,80 @@ def test_an_asset_event_brings_its_window(airflow: LocalAirflow) -> None:
     (run,) = {r["dag_run_id"] for r in airflow.runs("count")} - before
     assert airflow.wait("count", run) == "success"
     assert airflow.xcom("count", run, "own", "window") == [window["start"], window["end"]]
+
+
+def _backfill(
+    airflow: LocalAirflow, first: str, last: str, conf: dict[str, Any], reprocess: str = "none"
+) -> None:
+    backfill = airflow.backfill(
+        DAG, f"{first}-01", f"{last}-01", QUICK | conf, max_active_runs=2, reprocess=reprocess
+    )
+    airflow.wait_for_backfill(backfill, 600)
+
+
+def _receipts(airflow: LocalAirflow, month: str) -> dict[str, Any]:
+    (run,) = [r for r in airflow.runs(DAG) if r["logical_date"].startswith(month)]
+    tasks = airflow.tasks(DAG, run["dag_run_id"])
+    assert {t["state"] for t in tasks.values()} == {"success"}, {n: t["state"] for n, t in tasks.items()}
+    return {name: airflow.xcom(DAG, run["dag_run_id"], name) for name in tasks}
+
+
+@pytest.fixture(scope="module")
+def ledger(airflow: LocalAirflow) -> Ledger:
+    return Ledger(Store(str(airflow.home / "store")), "flights_late")
+
+
+def test_a_backfill_of_two_months_at_once_registers_and_moves_nothing(
+    airflow: LocalAirflow, ledger: Ledger
+) -> None:
+    _backfill(airflow, "2013-06", "2013-07", {})
+    for month in ("2013-06", "2013-07"):
+        receipts = _receipts(airflow, month)
+        assert receipts["promote"]["values"]["moved"] is False
+        assert receipts["evaluate"]["metrics"]["roc_auc_low"] > 0.5
+        assert receipts["ingest"]["values"]["rows"] > 100_000
+    assert ledger.entries() == []
+    versions = {
+        _receipts(airflow, month)["register"]["values"]["version"] for month in ("2013-06", "2013-07")
+    }
+    assert versions == {1, 2}
+
+
+def test_the_same_months_again_are_taken_from_the_cache(airflow: LocalAirflow) -> None:
+    before = {month: _receipts(airflow, month) for month in ("2013-06", "2013-07")}
+    _backfill(airflow, "2013-06", "2013-07", {}, reprocess="completed")
+    for month, earlier in before.items():
+        now = _receipts(airflow, month)
+        cached = {name for name, receipt in now.items() if receipt["status"] == "cached"}
+        assert cached == {"ingest", "validate", "prepare", "tune", "train", "evaluate"}
+        assert now["train"]["artifacts"] == earlier["train"]["artifacts"]
+        assert now["register"]["values"] == earlier["register"]["values"]  # one version per task instance
+
+
+def test_a_full_backfill_makes_a_champion_that_older_months_cannot_replace(
+    airflow: LocalAirflow, ledger: Ledger
+) -> None:
+    _backfill(airflow, "2013-07", "2013-07", {"on_backfill": "full"}, reprocess="completed")
+    promoted = _receipts(airflow, "2013-07")["promote"]["values"]
+    assert (promoted["decision"], promoted["moved"]) == ("bootstrap", True)
+
+    _backfill(airflow, "2013-06", "2013-06", {"on_backfill": "full"}, reprocess="completed")
+    older = _receipts(airflow, "2013-06")["promote"]["values"]
+    assert (older["decision"], older["moved"]) == ("hold", False)
+    assert "newer" in older["reason"]
+    assert [entry.version for entry in ledger.entries()] == [promoted["champion"]]
+
+
+def test_a_run_without_a_data_interval_says_what_to_do(airflow: LocalAirflow) -> None:
+    run = airflow.trigger(DAG, QUICK)
+    assert airflow.wait(DAG, run) == "failed"
+    log = airflow.log(DAG, run, "ingest")
+    assert "this run has no window" in log
+    assert "this kind of run has no data interval: give the asset event" in log
+    assert airflow.tasks(DAG, run)["ingest"]["try_number"] == 1  # exit code 80: retries would not help
+
+
+def test_one_stage_in_a_team_s_own_dag(airflow: LocalAirflow) -> None:
+    run = airflow.trigger("one_stage")
+    assert airflow.wait("one_stage", run) == "success"
+    assert airflow.xcom("one_stage", run, "check", "passed") is True
