@@ -11,6 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -24,6 +25,7 @@ from lepton_airflow.errors import LeptonError
 from lepton_airflow.testing import processes
 
 COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
+_BUSY_S = 30  # how long a locked database is asked again
 _ENDED = frozenset({"success", "failed"})
 
 
@@ -82,7 +84,7 @@ class LocalAirflow:
                 "AIRFLOW__API__BASE_URL": self.url,
                 "AIRFLOW__API__SECRET_KEY": self._secret("api"),
                 "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
-                "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database or f"sqlite:///{self.home}/airflow.db",
+                "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database or f"sqlite:///{self.home}/airflow.db?timeout=60",
                 "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
                 "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
                 "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
@@ -194,14 +196,20 @@ class LocalAirflow:
 
     def _call(self, request: urllib.request.Request) -> Any:
         what = f"{request.get_method()} {request.full_url}"
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                text = reply.read()
-        except urllib.error.HTTPError as error:
-            raise LeptonError(f"{what}: {error.code} {error.read().decode(errors='replace')[:600]}") from None
-        except OSError as error:  # URLError is one, and so is a time-out
-            raise LeptonError(f"{what}: no answer ({error}); see the logs in {self.home}.") from None
-        return json.loads(text) if text else None
+        deadline = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    text = reply.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                said = error.read().decode(errors="replace")
+                # sqlite takes one writer at a time: the call was rolled back, so it can be made again
+                if error.code not in (500, 503) or "atabase" not in said or time.monotonic() > deadline:
+                    raise LeptonError(f"{what}: {error.code} {said[:600]}") from None
+                time.sleep(1)
+            except OSError as error:  # URLError is one, and so is a time-out
+                raise LeptonError(f"{what}: no answer ({error}); see the logs in {self.home}.") from None
 
     def wait_for_dag(self, dag_id: str, wait_s: float = 120) -> None:
         """Wait until the DAG processor has stored a DAG; raises with the import error when it has one."""
