@@ -28,7 +28,7 @@ SAID_AS = {
     "protobuf": "skl2onnx",
     "psycopg2-binary": "psycopg2",
     "pytest-timeout": "mark.timeout",
-    "pytest-xdist": "loadgroup",
+    "pytest-xdist": "loadfile",
     "s3fs": "s3",
     "scikit-learn": "sklearn",
 }

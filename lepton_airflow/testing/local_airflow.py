@@ -84,7 +84,8 @@ class LocalAirflow:
                 "AIRFLOW__API__BASE_URL": self.url,
                 "AIRFLOW__API__SECRET_KEY": self._secret("api"),
                 "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
-                "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database or f"sqlite:///{self.home}/airflow.db?timeout=60",
+                "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database
+                or f"sqlite:///{self.home}/airflow.db?timeout=60",
                 "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
                 "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
                 "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
