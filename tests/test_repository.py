@@ -93,3 +93,10 @@ def test_no_machine_and_no_registry_in_a_tracked_file() -> None:
 
 def test_the_changelog_has_a_place_for_what_comes() -> None:
     assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "lepton_airflow"
+    parts = {p.name for p in package.glob("*.py")} | {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert sorted(part for part in parts - {"__init__.py"} if part not in page) == []
