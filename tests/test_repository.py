@@ -98,5 +98,7 @@ def test_the_changelog_has_a_place_for_what_comes() -> None:
 def test_the_architecture_page_names_every_module() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     package = ROOT / "lepton_airflow"
-    parts = {p.name for p in package.glob("*.py")} | {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    parts = {p.name for p in package.glob("*.py")} | {
+        f"{p.parent.name}/" for p in package.glob("*/__init__.py")
+    }
     assert sorted(part for part in parts - {"__init__.py"} if part not in page) == []
