@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ DAG = "flights_retrain"
 # measured by month: docs/flights.md.
 FIRST, LAST = "2013-04-01", "2013-08-01"
 CONF = {"on_backfill": "full"}
+_WIDTH = 110  # columns of the table
 
 
 def main() -> int:
@@ -175,9 +177,9 @@ def _watch(af: LocalAirflow, wait_s: float = 1800) -> None:
 
 
 def print_table(af: LocalAirflow) -> None:
-    """One line per month: what it brought and what was decided, read from the receipts."""
+    """What each month brought, what was decided and why, read from the receipts."""
     print(
-        f"\n{'month':<8}{'rows':>8}  {'ROC AUC (95% interval)':<25}{'verdict':<10}{'seconds':>8}  {'cached':<7}reason"
+        f"\n{'month':<8}{'rows':>8}  {'ROC AUC [95% interval]':<24}{'verdict':<11}{'seconds':>7}  from the cache"
     )
     for run in _backfilled(af):
         tasks = af.tasks(DAG, run["dag_run_id"])
@@ -199,9 +201,12 @@ def _row(run: dict[str, Any], tasks: dict[str, Any], receipts: dict[str, Any]) -
     cached = sum(receipt["status"] == "cached" for receipt in receipts.values())
     verdict = receipts["promote"]["values"]["decision"]
     rows = receipts["ingest"]["values"]["rows"]
-    return (
-        f"{_month(run):<8}{rows:>8,}  {auc:<25}{verdict:<10}{seconds:>8.0f}  {f'{cached} of {len(tasks)}':<7}"
-        f"{receipts['promote']['summary']}"
+    why = receipts["promote"]["summary"].removeprefix(f"{verdict}: ")
+    return "\n".join(
+        [
+            f"{_month(run):<8}{rows:>8,}  {auc:<24}{verdict:<11}{seconds:>7.0f}  {cached} of {len(tasks)} tasks",
+            *textwrap.wrap(why, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8),
+        ]
     )
 
 
