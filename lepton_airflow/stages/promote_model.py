@@ -12,7 +12,7 @@ from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, require
 from lepton_airflow.evaluation import EvaluationRows, check_kinds, load_rows
 from lepton_airflow.lease import lease
-from lepton_airflow.mlflow_registry import MlflowRegistry, open_registry
+from lepton_airflow.mlflow_registry import MlflowRegistry, glance, open_registry, resolve_tracking
 from lepton_airflow.package import ModelPackage, overlap
 from lepton_airflow.registry import (
     Ledger,
@@ -106,10 +106,16 @@ class PromoteModel(Stage):
         may_move = not backfill or self.on_backfill == "full"
         candidate = find_version(run.store, self.name, self.version)
         connection = run.connection(self.mlflow) if self.mlflow else None
-        with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
-            finding, evidence, moved = _moved_before(run, candidate) or self._decide(run, candidate, may_move)
-            champion, previous = _show(run, mlflow, self.name)
-            link = mlflow.link(self.name, candidate.version)
+        resolve_tracking(self.tracking_uri, connection)  # a wrong one is refused before anything is judged
+        finding, evidence, moved = _moved_before(run, candidate) or self._decide(run, candidate, may_move)
+        shown = glance(self.tracking_uri, connection, self.name, candidate.version)
+        champion, previous, aliases = _decided(run, self.name)
+        if shown and shown.agrees(tags={}, aliases=aliases):
+            link: str | None = shown.link
+        else:
+            with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
+                champion, previous = _show(run, mlflow, self.name)
+                link = mlflow.link(self.name, candidate.version)
         reason = finding.sentence
         if finding.decision in ("bootstrap", "promote") and not moved:
             reason += " The champion stays: this is a backfill and on_backfill='register_only'."
@@ -343,12 +349,18 @@ def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, 
     Under the lease and after a fresh look, so that of two tasks the later writer never shows the older state.
     """
     with lease(run.store, f"register/{name}", run.check_stop):
-        entries = Ledger(run.store, name).entries()
-        champion = entries[-1].version if entries else None
-        previous = entries[-1].previous if entries else None
-        aliases: dict[str, int | None] = {"champion": champion, "previous": previous}
-        mlflow.point(name, aliases | dict(alias_targets(registrations(run.store, name))))
+        champion, previous, aliases = _decided(run, name)
+        mlflow.point(name, aliases)
     return champion, previous
+
+
+def _decided(run: RunInfo, name: str) -> tuple[int | None, int | None, dict[str, int | None]]:
+    """Champion, previous and all aliases as the store has them now."""
+    entries = Ledger(run.store, name).entries()
+    champion = entries[-1].version if entries else None
+    previous = entries[-1].previous if entries else None
+    aliases: dict[str, int | None] = {"champion": champion, "previous": previous}
+    return champion, previous, aliases | dict(alias_targets(registrations(run.store, name)))
 
 
 def _span(window: Mapping[str, str] | None) -> str:

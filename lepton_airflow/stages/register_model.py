@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from lepton_airflow.contract import pin, split_pin
 from lepton_airflow.errors import BadConfiguration, Skipped
 from lepton_airflow.lease import Lease, lease
-from lepton_airflow.mlflow_registry import SUPERSEDED, MlflowRegistry, open_registry
+from lepton_airflow.mlflow_registry import PACKAGE, RUN_KEY, SUPERSEDED, MlflowRegistry, glance, open_registry
 from lepton_airflow.package import ModelCard, ModelPackage
 from lepton_airflow.registry import (
     Registration,
@@ -24,7 +24,7 @@ from lepton_airflow.registry import (
     registrations,
 )
 from lepton_airflow.stages import ArtifactUri, ConnectionId, Result, RunInfo, Stage
-from lepton_airflow.store import now
+from lepton_airflow.store import Connection, now
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +84,17 @@ class RegisterModel(Stage):
         package = ModelPackage.open(path)
         pinned = self.model if split_pin(self.model)[1] else pin(self.model, run.store.digest(self.model))
         connection = run.connection(self.mlflow) if self.mlflow else None
-        with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
-            with lease(run.store, f"register/{self.name}", run.check_stop) as held:
-                registration, made = self._register(run, mlflow, held, path, package.card, pinned, metrics)
-                mlflow.point(self.name, alias_targets(registrations(run.store, self.name)))
-            link = mlflow.link(self.name, registration.version)
+        done = self._already_shown(run, connection, split_pin(pinned)[1] or "", package.card, metrics)
+        if done:
+            (registration, link), made = done, False
+        else:
+            with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
+                with lease(run.store, f"register/{self.name}", run.check_stop) as held:
+                    registration, made = self._register(
+                        run, mlflow, held, path, package.card, pinned, metrics
+                    )
+                    mlflow.point(self.name, alias_targets(registrations(run.store, self.name)))
+                link = mlflow.link(self.name, registration.version)
         verb = "registered as" if made else "was registered by this task before as"
         return Result(
             summary=f"{self.name} {verb} version {registration.version} (package {registration.sha256[:12]}).",
@@ -100,6 +106,24 @@ class RegisterModel(Stage):
             metrics=dict(metrics),
             links={"mlflow": link} if link else {},
         )
+
+    def _already_shown(
+        self,
+        run: RunInfo,
+        connection: Connection | None,
+        sha256: str,
+        card: ModelCard,
+        metrics: dict[str, float],
+    ) -> tuple[Registration, str | None] | None:
+        """The registration of this run key and its page, when MLflow shows it as this call would leave it."""
+        before = registration_of(run.store, self.name, run.run_key)
+        if before is None or before.sha256 != sha256:
+            return None
+        shown = glance(self.tracking_uri, connection, self.name, before.version)
+        tags = self._tags(run, card, metrics) | {RUN_KEY: run.run_key, PACKAGE: sha256}
+        if shown and shown.agrees(tags=tags, aliases=alias_targets(registrations(run.store, self.name))):
+            return before, shown.link
+        return None
 
     def _register(
         self,

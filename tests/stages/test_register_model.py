@@ -16,6 +16,7 @@ import pytest
 from lepton_airflow.contract import RunIdentity, Window, split_pin
 from lepton_airflow.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError, Skipped
+from lepton_airflow.mlflow_registry import open_registry
 from lepton_airflow.registry import registration_of, registrations
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.register_model import RegisterModel
@@ -234,6 +235,31 @@ def test_a_version_deleted_in_mlflow_is_registered_again(mlflow_sqlite, run, nam
     assert stage.run(run).values["version"] == 3
     assert stage.run(run).values["version"] == 3
     assert [int(v.version) for v in versions(mlflow_sqlite, name)] == [2, 3]
+
+
+def test_what_a_server_shows_already_is_only_glanced_at(
+    mlflow_server, run, name, put_model, monkeypatch
+) -> None:
+    model = put_model(run.store, INFO, [1.0, 2.0])
+    stage = RegisterModel(model=model.uri, name=name, tracking_uri=mlflow_server.uri, metrics={"rmse": 1.5})
+    first = stage.run(run)
+    opened = []
+
+    def counted(*args: Any) -> Any:
+        opened.append(args)
+        return open_registry(*args)
+
+    monkeypatch.setattr("lepton_airflow.stages.register_model.open_registry", counted)
+    again = stage.run(run)
+    assert (again.values, again.links, opened) == (first.values, first.links, [])
+
+    client(mlflow_server.uri).delete_registered_model_alias(name, "candidate")
+    assert stage.run(run).values == first.values
+    assert len(opened) == 1
+    assert client(mlflow_server.uri).get_registered_model(name).aliases == {"candidate": "1"}
+
+    replace(stage, metrics={"rmse": 2.5}).run(run)
+    assert versions(mlflow_server.uri, name)[0].tags["metric.rmse"] == "2.5"
 
 
 def test_the_loser_of_a_takeover_removes_its_double(mlflow_sqlite, run, name, put_model, monkeypatch) -> None:
