@@ -142,6 +142,11 @@ class PromoteModel(Stage):
         while True:
             run.check_stop()
             entries = ledger.entries()
+            before = _moved_before(
+                run, candidate
+            )  # by the same task instance, running twice; asked after the look
+            if before:
+                return before
             champion = entries[-1] if entries else None
             finding = bench.judge(champion)
             moves = may_move and finding.decision in ("bootstrap", "promote")
@@ -165,9 +170,6 @@ class PromoteModel(Stage):
             if ledger.append(entry):
                 return finding, evidence, True
             log.info("another task moved the champion of %s in the meantime: judging again", self.name)
-            before = _moved_before(run, candidate)  # by the same task instance, running twice
-            if before:
-                return before
 
     def _evidence(
         self, run: RunInfo, bench: _Bench, champion: LedgerEntry | None, finding: _Finding, moves: bool

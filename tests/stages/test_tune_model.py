@@ -224,6 +224,7 @@ def test_a_refresh_makes_a_finished_study_anew(
 ) -> None:
     stage = tune(dataset, trials=2)
     stage.run(RunInfo.local(tmp_path))
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         stage.run(RunInfo.local(tmp_path))
         assert "of 2)" not in caplog.text  # nothing is left to do
