@@ -3,6 +3,9 @@
 A run for a month trains on the three months before it and is judged on the month itself, which neither model saw.
 Raw data lies in the folder that the Airflow Variable ``flights_raw`` names; MLflow is the Connection
 ``mlflow_default``. A backfill registers models and moves nothing, unless ``on_backfill`` says ``full``.
+
+To run a month from the UI: Trigger, Backfill, and dates in 2013. A single run needs a logical date in 2013 (it takes the
+month before), or no logical date and the params ``window_start`` and ``window_end``.
 """
 
 from datetime import UTC, datetime
@@ -29,7 +32,9 @@ with DAG(
         "@monthly", timezone="UTC"
     ),  # "@monthly" alone has an empty data interval
     start_date=datetime(2013, 4, 1, tzinfo=UTC),  # the first month with three months before it
-    end_date=datetime(2013, 12, 1, tzinfo=UTC),
+    end_date=datetime(
+        2013, 12, 1, tzinfo=UTC
+    ),  # the data ends; Airflow makes no tasks for runs of later dates
     catchup=False,
     default_args={"retries": 1, "mlflow": "mlflow_default"},
     params={
@@ -60,6 +65,20 @@ with DAG(
             title="In a backfill",
             enum=["register_only", "skip", "full"],
             description="register_only: production stays as it is; full: promote as a scheduled run does.",
+        ),
+        "window_start": Param(
+            None,
+            type=["null", "string"],
+            format="date",
+            title="First day",
+            description="Of the month to judge on; only for a single run without a logical date.",
+        ),
+        "window_end": Param(
+            None,
+            type=["null", "string"],
+            format="date",
+            title="Day after the last",
+            description="2013-07-01 for June; leave both empty in a backfill.",
         ),
         "refresh_cache": Param(
             False, type="boolean", title="Compute anew", description="Reuse nothing that was computed before."

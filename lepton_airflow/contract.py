@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from lepton_airflow.errors import ContractError
@@ -229,7 +229,9 @@ def _record(text: str | bytes, what: str) -> dict[str, Any]:
         raise ContractError(f"the {what} is not JSON: {error}.") from None
     if not isinstance(record, dict):
         raise ContractError(f"the {what} is a JSON {type(record).__name__}, expected an object.")
-    protocol = record.get("protocol")
+    if "protocol" not in record:
+        raise ContractError(f'the {what} names no protocol: add "protocol": {PROTOCOL}.')
+    protocol = record["protocol"]
     if type(protocol) is not int or protocol < 1:
         raise ContractError(
             f"the {what} has protocol {protocol!r}, expected a whole number from 1 to {PROTOCOL}."
@@ -250,6 +252,15 @@ def _build(cls: type[_T], record: dict[str, Any], what: str) -> _T:
             f"the {what} has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}."
         )
     record = dict(record)
+    missing = [
+        f.name
+        for f in fields(cls)
+        if f.name not in record and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ContractError(
+            f"the {what} has no {', '.join(map(repr, missing))}; known: {', '.join(sorted(known))}."
+        )
     try:
         if isinstance(record.get("window"), dict):
             record["window"] = Window(**record["window"])

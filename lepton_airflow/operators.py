@@ -101,6 +101,11 @@ class StageOperator(BaseOperator):
             common = {name: kwargs.pop(name, default) for name, default in _COMMON.items()}
             _check_names(cls, kwargs)
             _check_choices(stage, own | {"cache": common["cache"]})
+            if isinstance(common["runner"], str):
+                raise BadConfiguration(
+                    f"{cls.__name__}: runner={common['runner']!r} is text; pass the object, "
+                    "such as lepton_airflow.runners.Subprocess()."
+                )
             super(cls, self).__init__(**kwargs)
             for f in fields(stage):
                 default = f.default_factory() if f.default_factory is not MISSING else f.default
