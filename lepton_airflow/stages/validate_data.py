@@ -339,7 +339,7 @@ def _html(report: ExpectationSuiteValidationResult) -> str:
     page = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL | re.IGNORECASE)
     page = re.sub(r"<(?:link|img)\b[^>]*>", "", page, flags=re.IGNORECASE)
     # The policy also keeps markup that is in the data from doing anything.
-    return re.sub(r"<head>", f"<head>{_HEAD}", page, count=1)
+    return page.replace("<head>", f"<head>{_HEAD}", 1)
 
 
 _HEAD = """
@@ -348,7 +348,11 @@ _HEAD = """
       body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
       table { border-collapse: collapse; margin: .5em 0; }
       td, th { border: 1px solid #ddd; padding: .3em .6em; text-align: left; vertical-align: top; }
-      nav.navbar, button, .modal, .ge-walkthrough-modal { display: none; }
+      nav.navbar, button, .modal, .ge-walkthrough-modal, .card:has(.btn-group), footer { display: none; }
+      /* the marks come from an icon font that is not loaded */
+      .fa-check-circle::before { content: "\\2714"; color: #1a7f37; }
+      .fa-times::before { content: "\\2718"; color: #b3261e; }
+      .fa-exclamation-triangle::before { content: "\\26A0"; color: #9a6700; }
     </style>"""
 
 
