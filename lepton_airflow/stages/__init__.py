@@ -411,6 +411,12 @@ def get_stage(name: str) -> type[Stage]:
         if not (isinstance(found, type) and issubclass(found, Stage)):
             raise BadConfiguration(f"stage={name!r} is no subclass of lepton_airflow.stages.Stage.")
         return found
+    # The file of a stage of ours is named after it: importing that one alone saves a cached task a tenth of a second.
+    own = f"{__name__}.{re.sub(r'(?<!^)(?=[A-Z])', '_', name).lower()}"
+    if name.isidentifier() and importlib.util.find_spec(own):
+        alone: Any = getattr(importlib.import_module(own), name, None)
+        if isinstance(alone, type) and issubclass(alone, Stage):
+            return alone
     stages = all_stages()
     if name not in stages:
         raise BadConfiguration(f"there is no stage {name!r}; {did_you_mean(name, stages)}")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import subprocess
+import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -284,3 +286,12 @@ def test_check_stop(tmp_path: Path) -> None:
     RunInfo.local(tmp_path).check_stop()
     with pytest.raises(Preempted, match="what is finished is kept"):
         RunInfo.local(tmp_path, should_stop=lambda: True).check_stop()
+
+
+def test_a_stage_is_found_without_importing_the_others() -> None:
+    code = (
+        "import sys; from lepton_airflow.stages import get_stage; get_stage('TrainModel')\n"
+        "print(sorted(m.rpartition('.')[2] for m in sys.modules if m.startswith('lepton_airflow.stages.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "['train_model']"
