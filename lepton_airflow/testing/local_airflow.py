@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -114,6 +115,11 @@ class LocalAirflow:
         processes.refuse_used_port(self.port, "choose another port for Airflow")
         self.home.mkdir(parents=True, exist_ok=True)
         self.command("db", "migrate")
+        if self.database is None:
+            with closing(sqlite3.connect(self.home / "airflow.db")) as database:
+                # Kept in the file. A writer then waits for no reader: with the default journal a commit can fail at once
+                # with "database is locked", which ends Airflow's scheduler.
+                database.execute("PRAGMA journal_mode=WAL")
         for component in components:
             self.start_component(component)
         self.wait_until_it_answers(components, wait_s)
@@ -320,5 +326,12 @@ class LocalAirflow:
         )
 
     def until(self, condition: Callable[[], bool], what: str, wait_s: float) -> None:
-        """Wait for a condition; raises LeptonError naming it when the time is over."""
-        processes.until(condition, what, wait_s, f"the logs in {self.home}")
+        """Wait for a condition; raises LeptonError when the time is over, or a component ended that nobody stopped."""
+
+        def checked() -> bool:
+            for component in COMPONENTS:
+                if not processes.stopped(component, self.home):
+                    processes.check_alive(component, self.home)
+            return condition()
+
+        processes.until(checked, what, wait_s, f"the logs in {self.home}")

@@ -70,12 +70,17 @@ def stop(name: str, home: Path, sig: signal.Signals = signal.SIGTERM, wait_s: fl
     (home / f"{name}.id").unlink(missing_ok=True)
 
 
+def stopped(name: str, home: Path) -> bool:
+    """Whether nothing was started under this name, or :func:`stop` has ended it since."""
+    return not (home / f"{name}.id").exists()
+
+
 def check_alive(name: str, home: Path) -> None:
     """Raise LeptonError with the end of its log when what was started has ended."""
     if pid(name, home) is None:
         log = home / f"{name}.log"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise LeptonError(f"{name} ended at once; the end of {log}:\n{tail}")
+        raise LeptonError(f"{name} ended; the end of {log}:\n{tail}")
 
 
 def until(condition: Callable[[], bool], what: str, wait_s: float, where: str = "") -> None:
