@@ -2,24 +2,31 @@
 
 Drift is measured against it. Version 1 is ``{"profile": 1, "rows", "window", "time_range", "target", "columns"}``,
 where a column of numbers has ``count, nulls, mean, std, min, max, quantiles, edges, counts`` and a category
-``count, nulls, distinct, top, rest``.
+``count, nulls, distinct, top, rest``. When rows come in clusters, each column also has ``design_effect``: ``mean,
+spread, clusters``, how much less these rows tell than independent ones would.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.dataset import DatasetInfo, quote
 
 if TYPE_CHECKING:
     import duckdb
+    import numpy as np
+    from numpy.typing import NDArray
 
     from lepton_airflow.contract import Window
+
+    _Describe = Callable[[duckdb.DuckDBPyConnection, str, str], dict[str, Any]]
 
 VERSION = 1
 TOP = 100  # categories counted by name; the others are counted together
 _LABEL = 200  # characters kept of a category's name
+_GROUPS = 4096  # clusters are counted in at most so many groups, so that memory stays bounded
 
 
 def reference_profile(
@@ -37,8 +44,73 @@ def reference_profile(
         "window": [window.start, window.end] if window else None,
         "time_range": info.time_range,
         "target": info.target,
-        "columns": {name: (_category if name in categories else _number)(con, table, name) for name in names},
+        "columns": {
+            name: _described(
+                con, table, name, _category if name in categories else _number, info.cluster_column
+            )
+            for name in names
+        },
     }
+
+
+def reference_counts(column: Mapping[str, Any]) -> list[int]:
+    """A profiled column's rows by bin: its numbers' bins, or its named categories and all others; then the missing."""
+    if column["kind"] == "number":
+        return [*(column["counts"] or [0]), column["nulls"]]
+    return [*(n for _, n in column["top"]), column["rest"], column["nulls"]]
+
+
+def count_rows(
+    con: duckdb.DuckDBPyConnection, table: str, name: str, column: Mapping[str, Any], cluster: str | None
+) -> NDArray[np.int64]:
+    """Count a table's rows by cluster and by the bins of :func:`reference_counts`, shape (clusters, k).
+
+    Many clusters are counted in groups of them, which depend on one another as little as they do. Without a cluster
+    column all rows are one. Nothing is held but the counts.
+    """
+    import numpy as np
+
+    bins = len(reference_counts(column))
+    group = f"hash({quote(cluster)}) % {_GROUPS}" if cluster else "0"
+    if column["kind"] == "number":
+        cases = " ".join(f"WHEN x <= {edge!r}::DOUBLE THEN {i}" for i, edge in enumerate(column["edges"]))
+        source = f"(SELECT {group} AS g, {_as_number(name)} AS x FROM {table})"
+        bin_of = f"CASE WHEN x IS NULL THEN {bins - 1} {cases} ELSE {bins - 2} END"
+        values: list[Any] = []
+    else:
+        source = (
+            f"(SELECT {group} AS g, left({quote(name)}::TEXT, {_LABEL}) AS x FROM {table}) LEFT JOIN "
+            "(SELECT x, min(b) AS b FROM (SELECT unnest($1::TEXT[]) AS x, unnest(range(len($1))) AS b) GROUP BY x) USING (x)"
+        )
+        bin_of = f"CASE WHEN x IS NULL THEN {bins - 1} ELSE coalesce(b, {bins - 2}) END"
+        values = [[label for label, _ in column["top"]]]
+    found = con.execute(
+        f"SELECT dense_rank() OVER (ORDER BY g) - 1, b, n FROM "
+        f"(SELECT g, {bin_of} AS b, count(*) AS n FROM {source} GROUP BY ALL)",
+        values,
+    ).fetchall()
+    counts = np.zeros((max((row[0] for row in found), default=-1) + 1, bins), dtype=np.int64)
+    for row, index, rows in found:
+        counts[row, index] = rows
+    return counts
+
+
+def _described(
+    con: duckdb.DuckDBPyConnection, table: str, name: str, describe: _Describe, cluster: str | None
+) -> dict[str, Any]:
+    from lepton_airflow.statistics.distances import design_effect
+
+    column = describe(con, table, name)
+    effect = design_effect(count_rows(con, table, name, column, cluster)) if cluster else None
+    if effect is None:
+        return column
+    rounded = effect._replace(mean=float(f"{effect.mean:.6g}"), spread=float(f"{effect.spread:.6g}"))
+    return column | {"design_effect": rounded._asdict()}
+
+
+def _as_number(name: str) -> str:
+    # NaN counts as missing: pandas, sklearn and the ONNX model see no difference.
+    return f"nullif({quote(name)}::DOUBLE, 'nan'::DOUBLE)"
 
 
 def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
@@ -48,8 +120,7 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
     upper bound, so any later value falls into one. A value that fills whole deciles at the lower end (no rain) is
     an edge once and so has a bin of its own. Deciles are nearest-rank values of a sort, which spills to disk.
     """
-    # NaN counts as missing: pandas, sklearn and the ONNX model see no difference.
-    value = f"nullif({quote(name)}::DOUBLE, 'nan'::DOUBLE)"
+    value = _as_number(name)
     count, nulls, mean, std, low, high = _row(
         con,
         f"SELECT count(x), count(*) - count(x), favg(x), stddev_samp(x), min(x), max(x) FROM (SELECT {value} AS x FROM {table})",

@@ -5,7 +5,7 @@
     metrics.py     point estimates                    classification_metrics, regression_metrics
     bootstrap.py   intervals for one model            bootstrap_intervals
     paired.py      champion against candidate         paired_test, verdict
-    distances.py   one sample against another         population_stability_index, jensen_shannon, ...
+    distances.py   one sample against another         population_stability_index, stability_test, ...
     clusters.py    which rows are dependent
 
 Importing this package imports no numpy; its functions do when they are called.
@@ -13,11 +13,16 @@ Importing this package imports no numpy; its functions do when they are called.
 
 from lepton_airflow.statistics.bootstrap import Interval, bootstrap_intervals
 from lepton_airflow.statistics.distances import (
+    DesignEffect,
     KolmogorovSmirnov,
+    StabilityTest,
+    design_effect,
+    holm,
     jensen_shannon,
     kolmogorov_smirnov,
     kolmogorov_smirnov_binned,
     population_stability_index,
+    stability_test,
     wasserstein,
 )
 from lepton_airflow.statistics.metrics import (
@@ -33,18 +38,23 @@ __all__ = [
     "CLASSIFICATION",
     "HIGHER_IS_BETTER",
     "REGRESSION",
+    "DesignEffect",
     "Interval",
     "KolmogorovSmirnov",
     "PairedResult",
+    "StabilityTest",
     "Verdict",
     "bootstrap_intervals",
     "classification_metrics",
+    "design_effect",
+    "holm",
     "jensen_shannon",
     "kolmogorov_smirnov",
     "kolmogorov_smirnov_binned",
     "paired_test",
     "population_stability_index",
     "regression_metrics",
+    "stability_test",
     "verdict",
     "wasserstein",
 ]

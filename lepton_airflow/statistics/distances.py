@@ -1,11 +1,12 @@
 """How far apart are two samples or two sets of counts? The measures that drift is judged by.
 
 Binned measures take two arrays of counts (or shares) over the same bins or categories, shape (k,); the others
-take raw numbers, shapes (n,) and (m,).
+take raw numbers, shapes (n,) and (m,). Tests on counts take counts, not shares: they need the number of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lepton_airflow.errors import BadInput
@@ -15,10 +16,34 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
+_FEWEST_EXPECTED = 5  # rows a bin must expect, or the chi-square distribution does not describe it
+
+
 class KolmogorovSmirnov(NamedTuple):
     """The largest gap between two distribution functions, and the probability of a larger one by chance."""
 
     statistic: float
+    p_value: float
+
+
+class DesignEffect(NamedTuple):
+    """How dependent the rows of a cluster are: what turns a number of rows into a number of independent ones.
+
+    ``mean`` is how many times larger the variance of the shares is than with independent rows, on average over
+    the ``k - 1`` directions in which k shares can move; ``spread`` is the squared coefficient of variation over
+    those directions. Independent rows have 1 and 0.
+    """
+
+    mean: float
+    spread: float
+    clusters: int
+
+
+class StabilityTest(NamedTuple):
+    """A population stability index, how large chance alone makes it on average, and the chance of a larger one."""
+
+    distance: float
+    by_chance: float
     p_value: float
 
 
@@ -35,6 +60,72 @@ def population_stability_index(reference: ArrayLike, current: ArrayLike) -> floa
     p = (expected + 0.5) / (expected + 0.5).sum()
     q = (observed + 0.5) / (observed + 0.5).sum()
     return float(np.sum((q - p) * np.log(q / p)))
+
+
+def design_effect(counts: ArrayLike) -> DesignEffect | None:
+    """Measure how dependent rows are from their counts by cluster and bin, shape (clusters, k).
+
+    The generalised design effects of Rao & Scott (1981), with the variance of the shares taken between clusters.
+    Dependence never counts as an advantage: ``mean`` is at least 1. None with less than two clusters, which tell
+    nothing.
+    """
+    import numpy as np
+
+    table = np.asarray(counts, dtype=np.float64)
+    table = table[table.sum(axis=1) > 0][:, table.sum(axis=0) > 0]
+    clusters, k = table.shape
+    if clusters < 2:
+        return None
+    rows, by_bin = table.sum(), table.sum(axis=0)
+    share = by_bin / rows
+    residual = table - table.sum(axis=1, keepdims=True) * share
+    # In these units independent rows have the identity (without the direction in which shares sum to 1).
+    variance = clusters / (clusters - 1) * (residual.T @ residual) / np.sqrt(np.outer(by_bin, by_bin))
+    total = float(np.trace(variance))
+    if total <= 0:  # every cluster has the same shares
+        return DesignEffect(1.0, 0.0, clusters)
+    spread = (k - 1) * float(np.square(variance).sum()) / total**2 - 1
+    return DesignEffect(max(1.0, total / (k - 1)), max(0.0, spread), clusters)
+
+
+def stability_test(
+    reference: ArrayLike, current: ArrayLike, effect: DesignEffect | None = None
+) -> StabilityTest:
+    """Ask whether a population stability index is larger than chance makes it; counts, not shares.
+
+    With equal shares the index is a chi-square variable with k - 1 degrees of freedom, times 1/n + 1/m
+    (Yurdakul 2018). ``effect`` says that rows depend on one another: the second-order correction of Rao & Scott
+    (1984) with the F distribution of Thomas & Rao (1987), as in survey statistics. For the test, neighbouring bins are
+    put together until each expects five independent rows of the smaller sample (Cochran 1954).
+    """
+    from scipy import stats
+
+    before, now = _counts(reference, current)
+    distance = population_stability_index(before, now)
+    mean, spread, clusters = effect or (1.0, 0.0, None)
+    sizes = mean / before.sum() + mean / now.sum()
+    by_chance = (int((before + now > 0).sum()) - 1) * sizes
+    before, now = _merged(before / mean, now / mean)
+    directions = len(before) - 1
+    if not directions:
+        return StabilityTest(distance, by_chance, 1.0)
+    freedom = directions / (1 + min(spread, directions - 1))
+    ratio = population_stability_index(before, now) / (directions * sizes)
+    if clusters is None:
+        return StabilityTest(distance, by_chance, float(stats.chi2.sf(ratio * freedom, freedom)))
+    return StabilityTest(distance, by_chance, float(stats.f.sf(ratio, freedom, freedom * (clusters - 1))))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values so that, taken all together, the chance of a single false alarm stays below the level.
+
+    Holm (1979); it holds whatever the dependence between the tests.
+    """
+    adjusted, floor = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = floor
+    return adjusted
 
 
 def jensen_shannon(reference: ArrayLike, current: ArrayLike) -> float:
@@ -80,6 +171,23 @@ def kolmogorov_smirnov_binned(reference: ArrayLike, current: ArrayLike) -> Kolmo
     n, m = before.sum(), now.sum()
     gap = float(np.abs(np.cumsum(before) / n - np.cumsum(now) / m).max())
     return KolmogorovSmirnov(gap, float(stats.kstwobign.sf(gap * np.sqrt(n * m / (n + m)))))
+
+
+def _merged(
+    before: NDArray[np.float64], now: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The counts with neighbouring bins put together until each expects enough of the smaller sample."""
+    import numpy as np
+
+    expected = (before + now) * min(before.sum(), now.sum()) / (before + now).sum()
+    starts, held = [0], 0.0
+    for index, rows in enumerate(expected):
+        if held >= _FEWEST_EXPECTED:
+            starts, held = [*starts, index], 0.0
+        held += rows
+    if held < _FEWEST_EXPECTED and len(starts) > 1:
+        starts.pop()  # the last bin joins the one before
+    return np.add.reduceat(before, starts), np.add.reduceat(now, starts)
 
 
 def _counts(reference: ArrayLike, current: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
