@@ -1,0 +1,201 @@
+"""One version of a model in memory: made of exactly the bytes that were verified, and checked before it is let in."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import psutil
+
+from lepton_airflow.contract import split_pin
+from lepton_airflow.endpoints import Desired
+from lepton_airflow.errors import BadInput, LeptonError
+from lepton_airflow.package import OUTPUTS, ModelCard
+from lepton_airflow.serving.protocol import Output, Refused, parse, render, request_body
+from lepton_airflow.store import Store
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_WARM_UP = 20  # one-row requests before any is timed
+_TIMED = 200
+_TIMED_S = 10.0  # … or as many as fit into this
+_MIB = 2**20
+
+_DATATYPES = {
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(int64)": "INT64",
+    "tensor(int32)": "INT32",
+    "tensor(bool)": "BOOL",
+    "tensor(string)": "BYTES",
+}
+_KINDS = {"number": "tensor(float)", "category": "tensor(string)"}
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A version that can answer; safe to ask from several threads."""
+
+    desired: Desired
+    card: ModelCard
+    session: onnxruntime.InferenceSession
+
+    @classmethod
+    def load(cls, store: Store, desired: Desired) -> ServedModel:
+        """Read a version's package from the store, each byte once, and build its session from the verified bytes.
+
+        :raises IntegrityError: the bytes do not have the digest asked for.
+        :raises BadInput: they are no package, or no model that ONNX Runtime runs.
+        """
+        files = store.load(desired.package)
+        for name in ("model.json", "model.onnx"):
+            if name not in files:
+                raise BadInput(f"{split_pin(desired.package)[0]} has no {name}: expected a model package.")
+        model = cls(desired, ModelCard.from_json(files["model.json"]), _session(files["model.onnx"]))
+        model._check_signature()
+        return model
+
+    @cached_property
+    def outputs(self) -> dict[str, Output]:
+        """The outputs that clients get, by name: those that ``model.json`` lists."""
+        found = {}
+        for node in self.session.get_outputs():
+            shape = [size if isinstance(size, int) else -1 for size in node.shape]
+            found[node.name] = Output(node.name, _DATATYPES.get(node.type, ""), [-1, *shape[1:]])
+        return {name: found[name] for name in self.card.outputs if name in found}
+
+    def answer(self, body: bytes, max_rows: int) -> tuple[bytes, int]:
+        """The body of the answer to an inference request, and its number of rows.
+
+        :raises Refused: the request is wrong.
+        """
+        inference = parse(body, self.card.features, list(self.outputs), max_rows)
+        try:
+            values = self.session.run(inference.outputs, inference.feed)
+        except Exception as error:  # noqa: BLE001 - as in _session
+            raise Refused(422, f"the model cannot compute these rows: {str(error)[:300]}") from None
+        return render(
+            self.desired.endpoint, self.desired.version, inference, self.outputs, values
+        ), inference.rows
+
+    def _check_signature(self) -> None:
+        """Raise BadInput unless the graph takes and gives what the card says."""
+        takes = {node.name: node.type for node in self.session.get_inputs()}
+        wanted = {f.input: _KINDS[f.kind] for f in self.card.features}
+        if takes != wanted:
+            raise BadInput(f"model.onnx takes {takes}, model.json says {wanted}: the package is not whole.")
+        absent = {*self.card.outputs, OUTPUTS[self.card.task][0]} - set(self.outputs)
+        unknown = [o.name for o in self.outputs.values() if not o.datatype]
+        if absent or unknown:
+            raise BadInput(
+                f"model.onnx lacks the output {', '.join(sorted(absent))}, or its type is not served "
+                f"({', '.join(unknown) or 'all others are'}): expected those that model.json lists."
+            )
+
+
+def _session(model: bytes) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # Requests run side by side in threads of their own; a session that spreads one over all cores would slow the others.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Weights in files beside the model would be read unverified, from the current directory: there is none here.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - a dozen kinds of its own, and RuntimeError
+        raise BadInput(
+            f"model.onnx cannot be run by ONNX Runtime {onnxruntime.__version__}: {str(error)[:300]}"
+        ) from None
+
+
+def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -> dict[str, float]:
+    """Answer the golden requests as clients' requests are answered, and measure how well and how fast.
+
+    Parity is looked at row by row and with all rows in one request; latency is that of requests of one row, from
+    their bytes to the bytes of the answer.
+
+    :raises IntegrityError: the golden requests do not have the digest asked for.
+    :raises BadInput: an answer differs from the golden one by more than the limit.
+    """
+    golden = json.loads(store.load(model.desired.golden)[""])
+    rows, answers = golden["rows"], golden["answers"]
+    bodies = [request_body(model.card.features, [row]) for row in rows]
+    differences = [
+        _difference(_values(model, body), [answer]) for body, answer in zip(bodies, answers, strict=True)
+    ]
+    differences.append(_difference(_values(model, request_body(model.card.features, rows)), answers))
+    difference = max(differences)
+    if model.card.task == "regression":
+        difference /= max([1.0, *(abs(value) for answer in answers for value in answer if value is not None)])
+    if not difference <= model.desired.max_difference:
+        raise BadInput(
+            f"its answers to {len(rows)} golden requests differ by up to {difference:.3g}, the limit is "
+            f"max_difference={model.desired.max_difference:g}: it does not compute here what it computed for DeployModel."
+        )
+    times = sorted(_times(model, bodies, should_stop))
+    return {
+        "difference": difference,
+        "latency_p50_ms": 1000 * times[len(times) // 2],
+        "latency_p95_ms": 1000 * times[math.ceil(0.95 * len(times)) - 1],
+        "memory_mib": psutil.Process().memory_info().rss / _MIB,
+    }
+
+
+def over_budget(desired: Desired, numbers: dict[str, float]) -> LeptonError | None:
+    """What is wrong when a version is too slow or too large here; another try, on a quieter machine, may pass."""
+    for name, what, limit, value in (
+        (
+            "max_latency_ms",
+            "the 95th percentile of its latency [ms]",
+            desired.max_latency_ms,
+            "latency_p95_ms",
+        ),
+        ("max_memory_mb", "the server's memory with it [MiB]", desired.max_memory_mb, "memory_mib"),
+    ):
+        if numbers[value] > limit:
+            return LeptonError(f"{what} is {numbers[value]:.3g}, the limit is {name}={limit:g}.")
+    return None
+
+
+def _values(model: ServedModel, body: bytes) -> list[list[float | None]]:
+    """The main output of an answer, read back from its JSON, row by row."""
+    try:
+        content, rows = model.answer(body, max_rows=10**6)
+    except Refused as error:
+        raise BadInput(f"it does not answer the golden requests: {error}") from None
+    tensor = next(o for o in json.loads(content)["outputs"] if o["name"] == OUTPUTS[model.card.task][0])
+    width = len(tensor["data"]) // rows
+    return [tensor["data"][i * width : (i + 1) * width] for i in range(rows)]
+
+
+def _difference(found: list[list[float | None]], wanted: list[list[float | None]]) -> float:
+    """The largest absolute difference; infinite where one has a number and the other has none, or their sizes differ."""
+    if [len(row) for row in found] != [len(row) for row in wanted]:
+        return math.inf
+    pairs = [pair for rows in zip(found, wanted, strict=True) for pair in zip(*rows, strict=True)]
+    return max(
+        (math.inf if (a is None) != (b is None) else abs((a or 0.0) - (b or 0.0)) for a, b in pairs),
+        default=0.0,
+    )
+
+
+def _times(model: ServedModel, bodies: list[bytes], should_stop: Callable[[], bool]) -> Iterator[float]:
+    """Seconds that requests of one row take."""
+    until = time.perf_counter() + _TIMED_S
+    for number, body in enumerate(cycle(bodies)):
+        before = time.perf_counter()
+        model.answer(body, max_rows=1)
+        after = time.perf_counter()
+        if number >= _WARM_UP:
+            yield after - before
+        if number >= _WARM_UP and (number >= _WARM_UP + _TIMED or after > until or should_stop()):
+            return

@@ -1,0 +1,168 @@
+"""Follows what the store asks an endpoint to serve: loads it, checks it, lets it in or says why not."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from lepton_airflow import endpoints
+from lepton_airflow.endpoints import Desired, Status, Verdict
+from lepton_airflow.errors import LeptonError, StoreError
+from lepton_airflow.serving.model import ServedModel, measure, over_budget
+from lepton_airflow.store import Store, now
+
+log = logging.getLogger(__name__)
+
+_LATEST = 20  # refusals that a status tells of
+
+
+class Reconciler:
+    """Keeps one server at the newest desired version that was not rejected.
+
+    :param status: who this server is; its ``server`` and ``url`` stay.
+    :param swap: called with each version let in; from then on new requests are its own.
+    :param poll_s: how often to look for a newer desired version [seconds].
+    """
+
+    def __init__(
+        self, store: Store, endpoint: str, status: Status, swap: Callable[[ServedModel], None], poll_s: float
+    ) -> None:
+        self.store = store
+        self.endpoint = endpoint
+        self.status = status
+        self.failures = 0  # looks at the store that came to nothing
+        self._swap = swap
+        self._poll_s = poll_s
+        self._known: list[Desired] = []
+        self._errors: dict[int, LeptonError] = {}
+        self._settled = False
+        self._stop = threading.Event()
+        self._writing = threading.Lock()
+
+    def run(self) -> None:
+        """Look, act and report until :meth:`stop`; what goes wrong with the store is tried again."""
+        while True:
+            try:
+                self.step()
+            except LeptonError as error:
+                self.failures += 1
+                log.warning("endpoint %s: %s", self.endpoint, error)
+                self._say(reason=str(error))
+            except Exception:
+                self.failures += 1
+                log.exception("endpoint %s: the reconciler tries again", self.endpoint)
+            if self._stop.wait(self._poll_s):
+                return
+
+    def stop(self) -> None:
+        """Have :meth:`run` return soon."""
+        self._stop.set()
+
+    def step(self) -> None:
+        """Serve what should be served now, if that is not what is served already."""
+        fresh = endpoints.desired_after(self.store, self.endpoint, len(self._known))
+        if fresh:
+            self._known += fresh
+            self._settled = False
+        if self._settled or not self._known:
+            return
+        newest = self._known[-1].sequence
+        self._say(
+            state="loading", desired=newest, reason=f"version {self._known[-1].version} is being loaded."
+        )
+        for desired in reversed(self._known):
+            if desired.sequence == self.status.serving or self._stop.is_set():
+                break
+            if desired.sequence not in self._errors and self._let_in(desired):
+                break
+        self._settled = True
+        if self.status.serving == newest:
+            self._say(state="serving", reason="")
+        elif newest in self._errors:
+            self._say(state="rejected", reason=str(self._errors[newest]))
+
+    def report(self) -> None:
+        """Write this server's status to the store, with the time."""
+        with self._writing:  # so that the last one written is the newest
+            endpoints.write_status(
+                self.store, self.endpoint, replace(self.status, beat=endpoints.precise_now())
+            )
+
+    def leave(self) -> None:
+        """Take this server's status out of the store: it has ended."""
+        with self._writing:
+            endpoints.remove_status(self.store, self.endpoint, self.status.server)
+
+    def _let_in(self, desired: Desired) -> bool:
+        """Load and check a version and let it in, unless it or an earlier verdict fails it."""
+        verdict = endpoints.read_verdict(self.store, self.endpoint, desired.sequence)
+        if verdict and verdict.error:
+            return self._refuse(desired, endpoints.error_of(verdict.error))
+        started = time.monotonic()
+        log.info("endpoint %s: loading version %s (%s)", self.endpoint, desired.version, desired.package)
+        try:
+            model = ServedModel.load(self.store, desired)
+            numbers = measure(model, self.store, self._stop.is_set)
+        except StoreError:  # it says nothing about the version
+            raise
+        except Exception as failure:
+            log.exception("endpoint %s: version %s", self.endpoint, desired.version)
+            error = (
+                failure if isinstance(failure, LeptonError) else LeptonError(f"loading failed: {failure!r}.")
+            )
+            if verdict is None:
+                self._decide(desired, error=endpoints.error_record(error))
+            return self._refuse(desired, error)
+        if self._stop.is_set():  # measured in haste
+            return False
+        numbers = {"load_s": time.monotonic() - started} | numbers
+        over = over_budget(desired, numbers)
+        if verdict is None:
+            verdict = self._decide(desired, numbers, endpoints.error_record(over) if over else None)
+        if verdict.error:
+            return self._refuse(desired, endpoints.error_of(verdict.error))
+        if over:  # a budget decides about a change; what was let in before comes back on a slow day too
+            log.warning(
+                "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
+            )
+        self._swap(model)
+        log.info("endpoint %s: version %s is in service", self.endpoint, desired.version)
+        self._say(serving=desired.sequence, version=desired.version, sha256=desired.sha256, numbers=numbers)
+        return True
+
+    def _decide(
+        self,
+        desired: Desired,
+        numbers: dict[str, float] | None = None,
+        error: dict[str, object] | None = None,
+    ) -> Verdict:
+        mine = Verdict(
+            sequence=desired.sequence,
+            accepted=error is None,
+            server=self.status.server,
+            numbers=numbers or {},
+            error=error,
+            decided=now(),
+        )
+        return endpoints.decide(self.store, self.endpoint, mine)
+
+    def _refuse(self, desired: Desired, error: LeptonError) -> bool:
+        log.error("endpoint %s: version %s is refused: %s", self.endpoint, desired.version, error)
+        self._errors[desired.sequence] = error
+        latest = sorted(self._errors)[-_LATEST:]
+        self._say(refused={str(n): endpoints.error_record(self._errors[n]) for n in latest})
+        return False
+
+    def _say(self, **changes: object) -> None:
+        """Change the status, and write it at once when it is news."""
+        status = replace(self.status, **changes)  # type: ignore[arg-type]
+        if status == self.status:
+            return
+        self.status = status
+        try:
+            self.report()
+        except StoreError as error:  # the next heartbeat says it
+            log.warning("endpoint %s: %s", self.endpoint, error)

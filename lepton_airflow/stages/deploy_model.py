@@ -1,0 +1,335 @@
+"""Put a model into service at an endpoint, and wait until its servers say that it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lepton_airflow import endpoints
+from lepton_airflow.contract import Artifact, canonical_json, pin, split_pin
+from lepton_airflow.endpoints import Desired, Status, check_endpoint_name
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped, require
+from lepton_airflow.package import ModelCard, ModelPackage, feature_frame
+from lepton_airflow.registry import Ledger, LedgerEntry, check_model_name, is_newer
+from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
+from lepton_airflow.store import now
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+_GOLDEN_ROWS = 32
+_POLL_S = 0.25
+
+
+@dataclass(kw_only=True)
+class DeployModel(Stage):
+    """Put a model into service at a named endpoint, and wait until its servers report that it is.
+
+    The version asked for becomes a numbered record in the store. The servers of the endpoint
+    (``python -m lepton_airflow serve ENDPOINT``, started by nobody here) follow these records: each loads the package,
+    verifies its digest, answers golden requests whose answers this stage has computed, measures itself, and takes
+    traffic with it only when all is within the limits. A rejected version leaves the former one in service. What is in
+    service already is deployed at once, and a task that comes late never puts an older champion, or a package of older
+    data, in the place of a newer one.
+
+    Returns the values ``endpoint``, ``deployed`` (whether this task's version is in service), ``version``, ``sha256``
+    and ``url`` (those in service after this task, or None), and the artifact ``golden`` (JSON).
+
+    :param endpoint: name of the endpoint: letters, digits, ``.``, ``_`` and ``-``.
+    :param name: name of a registered model: its champion, as the ledger has it when this stage runs, is deployed.
+    :param model: instead of ``name`` a package, such as ``train.output["model"]``: this one is deployed.
+    :param golden: rows for the golden requests, such as ``prepare.output["test"]``; None: rows made from the profile
+        that the package holds.
+    :param max_difference: of a server's answer from the golden one [probability; for regression a share of the largest
+        golden answer].
+    :param max_latency_ms: 95th percentile of a one-row request inside the server [milliseconds].
+    :param max_memory_mb: the server process with this version and the former one loaded [MiB].
+    :param timeout_s: how long to wait for the servers [seconds].
+    :param on_backfill: in a backfill, ``register_only`` leaves the endpoint as it is, ``skip`` does nothing, ``full``
+        deploys.
+    :raises BadConfiguration: both or neither of ``name`` and ``model``, a model without a champion, a wrong name.
+    :raises IntegrityError: a server found bytes that are not those of the digest; not retried.
+    :raises BadInput: a server cannot run the package, or answers otherwise than here; not retried.
+    :raises LeptonError: no server within ``timeout_s``, or one over its budget; may be retried.
+    """
+
+    cacheable: ClassVar[bool] = False
+    windowed: ClassVar[bool] = False
+    resumable: ClassVar[bool] = True
+    engines: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    extra: ClassVar[str] = "evaluate"
+    links: ClassVar[tuple[str, ...]] = ("endpoint",)
+    outputs: ClassVar[tuple[str, ...]] = ("golden", "endpoint", "deployed", "version", "sha256", "url")
+
+    endpoint: str
+    name: str | None = None
+    model: ArtifactUri | None = None
+    golden: ArtifactUri | None = None
+    max_difference: float = 1e-4
+    max_latency_ms: float = 100.0
+    max_memory_mb: float = 2048.0
+    timeout_s: float = 120.0
+    on_backfill: Literal["register_only", "skip", "full"] = "register_only"
+
+    def run(self, run: RunInfo) -> Result:
+        for library in self.engines:
+            require(library, "DeployModel", self.extra)
+        check_endpoint_name(self.endpoint)
+        if (self.name is None) == (self.model is None):
+            raise BadConfiguration(
+                f"name={self.name!r} and model={self.model!r}: pass one of them, a registered model whose champion "
+                "should be deployed, or a package."
+            )
+        if run.identity.run_type == "backfill" and self.on_backfill != "full":
+            reason = f"this is a backfill and on_backfill={self.on_backfill!r}."
+            if self.on_backfill == "skip":
+                raise Skipped(f"endpoint {self.endpoint!r} gets no version: {reason}")
+            return self._left(run, reason)
+        started = time.monotonic()
+        wanted = _Wanted(self, run)
+        while True:
+            run.check_stop()
+            known = endpoints.desired_after(run.store, self.endpoint)
+            desired, golden = wanted.look(
+                len(known) + 1
+            )  # after the records, so that it is never older than they are
+            newer = self._newer(run, known, desired)
+            if newer:
+                return self._left(run, newer)
+            before = self._asked_before(run, known, desired)
+            if before:
+                desired = before
+                break
+            if endpoints.append_desired(run.store, known, desired):
+                log.info("endpoint %s: asked for version %s", self.endpoint, desired.version)
+                break
+            log.info("endpoint %s: another task asked for a version meanwhile, looking again", self.endpoint)
+        status = self._wait(run, desired.sequence)
+        deployed = status.serving == desired.sequence
+        numbers = status.numbers
+        summary = (
+            f"version {desired.version} is in service at {status.url}: p95 {numbers['latency_p95_ms']:.2f} ms, "
+            f"{numbers['memory_mib']:.0f} MiB, answers within {numbers['difference']:.1g} of the golden ones."
+            if deployed
+            else f"version {desired.version} was asked for and then version {status.version}, which is in service at "
+            f"{status.url}."
+        )
+        return Result(
+            summary=summary,
+            artifacts={"golden": golden},
+            values=self._values(status, deployed=deployed),
+            metrics={**numbers, "ready_s": time.monotonic() - started},
+            links={"endpoint": f"{status.url}/v2/models/{self.endpoint}"},
+        )
+
+    # -- what to ask for -------------------------------------------------------------------------------------------
+
+    def _asked_before(self, run: RunInfo, known: Sequence[Desired], wanted: Desired) -> Desired | None:
+        """The record that asks for the same already: this task's own, or else the newest one; not a rejected one."""
+        for desired in reversed(known):
+            mine = desired.run_key == run.run_key
+            if wanted.asks_as(desired) and (mine or desired is known[-1]):
+                verdict = endpoints.read_verdict(run.store, self.endpoint, desired.sequence)
+                return None if verdict and verdict.error else desired
+        return None
+
+    def _newer(self, run: RunInfo, known: Sequence[Desired], wanted: Desired) -> str | None:
+        """Why a package of older data stays out; a champion is never compared, its ledger is the judge."""
+        if self.name is not None:
+            return None
+        for desired in reversed(known):
+            verdict = endpoints.read_verdict(run.store, self.endpoint, desired.sequence)
+            if verdict and verdict.error:
+                continue
+            if not is_newer(desired.window, wanted.window):
+                return None
+            return (
+                f"version {desired.version} there was trained on newer data, until {(desired.window or {})['end']}, than "
+                f"this package, until {(wanted.window or {})['end']}."
+            )
+        return None
+
+    # -- what the servers say --------------------------------------------------------------------------------------
+
+    def _wait(self, run: RunInfo, sequence: int) -> Status:
+        """Wait until every living server serves this record or a later one; returns what one of them says."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            statuses = endpoints.read_statuses(run.store, self.endpoint)
+            living = [status for status in statuses if status.alive]
+            for status in living:
+                error = status.refused.get(str(sequence))
+                if error:
+                    raise _rejection(self.endpoint, status, error)
+            if living and all((status.serving or 0) >= sequence for status in living):
+                return min(living, key=lambda status: (status.serving or 0, status.server))
+            if time.monotonic() > deadline:
+                raise LeptonError(self._nobody(run, statuses, sequence))
+            run.check_stop()
+            time.sleep(_POLL_S)
+
+    def _nobody(self, run: RunInfo, statuses: Sequence[Status], sequence: int) -> str:
+        start = f"python -m lepton_airflow serve {self.endpoint} --store {run.store.root}"
+        within = f"within timeout_s={self.timeout_s:g}"
+        if not statuses:
+            return f"no server reported for endpoint {self.endpoint!r} {within}: start one with: {start}"
+        latest = min(statuses, key=lambda status: status.age_s)
+        if not latest.alive:
+            return (
+                f"no server of endpoint {self.endpoint!r} is alive: the last heartbeat, of {latest.server}, is "
+                f"{latest.age_s:.0f} s old. Start it again ({start}), or set the clocks of both machines."
+            )
+        late = next(s for s in statuses if s.alive and (s.serving or 0) < sequence)
+        return (
+            f"server {late.server} of endpoint {self.endpoint!r} does not serve version {sequence} of its records "
+            f"{within}: {late.reason or 'it has not looked at the store since; see its log.'}"
+        )
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    def _left(self, run: RunInfo, reason: str) -> Result:
+        """The result when nothing was asked for: what is in service all the same."""
+        living = [s for s in endpoints.read_statuses(run.store, self.endpoint) if s.alive and s.serving]
+        values = self._values(living[0] if living else None, deployed=False)
+        return Result(summary=f"endpoint {self.endpoint!r} stays as it is: {reason}", values=values)
+
+    def _values(self, status: Status | None, *, deployed: bool) -> dict[str, Any]:
+        return {
+            "endpoint": self.endpoint,
+            "deployed": deployed,
+            "version": status and status.version,
+            "sha256": status and status.sha256,
+            "url": status and status.url,
+        }
+
+
+class _Wanted:
+    """What a stage wants an endpoint to serve; looked at again whenever another task was faster."""
+
+    def __init__(self, stage: DeployModel, run: RunInfo) -> None:
+        self.stage = stage
+        self.run = run
+        self._golden: dict[str, tuple[Artifact, dict[str, str] | None]] = {}
+
+    def look(self, sequence: int) -> tuple[Desired, Artifact]:
+        """The record to append under this number, as things are now, and its golden requests."""
+        stage, run = self.stage, self.run
+        move: LedgerEntry | None = None
+        if stage.name is not None:
+            move = _champion(run, stage.name)
+            package, version = move.package, str(move.version)
+        else:
+            package = self._pinned(stage.model or "")
+            version = (split_pin(package)[1] or "")[:12]
+        if package not in self._golden:
+            self._golden[package] = self._prepare(package)
+        golden, window = self._golden[package]
+        desired = Desired(
+            endpoint=stage.endpoint,
+            sequence=sequence,
+            package=package,
+            version=version,
+            golden=golden.uri,
+            max_difference=stage.max_difference,
+            max_latency_ms=stage.max_latency_ms,
+            max_memory_mb=stage.max_memory_mb,
+            run_key=run.run_key,
+            name=stage.name,
+            ledger=move.sequence if move else None,
+            window=window,
+            identity=asdict(run.identity),
+            decided=now(),
+        )
+        return desired, golden
+
+    def _pinned(self, uri: str) -> str:
+        """The pinned URI of a package in this store, where the servers look: one from elsewhere is copied."""
+        plain, sha256 = split_pin(uri)
+        if not plain.startswith(self.run.store.root + "/"):
+            return self.run.save("model", self.run.fetch(uri)).uri
+        return pin(plain, sha256 or self.run.store.digest(plain))
+
+    def _prepare(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
+        """Compute the golden answers of a package; also its data window."""
+        model = ModelPackage.open(self.run.fetch(package))
+        rows = feature_frame(self._rows(model), model.card.features)
+        answers = model.predict(rows).reshape(len(rows), -1)
+        golden = {
+            "rows": [{k: _plain(v) for k, v in row.items()} for row in rows.to_dict("records")],
+            "answers": [[_plain(value) for value in answer] for answer in answers.tolist()],
+        }
+        return self.run.save("golden.json", canonical_json(golden)), model.card.window
+
+    def _rows(self, model: ModelPackage) -> pd.DataFrame:
+        if self.stage.golden is not None:
+            return _spread(self.run.fetch(self.stage.golden))
+        profile = model.path / "profile.json"
+        columns = json.loads(profile.read_bytes())["columns"] if profile.exists() else {}
+        return _made_up(model.card, columns)
+
+
+def _champion(run: RunInfo, name: str) -> LedgerEntry:
+    check_model_name(name)
+    entries = Ledger(run.store, name).entries()
+    if not entries:
+        raise BadConfiguration(
+            f"model {name!r} has no champion in {run.store.root}: run PromoteModel before, with the same name and store."
+        )
+    return entries[-1]
+
+
+def _rejection(endpoint: str, status: Status, error: Mapping[str, Any]) -> LeptonError:
+    former = f"version {status.version} stays in service" if status.version else "nothing is in service"
+    message = (
+        f"server {status.server} of endpoint {endpoint!r} rejected the version, {former}: {error['message']}"
+    )
+    return endpoints.error_of({**error, "message": message})
+
+
+def _spread(path: Path) -> pd.DataFrame:
+    """Rows in equal strides over a Parquet file."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    parts = []
+    with pq.ParquetFile(path) as file:
+        rows = file.metadata.num_rows
+        if not rows:
+            raise BadInput(f"golden: {path.name} has no rows; pass a split that has some.")
+        wanted = sorted({number * rows // _GOLDEN_ROWS for number in range(_GOLDEN_ROWS)})
+        start = 0
+        for batch in file.iter_batches():
+            here = [number - start for number in wanted if start <= number < start + len(batch)]
+            parts.append(batch.take(here).to_pandas())
+            start += len(batch)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _made_up(card: ModelCard, columns: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows of typical values: the quantiles and the frequent categories of the profile, and a row with nothing at all."""
+    import pandas as pd
+
+    made = {}
+    for shift, feature in enumerate(card.features):
+        column = columns.get(feature.name, {})
+        if feature.kind == "category":
+            values: list[Any] = [value for value, _ in column.get("top", [])] or [""]
+        else:
+            values = column.get("quantiles") or [0.0, 1.0, -1.0]
+        # Shifted, so that low values of one column meet high ones of another.
+        cells = [values[(row * (shift + 1) + shift) % len(values)] for row in range(_GOLDEN_ROWS - 1)]
+        made[feature.name] = [*cells, None]
+    return pd.DataFrame(made)
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON has it: null for what is no number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,110 @@
+"""A real model server on this machine, on loopback."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lepton_airflow.testing import processes
+
+
+@dataclass
+class LocalEndpoint:
+    """Start the server of an endpoint and stop it; also a context manager.
+
+    :param endpoint: its name.
+    :param store: URI of the store that it follows.
+    :param home: its log lives there.
+    :param port: 0: a free one.
+    :param options: further options of ``python -m lepton_airflow serve``.
+    """
+
+    endpoint: str
+    store: str
+    home: Path
+    port: int = 0
+    options: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.home = self.home.absolute()
+        self.port = self.port or processes.free_port()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.home / f"{self._process}.log"
+
+    def running(self) -> bool:
+        """Whether this home's server runs."""
+        return processes.pid(self._process, self.home) is not None
+
+    def start(self, wait_s: float = 60) -> None:
+        """Start the server and wait until it answers; it may have nothing to serve yet."""
+        processes.refuse_used_port(self.port, "choose another port for the endpoint")
+        self.home.mkdir(parents=True, exist_ok=True)
+        command = [
+            *(sys.executable, "-m", "lepton_airflow", "serve", self.endpoint, "--store", self.store),
+            *("--port", str(self.port), *self.options),
+        ]
+        processes.start(self._process, command, self.home)
+        processes.until(self._answers, "the model server to answer", wait_s, str(self.log))
+
+    def stop(self) -> None:
+        """End the server as a service manager does: it answers what it has admitted first."""
+        processes.stop(self._process, self.home, wait_s=40)
+
+    def kill(self) -> None:
+        """End the server at once, as a crash does."""
+        processes.stop(self._process, self.home, signal.SIGKILL)
+
+    def wait_ready(self, wait_s: float = 60) -> None:
+        """Wait until it has a version in service."""
+        processes.until(
+            lambda: self._get("/v2/health/ready"), "the endpoint to be ready", wait_s, str(self.log)
+        )
+
+    def infer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to an inference request; raises HTTPError where it is refused."""
+        answer: dict[str, Any] = json.loads(
+            urllib.request.urlopen(
+                urllib.request.Request(
+                    f"{self.url}/v2/models/{self.endpoint}/infer",
+                    json.dumps(request).encode(),
+                    {"Content-Type": "application/json"},
+                ),
+                timeout=60,
+            ).read()
+        )
+        return answer
+
+    @property
+    def _process(self) -> str:
+        return f"endpoint-{self.endpoint}"
+
+    def _answers(self) -> bool:
+        processes.check_alive(self._process, self.home)
+        return self._get("/v2/health/live")
+
+    def _get(self, path: str) -> bool:
+        with suppress(OSError), urllib.request.urlopen(self.url + path, timeout=5):
+            return True
+        return False
