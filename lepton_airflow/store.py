@@ -137,11 +137,36 @@ class Store:
         if wanted:
             found, _ = digest_path(local)
             if found != wanted:
-                raise IntegrityError(
-                    f"{plain} has sha256 {found[:12]}…, it is pinned to {wanted[:12]}…: it was altered or is damaged. "
-                    "Clear the task that made it, to make it again."
-                )
+                raise IntegrityError(_altered(plain, found, wanted))
         return local
+
+    def load(self, uri: str) -> dict[str, bytes]:
+        """The bytes of a pinned artifact, each file read once and then verified: a directory's by name, a file's as ``""``.
+
+        For whoever must use exactly what was verified: what happens to the files afterwards no longer counts.
+
+        :raises IntegrityError: the bytes are not those of the pin, or there is no pin.
+        :raises BadInput: there is nothing at the URI.
+        """
+        plain, wanted = split_pin(uri)
+        if wanted is None:
+            raise IntegrityError(f"{uri} names no digest to verify: expected a pinned URI, …@sha256:….")
+        fs, path = self._resolve(plain)
+        with self._errors(f"reading {plain}"):
+            if not fs.exists(path):
+                raise BadInput(
+                    f"{plain} does not exist; expected an artifact there. Run what makes it again."
+                )
+            if fs.isdir(path):
+                base = path.rstrip("/")
+                files = {p[len(base) + 1 :]: bytes(fs.cat_file(p)) for p in fs.find(base)}
+                found = digest_of([[name, _digest_bytes(files[name])[0]] for name in sorted(files)])
+            else:
+                files = {"": bytes(fs.cat_file(path))}
+                found = _digest_bytes(files[""])[0]
+        if found != wanted:
+            raise IntegrityError(_altered(plain, found, wanted))
+        return files
 
     def digest(self, uri: str) -> str:
         """sha256 of what a URI names now (any pin is ignored); a directory's is that of its manifest."""
@@ -307,9 +332,9 @@ class Store:
     def cache_evict(self, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
         """Drop cache entries at least so old, and then the artifacts that nothing reaches any more.
 
-        An artifact stays when a cache entry, a registration or a ledger entry names it; when a task's receipt does that
-        is younger (tasks after it may be about to read it); and when it is younger than an hour itself (a task may be
-        about to name it). Returns the numbers of entries and of bytes removed.
+        An artifact stays when a cache entry, a registration, a ledger entry or an endpoint names it; when a task's
+        receipt does that is younger (tasks after it may be about to read it); and when it is younger than an hour
+        itself (a task may be about to name it). Returns the numbers of entries and of bytes removed.
         """
         limit = time.time() - older_than_s
         dropped = 0
@@ -317,7 +342,7 @@ class Store:
             if (stage is None or entry.stage == stage) and _created(entry) <= limit:
                 self.delete(key)
                 dropped += 1
-        naming = [key for prefix in ("cache", "registrations", "ledger") for key in self.keys(prefix)]
+        naming = [key for prefix in _KEEPING for key in self.keys(prefix)]
         naming += [key for key in self.keys("receipts") if self._age_s(key) < older_than_s]
         kept = b"\n".join(self.read(key) or b"" for key in naming).decode(errors="replace")
         freed = 0
@@ -437,7 +462,15 @@ class Store:
 
 
 _GRACE_S = 3600.0
+_KEEPING = ("cache", "registrations", "ledger", "endpoints")  # the records whose artifacts are kept
 _DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # their own errors are no OSErrors
+
+
+def _altered(uri: str, found: str, wanted: str) -> str:
+    return (
+        f"{uri} has sha256 {found[:12]}…, it is pinned to {wanted[:12]}…: it was altered or is damaged. "
+        "Clear the task that made it, to make it again."
+    )
 
 
 def _cache_entry(stage: str, cache_key: str) -> str:

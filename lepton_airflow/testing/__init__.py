@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.testing.local_airflow import LocalAirflow
+from lepton_airflow.testing.local_endpoint import LocalEndpoint
 from lepton_airflow.testing.local_mlflow import LocalMlflow
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IsolatedRunnerConformance",
     "LocalAirflow",
+    "LocalEndpoint",
     "LocalMlflow",
     "LocalRunnerConformance",
     "RunnerConformance",
