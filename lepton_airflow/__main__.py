@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lepton_airflow import __version__
-from lepton_airflow.errors import ContractError, LeptonError, StoreError
+from lepton_airflow.errors import ContractError, LeptonError, StoreError, require
 from lepton_airflow.stages import all_stages, describe, get_stage
 from lepton_airflow.store import Store, connections_from_json
 
@@ -70,6 +70,31 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument("--stage", help="only this stage's entries")
         command.set_defaults(call=call)
+
+    serve = commands.add_parser("serve", help="serve what DeployModel wants at an endpoint, until SIGTERM")
+    serve.add_argument("endpoint")
+    serve.add_argument(
+        "--store",
+        default=os.environ.get("AIRFLOW__LEPTON__STORE"),
+        help="the store's URI, opened with ambient identity",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    serve.add_argument(
+        "--port", type=int, default=8080, help="port to listen on; 0: a free one; default: 8080"
+    )
+    serve.add_argument("--url", help="where clients reach it, when that is not http://HOST:PORT")
+    serve.add_argument("--max-rows", type=int, default=10_000, help="of one request; default: 10000")
+    serve.add_argument(
+        "--max-bytes", type=int, default=8 * 2**20, help="of one request's body; default: 8 MiB"
+    )
+    serve.add_argument(
+        "--max-in-flight", type=int, default=64, help="requests at a time, further ones get 503; default: 64"
+    )
+    serve.add_argument("--threads", type=int, default=0, help="that infer side by side; default: one per CPU")
+    serve.add_argument(
+        "--poll-s", type=float, default=1.0, help="how often to look for a new version [seconds]"
+    )
+    serve.set_defaults(call=_serve)
 
     args = parser.parse_args(argv)
     try:
@@ -162,6 +187,28 @@ def _describe(args: argparse.Namespace) -> int:
     print(f"reused from the cache: {'yes' if stage.cacheable else 'never'}")
     if stage.extra:
         print(f"needs: pip install 'lepton-airflow[{stage.extra}]' where it runs")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    for library in ("fastapi", "uvicorn", "prometheus-client", "onnxruntime", "numpy"):
+        require(library, "serve", "serve")
+    from lepton_airflow.serving.server import Limits, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    limits = Limits(
+        rows=args.max_rows, bytes=args.max_bytes, in_flight=args.max_in_flight, threads=args.threads
+    )
+    store = _store(args)
+    serve(
+        args.endpoint,
+        store,
+        host=args.host,
+        port=args.port,
+        url=args.url,
+        limits=limits,
+        poll_s=args.poll_s,
+    )
     return 0
 
 
