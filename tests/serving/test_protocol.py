@@ -1,0 +1,159 @@
+"""The Open Inference Protocol in JSON: what is read, what is refused and how, what an answer looks like."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lepton_airflow.package import Feature
+from lepton_airflow.serving.protocol import Inference, Output, Refused, parse, render, request_body
+
+FEATURES = [
+    Feature("hour", "number", "hour"),
+    Feature("größe (mm)", "number", "gr__e__mm_"),
+    Feature("carrier", "category", "carrier"),
+]
+OUTPUTS = ["probabilities", "label"]
+NAN = float("nan")
+
+
+def tensor(name: str, data: Any, datatype: str = "FP32", shape: Any = None, **more: Any) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape or [len(data), 1], "data": data, **more}
+
+
+def whole(*tensors: dict[str, Any], **more: Any) -> bytes:
+    """A request for one row, in which the given tensors take the place of good ones."""
+    good = [tensor("hour", [1.5]), tensor("größe (mm)", [2]), tensor("carrier", ["AA"], "BYTES")]
+    given = {t["name"]: t for t in tensors}
+    inputs = [given.pop(t["name"], t) for t in good] + list(given.values())
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+def read(body: bytes) -> Inference:
+    return parse(body, FEATURES, OUTPUTS, max_rows=100)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (tensor("hour", [1.5]), 1.5),
+        (tensor("hour", [[1.5]]), 1.5),
+        (tensor("hour", [1.5], shape=[1]), 1.5),
+        (tensor("hour", [2], "FP64"), 2.0),
+        (tensor("hour", [-3], "INT64"), -3.0),
+        (tensor("hour", [255], "UINT8"), 255.0),
+        (tensor("hour", [True], "BOOL"), 1.0),
+        (tensor("hour", [None]), NAN),
+        (tensor("hour", [NAN]), NAN),  # json.dumps writes the token NaN
+        (tensor("hour", [None], "INT32"), NAN),
+    ],
+)
+def test_a_number_comes_in_many_forms(given: dict[str, Any], wanted: float) -> None:
+    inference = read(whole(given))
+    assert inference.rows == 1
+    assert inference.feed["hour"].dtype == np.float32
+    np.testing.assert_array_equal(inference.feed["hour"], [[np.float32(wanted)]])
+
+
+def test_a_category_is_text_an_integer_or_missing() -> None:
+    for datatype, value, wanted in (
+        ("BYTES", "é", "é"),
+        ("BYTES", None, ""),
+        ("BYTES", "", ""),
+        ("INT64", 7, "7"),
+    ):
+        assert read(whole(tensor("carrier", [value], datatype))).feed["carrier"].tolist() == [[wanted]]
+
+
+def test_rows_keep_their_order_and_inputs_their_safe_names() -> None:
+    rows = [{"hour": i / 4, "größe (mm)": -i, "carrier": str(i)} for i in range(5)]
+    inference = read(request_body(FEATURES, rows))
+    assert list(inference.feed) == ["hour", "gr__e__mm_", "carrier"]
+    assert inference.feed["gr__e__mm_"].ravel().tolist() == [0, -1, -2, -3, -4]
+    assert inference.feed["carrier"].ravel().tolist() == list("01234")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b"[]", 400, "a JSON array, expected an object"),
+        (b"{}", 400, "inputs is None"),
+        (b'{"inputs": {}}', 400, "inputs is {}"),
+        (b'{"inputs": [1]}', 400, "inputs holds 1"),
+        (whole(id=7), 400, "id=7 is not a string"),
+        (whole(parameters=[1]), 400, "parameters of the request"),
+        (whole(parameters={"a": {}}), 400, "parameters of the request"),
+        (whole(parameters={"a": NAN}), 400, "parameters of the request"),
+        (whole(tensor("huor", [1.0])), 400, "no input 'huor'; did you mean 'hour'?"),
+        (json.dumps({"inputs": [tensor("hour", [1.0])]}).encode(), 400, "'größe (mm)', 'carrier' missing"),
+        (json.dumps({"inputs": [tensor("hour", [1.0])] * 2}).encode(), 400, "inputs names 'hour' twice"),
+        (whole(tensor("hour", [1.0], parameters={"binary_data_size": 4})), 400, "binary data"),
+        (whole(tensor("hour", [1.0], "FP31")), 400, "datatype 'FP31' is unknown; did you mean 'FP32'?"),
+        (whole(tensor("hour", [1.0], ["FP32"])), 400, "is unknown"),  # type: ignore[arg-type]
+        (whole(tensor("hour", [1.0], shape=[1, 2])), 400, "shape [1, 2] should be [N, 1] or [N]"),
+        (whole(tensor("hour", [1.0], shape=[-1])), 400, "shape [-1]"),
+        (whole(tensor("hour", [1.0], shape=[True])), 400, "shape [True]"),
+        (whole(tensor("hour", [1.0], shape="1")), 400, "shape '1'"),
+        (whole(tensor("hour", [], shape=[0, 1])), 400, "has no rows"),
+        (whole(tensor("hour", [1.0], shape=[101, 1])), 413, "101 rows, the limit is 100"),
+        (whole(tensor("hour", [1.0], shape=[10**30, 1])), 413, "the limit is 100"),
+        (whole(tensor("hour", [1.0, 2.0], shape=[1, 1])), 400, "2 values, its shape [1, 1] says 1"),
+        (whole(tensor("hour", [1.0, 2.0])), 400, "has 1 rows, input 'hour' has 2"),
+        (whole(tensor("hour", [[1.0]], shape=[1])), 400, "nesting"),
+        (whole(tensor("hour", [[[1.0]]])), 400, "row 0 is [1.0], which is no FP32"),
+        (whole(tensor("hour", [[1.0], 2.0])), 400, "nesting"),
+        (whole(tensor("hour", [[1.0, 2.0]])), 400, "nesting"),
+        (whole(tensor("hour", "x", shape=[1])), 400, "data is 'x'"),
+        (whole(tensor("hour", ["1"])), 400, "row 0 is '1', which is no FP32 such as 0.5"),
+        (whole(tensor("hour", [True])), 400, "which is no FP32"),
+        (whole(tensor("hour", [1.5], "INT64")), 400, "which is no INT64 such as 7"),
+        (whole(tensor("hour", [300], "UINT8")), 400, "row 0 is 300, beyond UINT8"),
+        (whole(tensor("hour", [1e39])), 400, "row 0 is infinite or beyond float32"),
+        (whole(tensor("hour", [10**400])), 400, "beyond float32"),
+        (whole(tensor("hour", ["a"], "BYTES")), 400, "'hour' is a number"),
+        (whole(tensor("carrier", [1.0])), 400, "'carrier' is a category"),
+        (whole(tensor("carrier", ["\ud800"], "BYTES")), 400, "no UTF-8"),
+        (whole(outputs=[{"name": "labels"}]), 400, "no output 'labels'; did you mean 'label'?"),
+        (whole(outputs=["label"]), 400, "outputs holds 'label'"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_a_wrong_request_is_refused_in_one_sentence(body: bytes, status: int, words: str) -> None:
+    with pytest.raises(Refused) as refused:
+        read(body)
+    assert refused.value.status == status
+    assert words in str(refused.value)
+    assert len(str(refused.value)) < 300
+
+
+def test_an_answer_is_strict_json_with_what_was_asked_and_said() -> None:
+    inference = read(
+        whole(id="17", parameters={"who": "x"}, outputs=[{"name": "label"}, {"name": "probabilities"}])
+    )
+    assert inference.outputs == ["label", "probabilities"]
+    outputs = {
+        "probabilities": Output("probabilities", "FP32", [-1, 2]),
+        "label": Output("label", "INT64", [-1]),
+    }
+    values = [np.array([1]), np.array([[np.nan, 0.25]], dtype=np.float32)]
+
+    def strict(token: str) -> None:
+        raise AssertionError(token)
+
+    answer = json.loads(render("late", "3", inference, outputs, values), parse_constant=strict)
+    assert answer == {
+        "model_name": "late",
+        "model_version": "3",
+        "id": "17",
+        "parameters": {"who": "x"},
+        "outputs": [
+            {"name": "label", "datatype": "INT64", "shape": [1], "data": [1]},
+            {"name": "probabilities", "datatype": "FP32", "shape": [1, 2], "data": [None, 0.25]},
+        ],
+    }
