@@ -13,7 +13,8 @@ The stage is the single source: signature, docstring and template fields are mad
 :param window: ``{"start": …, "end": …}`` (templated) to use instead of the run's own window.
 
 A task pushes its receipt as ``return_value`` and one XCom per artifact and named value, so that
-``prepare.output["train"]`` is a pinned URI; ``metrics`` is the flat dict of its metrics.
+``prepare.output["train"]`` is a pinned URI; ``metrics`` is the flat dict of its metrics. A stage that ``emits`` a value
+sends an event with the run's window to every ``AssetAlias`` among the task's ``outlets`` when that value is true.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from airflow.providers.common.compat.sdk import (
     AirflowNotFoundException,
     AirflowSkipException,
 )
-from airflow.sdk import BaseOperator, BaseOperatorLink
+from airflow.sdk import Asset, AssetAlias, BaseOperator, BaseOperatorLink
 
 from lepton_airflow import settings, window as windows
 from lepton_airflow.contract import Receipt, Request, RunIdentity
@@ -140,7 +141,21 @@ class StageOperator(BaseOperator):
         for name, value in receipt.values.items():
             context["ti"].xcom_push(key=name, value=value)
         context["ti"].xcom_push(key="metrics", value=receipt.metrics)
+        if self.stage.emits and receipt.values.get(self.stage.emits) is True:
+            self._emit(request, receipt, context)
         return receipt.to_dict()
+
+    def _emit(self, request: Request, receipt: Receipt, context: Mapping[str, Any]) -> None:
+        """Tell the DAGs scheduled on this task's asset aliases what happened, and over which window.
+
+        Airflow keeps the events of a task that succeeds, so a task that fails after this has sent none.
+        """
+        extra = {"reason": receipt.summary, "receipt": receipt.run_key}
+        if request.window:
+            extra["window"] = {"start": request.window.start, "end": request.window.end}
+        for alias in self.outlets:
+            if isinstance(alias, AssetAlias):
+                context["outlet_events"][alias].add(Asset(alias.name), extra=extra)
 
     def on_kill(self) -> None:
         """Stop the stage when Airflow stops the task."""

@@ -95,6 +95,24 @@ def count_rows(
     return counts
 
 
+def unseen_categories(
+    con: duckdb.DuckDBPyConnection, table: str, name: str, column: Mapping[str, Any], limit: int = 20
+) -> dict[str, int] | None:
+    """Values of a table that a category's profile does not have, with their rows, the most frequent first.
+
+    None for numbers, and where the profile names only its most frequent values.
+    """
+    if column["kind"] == "number" or column["rest"]:
+        return None
+    return dict(
+        con.execute(
+            f"SELECT left({quote(name)}::TEXT, {_LABEL}) AS x, count(*) AS n FROM {table} "
+            "WHERE x NOT IN (SELECT unnest($1::TEXT[])) GROUP BY x ORDER BY n DESC, x LIMIT $2",
+            [[label for label, _ in column["top"]], limit],
+        ).fetchall()
+    )
+
+
 def _described(
     con: duckdb.DuckDBPyConnection, table: str, name: str, describe: _Describe, cluster: str | None
 ) -> dict[str, Any]:

@@ -109,6 +109,16 @@ class RunInfo:
             )
         return self.connections[conn_id]
 
+    def need_window(self, what: str) -> Window:
+        """The run's window; raises BadConfiguration when there is none: ``what`` needs it, and why it is missing."""
+        if self.window is None:
+            why = f" Why it has none: {self.window_note}." if self.window_note else ""
+            raise BadConfiguration(
+                f"{what}, and this run has no window: run it on a schedule with data intervals, or give the window as "
+                f"run parameters.{why}"
+            )
+        return self.window
+
     def check_stop(self) -> None:
         """Raise :class:`Preempted` once the stage was asked to stop: call it between resumable steps."""
         if self.should_stop():
@@ -137,6 +147,7 @@ class Stage:
         tuple[str, ...]
     ] = ()  # names of the links it returns: buttons of the task in Airflow's UI
     outputs: ClassVar[tuple[str, ...]] = ()  # names of the artifacts and values it returns: its XCom keys
+    emits: ClassVar[str] = ""  # name of the boolean value on which the task's AssetAlias outlets get an event
 
     def run(self, run: RunInfo) -> Result:
         """Do the work."""

@@ -1,0 +1,313 @@
+"""Notice that the data move away from what a model learnt, and say so to whoever retrains it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lepton_airflow.contract import pin, split_pin
+from lepton_airflow.dataset import connect, interruptible, literal, quote, read_info
+from lepton_airflow.drift import ColumnVerdict, check_profile, judge_columns
+from lepton_airflow.errors import (
+    BadConfiguration,
+    BadInput,
+    IntegrityError,
+    Skipped,
+    did_you_mean,
+    require,
+)
+from lepton_airflow.package import ModelCard
+from lepton_airflow.registry import Ledger, check_model_name
+from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
+
+if TYPE_CHECKING:
+    import duckdb
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+_NAMED = 20  # drifted columns that the receipt names; the verdict names all
+
+
+@dataclass(kw_only=True)
+class CheckDrift(Stage):
+    """Compare the current rows with those a model was trained on, and ask for a retraining when they have drifted.
+
+    Every column is judged on the whole window: it has drifted when its population stability index over the bins of the
+    reference profile is at least ``threshold`` and chance does not explain it, counting dependent rows for what they
+    tell and all columns together (see ``lepton_airflow/drift.py``). The data have drifted when ``min_columns`` columns
+    have; with 1, ``alpha`` is the chance of a false alarm over all columns. Evidently draws its report of a sample and
+    decides nothing.
+
+    Returns the artifacts ``verdict`` (JSON, every column) and ``report`` (Evidently's HTML, one file), and the values
+    ``drifted``, ``retrain`` (drifted, and this run may act), ``columns`` (names of those that drifted, at most 20) and
+    ``reason``. When ``retrain`` is true, each ``AssetAlias`` among the task's ``outlets`` gets an event with the run's
+    window, which starts the DAGs that are scheduled on it.
+
+    :param dataset: the current rows with the model's features, ``prepare.output["test"]``.
+    :param name: name of a registered model, whose champion is the reference; without a champion the task is skipped.
+    :param reference: instead of ``name``: a profile, ``prepare.output["profile"]``, or a model package.
+    :param reference_rows: the rows behind the reference, for the report; None: the champion's training rows, while the
+        store has them.
+    :param threshold: smallest population stability index that matters; 0.1 and 0.25 are the usual marks [nats].
+    :param alpha: largest p-value, corrected for the number of columns, that counts as beyond chance [0 to 1].
+    :param min_columns: how many columns must have drifted to say that the data have.
+    :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names, if any.
+    :param sample_rows: how many rows of each side the report is drawn from [rows].
+    :param seed: of these samples.
+    :param on_backfill: in a backfill, ``register_only`` judges and starts nothing, ``skip`` does nothing, ``full`` acts.
+    :param memory_limit_mb: what DuckDB may hold; the rest is spilled to disk [MB].
+    :param threads: threads of DuckDB; the result does not depend on it.
+    :raises BadConfiguration: not exactly one of ``name`` and ``reference``; a number out of its range.
+    :raises BadInput: there are no rows, or the reference has no profile.
+    """
+
+    cacheable: ClassVar[bool] = False  # it asks who is champion now, and starts other DAGs
+    engines: ClassVar[tuple[str, ...]] = ("duckdb", "evidently", "scipy")
+    extra: ClassVar[str] = "drift"
+    outputs: ClassVar[tuple[str, ...]] = ("verdict", "report", "drifted", "retrain", "columns", "reason")
+    emits: ClassVar[str] = "retrain"
+
+    dataset: ArtifactUri
+    name: str | None = None
+    reference: ArtifactUri | None = None
+    reference_rows: ArtifactUri | None = None
+    threshold: float = 0.25
+    alpha: float = 0.05
+    min_columns: int = 1
+    cluster_column: str | None = None
+    sample_rows: int = 5_000
+    seed: int = 0
+    on_backfill: Literal["register_only", "skip", "full"] = "register_only"
+    memory_limit_mb: int = 1024
+    threads: int = 2
+
+    def run(self, run: RunInfo) -> Result:
+        for library in self.engines:
+            require(library, "CheckDrift", self.extra)
+        self._check_parameters()
+        backfill = run.identity.run_type == "backfill"
+        if backfill and self.on_backfill == "skip":
+            raise Skipped("drift is not checked: this is a backfill and on_backfill='skip'.")
+        reference = self._reference(run)
+        current = run.fetch(self.dataset)
+        rows_before = self._rows_before(run, reference)
+        con = connect(
+            run.workdir,
+            memory_limit_mb=self.memory_limit_mb,
+            threads=self.threads,
+            readable=[current, *([rows_before] if rows_before else [])],
+        )
+        try:
+            rows, verdicts = interruptible(con, lambda: self._judge(con, current, reference))
+            run.check_stop()
+            page = interruptible(con, lambda: self._report(con, run, current, rows_before, verdicts))
+        finally:
+            con.close()
+        moved = [v for v in verdicts if v.drifted]
+        drifted = len(moved) >= self.min_columns
+        retrain = drifted and (not backfill or self.on_backfill == "full")
+        reason = self._reason(verdicts, rows, reference)
+        if drifted and not retrain:
+            reason += " Nothing is started: this is a backfill and on_backfill='register_only'."
+        if not rows_before:
+            reason += " The report shows the current rows only: those of the reference are not in the store."
+        verdict = {
+            "drifted": drifted,
+            "retrain": retrain,
+            "reason": reason,
+            "threshold": self.threshold,
+            "alpha": self.alpha,
+            "min_columns": self.min_columns,
+            "rows": rows,
+            "reference": {
+                "name": reference.name,
+                "sha256": reference.sha256,
+                "rows": reference.profile["rows"],
+                "time_range": reference.profile["time_range"],
+            },
+            "dataset": {"sha256": split_pin(self.dataset)[1] or run.store.digest(self.dataset)},
+            "report_rows": min(rows, self.sample_rows),
+            "columns": [asdict(v) for v in verdicts],
+        }
+        distances = [v.distance for v in verdicts if v.distance is not None]
+        return Result(
+            summary=reason,
+            artifacts={
+                "verdict": run.save(
+                    "verdict.json", json.dumps(verdict, indent=1, ensure_ascii=False, allow_nan=False)
+                ),
+                "report": run.save("report.html", page),
+            },
+            values={
+                "drifted": drifted,
+                "retrain": retrain,
+                "columns": [v.name[:100] for v in moved[:_NAMED]],
+                "reason": reason,
+            },
+            metrics={
+                "rows": float(rows),
+                "columns": float(len(verdicts)),
+                "drifted_columns": float(len(moved)),
+                "drifted_share": len(moved) / len(verdicts),
+                "largest_distance": max(distances, default=None),
+            },
+        )
+
+    def _check_parameters(self) -> None:
+        if (self.name is None) == (self.reference is None):
+            raise BadConfiguration(
+                "CheckDrift needs either name (its champion is the reference) or reference (a profile or a model "
+                f"package); got name={self.name!r}, reference={self.reference!r}."
+            )
+        for name, low, high in (
+            ("threshold", 0.0, float("inf")),
+            ("alpha", 0.0, 1.0),
+            ("min_columns", 0, float("inf")),
+            ("sample_rows", 0, float("inf")),
+        ):
+            if not low < getattr(self, name) < high:
+                raise BadConfiguration(
+                    f"{name}={getattr(self, name)}: expected a number above {low:g}"
+                    + (f" and below {high:g}." if high < float("inf") else ".")
+                )
+
+    # -- the reference -----------------------------------------------------------------------------------------------
+
+    def _reference(self, run: RunInfo) -> _Reference:
+        uri, who = self.reference, "the reference"
+        if self.name is not None:
+            check_model_name(self.name)
+            entries = Ledger(run.store, self.name).entries()
+            if not entries:
+                known = {key.split("/")[1] for key in run.store.keys("ledger")}
+                raise Skipped(
+                    f"model {self.name!r} has no champion in {run.store.root}, so there is nothing to drift away from: "
+                    f"promote one first; {did_you_mean(self.name, known)}"
+                )
+            uri, who = entries[-1].package, f"champion version {entries[-1].version} of {self.name}"
+        assert uri is not None
+        path = run.fetch(uri)
+        card = None
+        file = path
+        if path.is_dir():
+            file = path / "profile.json"
+            if not (path / "model.json").is_file() or not file.is_file():
+                raise BadInput(
+                    f"{who} has no reference profile: pass profile=prepare.output['profile'] to TrainModel, and train it again."
+                )
+            card = ModelCard.from_json((path / "model.json").read_bytes())
+        try:
+            profile = json.loads(file.read_bytes())
+        except ValueError:
+            profile = None
+        check_profile(profile, f"{who} ({file.name})")
+        return _Reference(who, split_pin(uri)[1] or run.store.digest(uri), profile, card)
+
+    def _rows_before(self, run: RunInfo, reference: _Reference) -> Path | None:
+        """The rows behind the reference, if they can be had: artifacts are found by their digest."""
+        if self.reference_rows is not None:
+            return run.fetch(self.reference_rows)
+        trained_on = [t.sha256 for t in reference.card.touched if t.role == "train"] if reference.card else []
+        for sha256 in trained_on:
+            for key in run.store.keys(f"artifacts/{sha256[:32]}"):
+                try:
+                    return run.fetch(pin(run.store.uri(key), sha256))
+                except (BadInput, IntegrityError) as error:
+                    log.warning("the report goes without the reference's rows: %s", error)
+        return None
+
+    # -- verdict and report --------------------------------------------------------------------------------------------
+
+    def _judge(
+        self, con: duckdb.DuckDBPyConnection, current: Path, reference: _Reference
+    ) -> tuple[int, list[ColumnVerdict]]:
+        info = read_info(current)
+        scan = f"SELECT * FROM read_parquet({literal(current)})"
+        con.execute(f"CREATE TEMP VIEW current_rows AS {scan}")
+        there = [name for name, *_ in con.execute("DESCRIBE current_rows").fetchall()]
+        cluster = self.cluster_column or info.cluster_column
+        if cluster is not None and cluster not in there:
+            raise BadConfiguration(
+                f"cluster_column {cluster!r} is not among the columns; {did_you_mean(cluster, there)}"
+            )
+        found = con.execute("SELECT count(*) FROM current_rows").fetchone()
+        rows = int(found[0]) if found else 0
+        if not rows:
+            raise BadInput(
+                f"{split_pin(self.dataset)[0]} has no rows: check that the data of this window have arrived."
+            )
+        return rows, judge_columns(
+            con, "current_rows", reference.profile, cluster, self.threshold, self.alpha
+        )
+
+    def _report(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        run: RunInfo,
+        current: Path,
+        rows_before: Path | None,
+        verdicts: Sequence[ColumnVerdict],
+    ) -> Path:
+        """Evidently's page; its own numbers are those of the sample."""
+        os.environ.setdefault("DO_NOT_TRACK", "1")  # Evidently reports its use to its makers otherwise
+        from evidently import DataDefinition, Dataset, Report
+        from evidently.presets import DataDriftPreset, DataSummaryPreset
+
+        names = [v.name for v in verdicts if v.distance is not None]
+        now = self._sample(con, current, names)
+        before = self._sample(con, rows_before, names) if rows_before else None
+        sides = [now] if before is None else [now, before]
+        shown = [n for n in names if all(n in side and side[n].notna().any() for side in sides)]
+        numbers = [n for n in shown if all(side[n].dtype.kind == "f" for side in sides)]
+        definition = DataDefinition(
+            numerical_columns=numbers, categorical_columns=[n for n in shown if n not in numbers]
+        )
+        preset = (
+            DataSummaryPreset()
+            if before is None
+            else DataDriftPreset(columns=shown, method="psi", threshold=self.threshold)
+        )
+        data = [Dataset.from_pandas(side[shown], definition) for side in sides]
+        path = run.workdir / "report.html"
+        Report([preset]).run(*data, *([None] if before is None else [])).save_html(str(path))
+        return path
+
+    def _sample(self, con: duckdb.DuckDBPyConnection, path: Path, names: Sequence[str]) -> pd.DataFrame:
+        """Some rows of a file, the same ones at any number of threads; numbers as float, all else as text."""
+        scan = f"read_parquet({literal(path)}, file_row_number = true)"
+        kinds = {n: k for n, k, *_ in con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()}
+        columns = ", ".join(
+            f"{quote(n)}::{'TEXT' if kinds[n] == 'VARCHAR' else 'DOUBLE'} AS {quote(n)}"
+            for n in names
+            if n in kinds
+        )
+        chosen = f"SELECT file_row_number AS n FROM {scan} ORDER BY hash(n, {int(self.seed)}), n LIMIT {int(self.sample_rows)}"
+        return con.execute(
+            f"SELECT {columns} FROM {scan} WHERE file_row_number IN (SELECT n FROM ({chosen})) ORDER BY file_row_number"
+        ).df()
+
+    def _reason(self, verdicts: Sequence[ColumnVerdict], rows: int, reference: _Reference) -> str:
+        moved = [v for v in verdicts if v.drifted]
+        worst = "; ".join(f"{v.name}: {v.reason}" for v in (moved or verdicts)[:3])
+        drifted = len(moved) >= self.min_columns
+        needed = f" ({self.min_columns} needed)" if self.min_columns > 1 else ""
+        return (
+            f"{'Drifted' if drifted else 'Not drifted'}: {len(moved)} of {len(verdicts)} columns{needed} moved away from "
+            f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}."
+        )[:1500]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the current rows are compared with."""
+
+    name: str
+    sha256: str
+    profile: dict[str, Any]
+    card: ModelCard | None
