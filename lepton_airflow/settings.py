@@ -4,6 +4,10 @@
 store              URI of the artifact store; default: ``lepton`` under AIRFLOW_HOME
 store_conn_id      id of the Connection that opens the store; default: ambient identity
 runner             default runner: ``Subprocess``, or JSON such as ``{"Subprocess": {"memory_limit_mb": 4096}}``
+                   or ``{"Venv": {"extras": "drift"}}``; ``Venv`` alone gives each stage what its own extra brings
+environments       folder where ``Venv`` keeps what it builds; default: ``lepton_airflow/environments`` in the user's
+                   cache (``XDG_CACHE_HOME``, else ``~/.cache``)
+constraints        path or URL of the constraints file of those environments; default: none
 deployment         name of this Airflow, when several share one store; default: ``airflow``
 cache_ttl_s        age in seconds above which a cache entry is a miss; default: entries do not age
 =================  =========================================================================================
@@ -12,16 +16,21 @@ cache_ttl_s        age in seconds above which a cache entry is a miss; default: 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from lepton_airflow import runners
+from lepton_airflow.environments import default_root
 from lepton_airflow.errors import BadConfiguration, did_you_mean
 
 
 def setting(name: str, fallback: str | None = None) -> str | None:
-    """One value of the ``[lepton]`` section, or the fallback when it is not set."""
-    from airflow.configuration import conf
-
+    """One value of the ``[lepton]`` section, or the fallback when it is not set; without Airflow, of the environment."""
+    try:
+        from airflow.configuration import conf
+    except ModuleNotFoundError:  # the door where only a stage's libraries are installed
+        return os.environ.get(f"AIRFLOW__LEPTON__{name.upper()}") or fallback
     value: str | None = conf.get("lepton", name, fallback=None)
     return value or fallback
 
@@ -31,6 +40,11 @@ def default_store() -> str:
     from airflow.configuration import AIRFLOW_HOME
 
     return setting("store") or f"{AIRFLOW_HOME}/lepton"
+
+
+def environments() -> Path:
+    """Where the runner ``Venv`` keeps the environments it builds."""
+    return Path(setting("environments") or default_root()).expanduser().absolute()
 
 
 def default_ttl_s() -> float | None:

@@ -2,11 +2,14 @@
 
 A runner is a mutable dataclass: settings in the constructor, host-independent defaults, a stable ``repr``. It starts
 ``python -m lepton_airflow run`` somewhere, waits, and returns the receipt, or raises the error the receipt records.
-Each passes ``lepton_airflow.testing.RunnerConformance``.
+Each passes ``lepton_airflow.testing.RunnerConformance``. A file ``my_place.py`` here with a runner ``MyPlace`` in it is
+``lepton_airflow.runners.MyPlace``, and a name for ``[lepton] runner``.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +17,6 @@ from typing import Any
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import RunnerError, from_record
 from lepton_airflow.store import Connection
-
-__all__ = ["InProcess", "Runner", "Subprocess", "settle"]
 
 
 class Runner(ABC):
@@ -48,12 +49,15 @@ def settle(request: Request, receipt: Receipt) -> Receipt:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "InProcess":
-        from lepton_airflow.runners.in_process import InProcess
+    """The runner of that name, imported when it is first asked for: parsing a DAG costs what the DAG uses."""
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
 
-        return InProcess
-    if name == "Subprocess":
-        from lepton_airflow.runners.subprocess import Subprocess
 
-        return Subprocess
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# A file is named after its runner: in_process.py has InProcess.
+_FILES = {
+    "".join(word.capitalize() for word in file.name.split("_")): file.name
+    for file in pkgutil.iter_modules(__path__)
+}
+__all__ = ["Runner", "settle", *_FILES]  # noqa: PLE0604 - names all

@@ -97,7 +97,31 @@ _LONGEST_LINE = (
 _POLL_S = 0.25
 
 
-@dataclass
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python that can open the door, and where it finds code.
+
+    :ivar path: the folders it looks into before its own libraries.
+    :ivar search_path: the folders it looks into after them, for user code.
+    :ivar env: environment variables that it needs.
+    """
+
+    python: str
+    path: list[str]
+    search_path: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a process of the door ended; ``over_limit`` is the MiB it held if it was killed for that."""
+
+    code: int
+    last_words: str
+    over_limit: int | None
+
+
+@dataclass(kw_only=True)
 class Subprocess(Runner):
     """Run the stage in its own process group on the worker, with an allow-listed environment.
 
@@ -124,20 +148,24 @@ class Subprocess(Runner):
 
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
         """Start the door, stream its log, and return the receipt it left."""
+        supervised = bool(context)
         with tempfile.TemporaryDirectory(prefix="lepton-run-", ignore_cleanup_errors=True) as folder:
             receipt_file = Path(folder, "receipt.json")
             Path(folder, "request.json").write_text(request.to_json(), encoding="utf-8")
             Path(folder, "tmp").mkdir()
-            last_words: deque[str] = deque(maxlen=1)
-            with self._started(folder, connections, last_words) as process:
-                over_limit = self._attend(process, supervised=bool(context))
-            if over_limit:
+            with self._interpreter(request.stage, folder, supervised) as interpreter:
+                arguments = ["run", f"{folder}/request.json", str(receipt_file)]
+                arguments += ["--search-path", os.pathsep.join(interpreter.search_path)]
+                outcome = self._open(
+                    interpreter, arguments, folder, supervised, connections, self.memory_limit_mb
+                )
+            if outcome.over_limit:
                 raise OutOfMemory(
-                    f"{request.stage} used {over_limit} MiB, its limit is {self.memory_limit_mb} MiB and it was killed: "
-                    "raise memory_limit_mb of the runner, or lower what the stage reads at once."
+                    f"{request.stage} used {outcome.over_limit} MiB, its limit is {self.memory_limit_mb} MiB and it was "
+                    "killed: raise memory_limit_mb of the runner, or lower what the stage reads at once."
                 )
             if not receipt_file.exists():
-                raise _without_receipt(request.stage, process.returncode, "".join(last_words))
+                raise self._without_receipt(request.stage, outcome.code, outcome.last_words)
             return settle(request, Receipt.from_json(receipt_file.read_bytes()))
 
     def cancel(self) -> None:
@@ -153,34 +181,55 @@ class Subprocess(Runner):
         signal_group(process.pid, signal.SIGKILL)
 
     @contextmanager
+    def _interpreter(self, stage: str, folder: str, supervised: bool) -> Iterator[Interpreter]:
+        """The interpreter that opens the door for this stage: the worker's own."""
+        yield own_interpreter()
+
+    def _open(
+        self,
+        interpreter: Interpreter,
+        arguments: Sequence[str],
+        folder: str,
+        supervised: bool,
+        connections: Sequence[Connection] | None = None,
+        limit_mb: int | None = None,
+    ) -> _Outcome:
+        """Run ``python -m lepton_airflow ARGUMENTS`` to its end, with its log flowing; nothing of it stays."""
+        last_words: deque[str] = deque(maxlen=1)
+        with self._started(interpreter, arguments, folder, connections, last_words) as process:
+            over_limit = self._attend(process, supervised, limit_mb)
+        return _Outcome(process.returncode, "".join(last_words), over_limit)
+
+    @contextmanager
     def _started(
-        self, folder: str, connections: Sequence[Connection], last_words: deque[str]
+        self,
+        interpreter: Interpreter,
+        arguments: Sequence[str],
+        folder: str,
+        connections: Sequence[Connection] | None,
+        last_words: deque[str],
     ) -> Iterator[subprocess.Popen[str]]:
         """The door's process with its log flowing; at the end it is gone, and all that it started."""
         secrets_read, secrets_write = os.pipe()
         # The write end of the second pipe stays with this process alone: when it dies, the stage reads the end of file.
         alive_read, alive_write = os.pipe()
         mark = secrets.token_hex(16)
-        before, after = _search_path()
+        if connections is not None:
+            arguments = [*arguments, "--connections-fd", str(secrets_read)]
         try:
             process = self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "lepton_airflow", "run"),
-                    *(f"{folder}/request.json", f"{folder}/receipt.json"),
-                    *(
-                        "--connections-fd",
-                        str(secrets_read),
-                        "--parent-fd",
-                        str(alive_read),
-                        "--scratch",
-                        folder,
-                    ),
-                    *("--search-path", os.pathsep.join(after)),
+                    *(interpreter.python, "-P", "-m", "lepton_airflow", *arguments),
+                    *("--parent-fd", str(alive_read), "--scratch", folder),
                 ],
                 cwd=folder,
-                env=self._environment()
+                env=self._environment(interpreter.env)
                 # Scratch space lies in the folder that this process removes, however the stage ends.
-                | {"TMPDIR": str(Path(folder, "tmp")), "PYTHONPATH": os.pathsep.join(before), MARK: mark},
+                | {
+                    "TMPDIR": str(Path(folder, "tmp")),
+                    "PYTHONPATH": os.pathsep.join(interpreter.path),
+                    MARK: mark,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -190,7 +239,7 @@ class Subprocess(Runner):
                 pass_fds=(secrets_read, alive_read),
             )
             assert process.stdout is not None
-            hide = redactor({c.id: c for c in connections})
+            hide = redactor({c.id: c for c in connections or ()})
             reader = threading.Thread(target=_forward, args=(process.stdout, hide, last_words), daemon=True)
             reader.start()
             try:
@@ -199,7 +248,7 @@ class Subprocess(Runner):
                 secrets_read = alive_read = -1
                 with suppress(BrokenPipeError), open(secrets_write, "w", encoding="utf-8") as pipe:
                     secrets_write = -1
-                    json.dump([asdict(c) for c in connections], pipe)
+                    json.dump([asdict(c) for c in connections or ()], pipe)
                 yield process
             finally:
                 # Nobody has waited for the ended stage until here, so its id cannot have become another's.
@@ -215,13 +264,13 @@ class Subprocess(Runner):
                 if fd >= 0:
                     os.close(fd)
 
-    def _attend(self, process: subprocess.Popen[str], *, supervised: bool) -> int | None:
-        """Wait until the stage ends, without collecting it; the MiB it held if that was over the limit, else None."""
+    def _attend(self, process: subprocess.Popen[str], supervised: bool, limit_mb: int | None) -> int | None:
+        """Wait until the process ends, without collecting it; the MiB it held if that was over the limit, else None."""
         over_limit: list[int] = []
         ended = threading.Event()
         watches = []
-        if self.memory_limit_mb is not None:
-            limit = self.memory_limit_mb << 20
+        if limit_mb is not None:
+            limit = limit_mb << 20
             watches.append(
                 threading.Thread(
                     target=_limit_memory, args=(process.pid, limit, ended, over_limit), daemon=True
@@ -249,7 +298,7 @@ class Subprocess(Runner):
                 watch.join()
         return over_limit[0] if over_limit else None
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, needed: Mapping[str, str]) -> dict[str, str]:
         wanted = [*ALLOWED_ENVIRONMENT, *self.pass_env]
         env = {
             k: v
@@ -258,7 +307,36 @@ class Subprocess(Runner):
         }
         # OpenMP's threads spin while they wait. When several tasks share a worker's cores, that made a boosted model of
         # 20,000 rows take 24.5 s instead of 1.7 s (docs/decisions/0004).
-        return {"OMP_WAIT_POLICY": "PASSIVE"} | env | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"} | self.env
+        fixed = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+        return {"OMP_WAIT_POLICY": "PASSIVE"} | env | fixed | dict(needed) | self.env
+
+    def _without_receipt(self, stage: str, code: int, last_words: str) -> LeptonError:
+        """Why there is no receipt: the door refused the request, was stopped before the stage began, or was killed."""
+        if code in (DO_NOT_RETRY, PREEMPTED, SKIP):
+            return from_record("", last_words, code)
+        if code >= 0:
+            return RunnerError(
+                f"{stage} left no receipt: exit code {code}, last words {last_words!r}; see the log above."
+            )
+        name = signal.Signals(-code).name
+        if name == "SIGTERM":
+            return Preempted(
+                f"{stage} was asked to stop (SIGTERM) before it began; the next try starts again."
+            )
+        if name == "SIGKILL":
+            return RunnerError(
+                f"{stage} left no receipt: it was killed (SIGKILL), most likely by the kernel for memory: give it a "
+                "memory_limit_mb below the worker's."
+            )
+        return RunnerError(
+            f"{stage} left no receipt: it was ended by {name}; the log above has its last words."
+        )
+
+
+def own_interpreter() -> Interpreter:
+    """The interpreter of this process, with what its ``sys.path`` has besides its libraries."""
+    before, after = _search_path()
+    return Interpreter(sys.executable, before, after)
 
 
 def _search_path() -> tuple[list[str], list[str]]:
@@ -341,22 +419,3 @@ def _ended(pid: int) -> bool:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
     except ChildProcessError:
         return True
-
-
-def _without_receipt(stage: str, code: int, last_words: str) -> LeptonError:
-    """Why there is no receipt: the door refused the request, was stopped before the stage began, or was killed."""
-    if code in (DO_NOT_RETRY, PREEMPTED, SKIP):
-        return from_record("", last_words, code)
-    if code >= 0:
-        return RunnerError(
-            f"{stage} left no receipt: exit code {code}, last words {last_words!r}; see the log above."
-        )
-    name = signal.Signals(-code).name
-    if name == "SIGTERM":
-        return Preempted(f"{stage} was asked to stop (SIGTERM) before it began; the next try starts again.")
-    if name == "SIGKILL":
-        return RunnerError(
-            f"{stage} left no receipt: it was killed (SIGKILL), most likely by the kernel for memory: give it a "
-            "memory_limit_mb below the worker's."
-        )
-    return RunnerError(f"{stage} left no receipt: it was ended by {name}; the log above has its last words.")

@@ -1,0 +1,414 @@
+"""Python environments for stages, built on demand: each named by what is in it, built once, kept until it is pruned.
+
+Layout under the root::
+
+    <extras>-<16 hex digits>/                    the environment: bin/python, lib/…
+    <extras>-<16 hex digits>/environment.json    what it was made from; written last, so its absence means half-made
+    <extras>-<16 hex digits>.lock                held shared while a stage uses it, alone while it is built or removed
+
+The digits are a hash of the requirement lines, the constraints, the installer, and the interpreter below it: a change of
+any makes another environment. The code of lepton_airflow is not in it: a stage is given its worker's own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from lepton_airflow.contract import digest_of
+from lepton_airflow.errors import BadConfiguration, LeptonError, RunnerError, did_you_mean
+
+PACKAGE = "lepton-airflow"
+DOOR = ("fsspec", "psutil")  # what the door itself imports; Airflow is not among it
+OLDEST_PYTHON = (3, 11)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What an environment is made from; equal ones are the same environment.
+
+    :ivar extras: extras of lepton-airflow, sorted; they only make the name readable.
+    :ivar requirements: sorted lines as in a requirements file.
+    :ivar python: the interpreter below it.
+    :ivar constraints: path or URL of a constraints file, or None.
+    :ivar key: hash of everything that decides what is installed.
+    """
+
+    extras: tuple[str, ...]
+    requirements: tuple[str, ...]
+    python: str
+    constraints: str | None
+    installer: str
+    key: str
+
+    @classmethod
+    def of(
+        cls,
+        extras: Iterable[str],
+        requirements: Iterable[str] = (),
+        python: str | None = None,
+        constraints: str | None = None,
+        installer: str | None = None,
+    ) -> Environment:
+        """The environment with those extras of lepton-airflow and those further requirement lines.
+
+        :raises BadConfiguration: an extra, the interpreter, the constraints file or the installer does not exist.
+        """
+        interpreter = find_python(python)
+        installer = installer or ("uv" if _uv() else "pip")
+        names = tuple(sorted(set(extras)))
+        lines = tuple(sorted({*extra_lines(names), *requirements}))
+        key = digest_of([lines, installer, facts(interpreter), _digest_of_constraints(constraints)])[:16]
+        return cls(names, lines, interpreter, constraints, installer, key)
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{'-'.join(self.extras) or 'own'}-{self.key}"
+
+    @contextmanager
+    def held(self, root: Path) -> Iterator[str | None]:
+        """Its interpreter, which nobody removes meanwhile; None when it is not built."""
+        with _locked(root, self.name, fcntl.LOCK_SH) as lock:
+            os.utime(lock.fileno())  # when it was last used
+            python = root / self.name / "bin" / "python"
+            yield str(python) if _complete(root / self.name) else None
+
+    def build(self, root: Path, say: Say) -> Path:
+        """Build it unless it is built, wait for whoever is building it, and return its interpreter.
+
+        :raises BadConfiguration: there is no such package or version, or the interpreter cannot make environments.
+        :raises RunnerError: the package index did not answer, or the disk is full: a retry may help.
+        """
+        home = root / self.name
+        waiting = (
+            f"environment {self.name} is in use by another process, which most likely builds it: waiting"
+        )
+        with _locked(root, self.name, fcntl.LOCK_EX, lambda: say(waiting)) as lock:
+            if _complete(home):
+                say(f"environment {self.name} is there: {home}")
+                return home / "bin" / "python"
+            if home.exists():
+                say(f"environment {self.name} was left half-built: building it again")
+                (home / "environment.json").unlink(missing_ok=True)
+                shutil.rmtree(home)
+            say(f"building environment {self.name} with {self.installer}: {', '.join(self.requirements)}")
+            started = time.monotonic()
+            try:
+                self._install(home, lock, say)
+            except LeptonError:
+                shutil.rmtree(home, ignore_errors=True)
+                raise
+            seconds = round(time.monotonic() - started, 1)
+            size = sum(f.lstat().st_size for f in home.rglob("*"))
+            record = asdict(self) | {"seconds": seconds, "bytes": size}
+            temporary = home / "environment.json.tmp"
+            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            temporary.replace(home / "environment.json")
+            say(f"environment {self.name} built in {seconds} s, {size >> 20} MiB: {home}")
+            return home / "bin" / "python"
+
+    def _install(self, home: Path, lock: IO[str], say: Say) -> None:
+        uv = _uv() or "uv"
+        python = str(home / "bin" / "python")
+        file = home / "requirements.txt"
+        make, install = {
+            "uv": ([uv, "venv", "--python", self.python], [uv, "pip", "install", "--python", python]),
+            "pip": (
+                [self.python, "-m", "venv"],
+                [python, "-m", "pip", "install", "--no-input", "--progress-bar", "off"],
+            ),
+        }[self.installer]
+        call = _Installer(self.name, lock, say)
+        call([*make, str(home)])
+        file.write_text("\n".join(self.requirements) + "\n", encoding="utf-8")
+        call([*install, "-r", str(file), *(["-c", self.constraints] if self.constraints else [])])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An environment as it lies on disk.
+
+    :ivar state: ``ready``, ``in use``, ``building`` or ``half-built``.
+    :ivar used: when a stage last used it [seconds since 1970].
+    :ivar bytes: its size; None unless it is complete.
+    """
+
+    name: str
+    state: str
+    used: float
+    bytes: int | None
+    requirements: tuple[str, ...]
+
+
+def kept(root: Path) -> list[Kept]:
+    """Every environment under the root, the one that was used longest ago first."""
+    found = []
+    for home in (path for path in root.glob("*-*") if path.is_dir()):
+        record = _record(home) or {}
+        idle = "ready" if record else "half-built"
+        busy = "in use" if record else "building"
+        found.append(
+            Kept(
+                home.name,
+                busy if _busy(root, home.name) else idle,
+                _lock_file(root, home.name).stat().st_mtime,
+                record.get("bytes"),
+                tuple(record.get("requirements", ())),
+            )
+        )
+    return sorted(found, key=lambda k: k.used)
+
+
+def prune(root: Path, older_than_s: float) -> list[Kept]:
+    """Remove what was not used for that long [seconds], and what is half-built; never what is in use. Returns those."""
+    removed = []
+    for entry in kept(root):
+        if entry.state != "half-built" and time.time() - entry.used < older_than_s:
+            continue
+        with suppress(BlockingIOError), _locked(root, entry.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            home = root / entry.name
+            # First: removed halfway, it must not pass for a whole one.
+            (home / "environment.json").unlink(missing_ok=True)
+            shutil.rmtree(home)
+            removed.append(entry)
+    return removed
+
+
+def default_root() -> str:
+    """Where environments lie when nobody says it: in the user's cache."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache_home, "lepton_airflow", "environments")
+
+
+@cache
+def known_extras() -> frozenset[str]:
+    """The extras that the installed lepton-airflow has; empty when it was not installed but copied."""
+    try:
+        return frozenset(importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or ())
+    except importlib.metadata.PackageNotFoundError:
+        return frozenset()
+
+
+_LINE = re.compile(
+    r"""^(?P<line>[^;]+?)\s*;\s*(?:(?P<marker>.+?)\s+and\s+)?extra\s*==\s*['"](?P<extra>[^'"]+)['"]$"""
+)
+
+
+def extra_lines(extras: Iterable[str]) -> list[str]:
+    """What the door needs, and the extras of lepton-airflow bring, as requirement lines; without Airflow."""
+    try:
+        declared = importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise BadConfiguration(
+            f"{PACKAGE} is not installed here but copied, so what its extras need is not known: pip install it, or give "
+            "an interpreter that has everything, Venv(python=…)."
+        ) from None
+    for extra in extras:
+        if extra not in known_extras():
+            raise BadConfiguration(f"{PACKAGE} has no extra {extra!r}; {did_you_mean(extra, known_extras())}")
+    lines = [
+        line for line in declared if re.split(r"[^\w.-]", line, maxsplit=1)[0] in DOOR and ";" not in line
+    ]
+    return lines + [
+        f"{match['line']}; {match['marker']}" if match["marker"] else match["line"]
+        for match in filter(None, map(_LINE.match, declared))
+        if match["extra"] in extras
+    ]
+
+
+def find_python(python: str | None) -> str:
+    """The path of an interpreter given as a path or a name on PATH; by default this process's own."""
+    if python is None:
+        return sys.executable
+    found = shutil.which(os.path.expanduser(python))
+    if not found:
+        raise BadConfiguration(
+            f"there is no interpreter {python!r} on this worker: give the path of a python, or its name on PATH."
+        )
+    return os.path.abspath(found)
+
+
+_FACTS = """
+import json, os, platform, sys, sysconfig
+base = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+print(json.dumps([sys.implementation.name, platform.python_version(), sysconfig.get_platform(), base]))
+"""
+
+
+def facts(python: str) -> list[str]:
+    """What of an interpreter decides which packages fit it.
+
+    :raises BadConfiguration: it does not run, or is older than lepton_airflow needs.
+    """
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", _FACTS], check=False, capture_output=True, text=True, timeout=60
+        )
+        found: list[str] = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        raise BadConfiguration(f"{python} did not run as a Python interpreter.") from None
+    if tuple(map(int, found[1].split(".")[:2])) < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        raise BadConfiguration(f"{python} is Python {found[1]}: lepton_airflow needs {oldest} or newer.")
+    return found
+
+
+def _uv() -> str | None:
+    """The path of uv: beside the interpreter, or on PATH."""
+    beside = Path(sys.executable).with_name("uv")
+    return str(beside) if beside.exists() else shutil.which("uv")
+
+
+def _digest_of_constraints(constraints: str | None) -> str | None:
+    """A file counts by its content; a URL by itself, so it must name a version."""
+    if constraints is None or "://" in constraints:
+        return constraints
+    try:
+        return hashlib.sha256(Path(constraints).read_bytes()).hexdigest()
+    except OSError as error:
+        raise BadConfiguration(
+            f"constraints={constraints!r} cannot be read on this worker: {error.strerror}. Give a path or a URL."
+        ) from None
+
+
+def _record(home: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        record: dict[str, Any] = json.loads((home / "environment.json").read_bytes())
+        return record
+    return None
+
+
+def _complete(home: Path) -> bool:
+    # exists() follows the link: an interpreter that was removed from below takes the environment with it.
+    return (home / "environment.json").exists() and (home / "bin" / "python").exists()
+
+
+def _lock_file(root: Path, name: str) -> Path:
+    file = root / f"{name}.lock"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file.touch() if not file.exists() else None
+    except OSError as error:
+        raise BadConfiguration(
+            f"environments cannot be kept in {root}: {error.strerror}. Set [lepton] environments to a folder that "
+            "workers can write."
+        ) from None
+    return file
+
+
+@contextmanager
+def _locked(root: Path, name: str, how: int, waiting: Callable[[], None] = lambda: None) -> Iterator[IO[str]]:
+    """Hold an environment's lock, which the kernel takes back from a process that dies.
+
+    The file stays when the environment goes: another process may have it open and wait for it.
+    """
+    with _lock_file(root, name).open("r+") as lock:
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if how & fcntl.LOCK_NB:
+                raise
+            waiting()
+            fcntl.flock(lock, how)
+        yield lock
+
+
+def _busy(root: Path, name: str) -> bool:
+    try:
+        with _locked(root, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+    except BlockingIOError:
+        return True
+
+
+@dataclass
+class _Installer:
+    """Calls uv or pip, passes on what they print, and tells a failure that may pass from one that stays."""
+
+    name: str
+    lock: IO[str]
+    say: Say
+
+    def __call__(self, command: Sequence[str]) -> None:
+        env = os.environ | {"NO_COLOR": "1", "UV_NO_PROGRESS": "1", "UV_PYTHON_DOWNLOADS": "never"}
+        env.pop("PYTHONPATH", None)
+        lines = []
+        try:
+            # The lock goes with it: should only this process be killed, nobody touches the folder while it still writes.
+            process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                pass_fds=(self.lock.fileno(),),
+            )
+        except OSError as error:
+            raise BadConfiguration(
+                f"environment {self.name} cannot be built: {command[0]}: {error.strerror}. Install it where the worker "
+                "runs, or choose the other installer, 'uv' or 'pip'."
+            ) from None
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                if text := _PASSWORD.sub("://***@", line.rstrip()):
+                    lines.append(text)
+                    self.say(text)
+        if process.wait():
+            raise _failure(self.name, lines, process.returncode)
+
+
+_PASSWORD = re.compile(r"://[^/\s@]+@")
+_ORNAMENT = re.compile(r"[×╰─▶├│▲]+|\b(ERROR|error|cause|Caused by):")
+_REASON = re.compile(r"^\s*(ERROR:|error:|×)")
+# What a later try may not meet again; everything else is as the packages and the pins are.
+_PASSING = re.compile(
+    r"timed out|(read|connect)timeout|connection (refused|reset|aborted|broken|closed)|NewConnectionError|NameResolution|dns error"
+    r"|failed to lookup|temporary failure|error sending request|max retries|ProxyError|IncompleteRead"
+    r"|server error \(5|(HTTP error|status code|Error) 5\d\d|too many requests|no space left",
+    re.IGNORECASE,
+)
+
+
+def _failure(name: str, lines: list[str], code: int) -> LeptonError:
+    starts = [n for n, line in enumerate(lines) if _REASON.match(line)]
+    if starts and lines[starts[-1]].startswith("ERROR:"):  # pip: its last one is the reason
+        told = lines[starts[-1]]
+    elif starts:  # uv: from the first on, over several lines
+        told = " ".join(lines[starts[0] :])
+    else:
+        told = (lines or [f"exit code {code}"])[-1]
+    told = " ".join(_ORNAMENT.sub(" ", told).split())[:600].rstrip(".")
+    what = f"environment {name} could not be built: {told}."
+    suspects = [line for line in lines if line.startswith("WARNING:")] + [told]
+    passing = next((line for line in suspects if _PASSING.search(line)), None)
+    if code < 0 or passing:
+        seen = "" if not passing or passing.strip() in told else f" Before that: {passing.strip()[:300]}."
+        return RunnerError(
+            f"{what}{seen} A retry may find the index, the network or the disk in order again."
+        )
+    if any("ensurepip is not" in line for line in lines):
+        return BadConfiguration(
+            f"environment {name} could not be built: its Python cannot make environments. Install uv beside Airflow, or "
+            "Python's venv module (Debian: python3-venv)."
+        )
+    return BadConfiguration(f"{what} Change extras, requirements, constraints or python of Venv.")
