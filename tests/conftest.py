@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TypedDict
 
@@ -108,6 +109,27 @@ def postgres() -> Iterator[PostgresAddress]:
             )  # by the pid that its data folder records
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def new_airflow_database(request: pytest.FixtureRequest) -> Callable[[], str | None]:
+    """``new_airflow_database()``: URL of an empty PostgreSQL database; None, which means sqlite, without PostgreSQL."""
+
+    def make() -> str | None:
+        try:
+            address: PostgresAddress = request.getfixturevalue("postgres")
+        except pytest.skip.Exception:
+            return None
+        import psycopg2
+
+        name = f"airflow_{secrets.token_hex(4)}"
+        with closing(psycopg2.connect(**address)) as server:
+            server.autocommit = True  # a database cannot be created within a transaction
+            server.cursor().execute(f"CREATE DATABASE {name}")
+        where = f"{address['user']}:{address['password']}@{address['host']}:{address['port']}"
+        return f"postgresql+psycopg2://{where}/{name}"
+
+    return make
 
 
 def _free_port() -> int:

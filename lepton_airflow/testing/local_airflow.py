@@ -27,6 +27,7 @@ from lepton_airflow.testing import processes
 
 COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
 _BUSY_S = 30  # how long a locked database is asked again
+_FIRST_ANSWER_S = 120
 _ENDED = frozenset({"success", "failed"})
 
 
@@ -40,6 +41,7 @@ class LocalAirflow:
     :param env: further environment variables, such as ``AIRFLOW__LEPTON__STORE`` or ``AIRFLOW_CONN_…``.
     :param parallelism: task instances that may run at once.
     :param database: SQLAlchemy URL of the metadata database; default: sqlite under ``home``.
+    :param password: of the user ``admin``, who must log in; default: whoever reaches the loopback port is admin.
     """
 
     home: Path
@@ -48,6 +50,7 @@ class LocalAirflow:
     env: Mapping[str, str] = field(default_factory=dict)
     parallelism: int = 2
     database: str | None = None
+    password: str | None = field(default=None, repr=False)
     _token: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,8 +83,11 @@ class LocalAirflow:
                 "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
                 "AIRFLOW__CORE__PARALLELISM": str(self.parallelism),
                 "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
-                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",  # loopback only: whoever reaches it is this user
+                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(self.password is None),
+                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin",
+                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self.home / "passwords.json"),
                 "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+                "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",  # the default of 5 s is short for a machine that is busy
                 "AIRFLOW__API__BASE_URL": self.url,
                 "AIRFLOW__API__SECRET_KEY": self._secret("api"),
                 "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
@@ -99,11 +105,13 @@ class LocalAirflow:
     def _secret(self, name: str) -> str:
         file = self.home / f"{name}.secret"
         if not file.exists():
-            self.home.mkdir(parents=True, exist_ok=True)
-            fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(fd, "w") as out:
-                out.write(secrets.token_hex(32))
+            self._write_private(file, secrets.token_hex(32))
         return file.read_text()
+
+    def _write_private(self, file: Path, text: str) -> None:
+        self.home.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            out.write(text)
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
@@ -114,6 +122,8 @@ class LocalAirflow:
         """
         processes.refuse_used_port(self.port, "choose another port for Airflow")
         self.home.mkdir(parents=True, exist_ok=True)
+        if self.password is not None:
+            self._write_private(self.home / "passwords.json", json.dumps({"admin": self.password}))
         self.command("db", "migrate")
         if self.database is None:
             with closing(sqlite3.connect(self.home / "airflow.db")) as database:
@@ -162,11 +172,13 @@ class LocalAirflow:
             self.stop_component(component)
 
     def _answers(self) -> bool:
-        with (
-            suppress(OSError, urllib.error.URLError, ValueError),
-            urllib.request.urlopen(f"{self.url}/api/v2/monitor/health", timeout=5) as reply,
-        ):
-            return bool(json.load(reply)["metadatabase"]["status"] == "healthy")
+        with suppress(OSError, ValueError):  # URLError is an OSError
+            # The API for tasks is made when it is first asked, which took 11 s here, and 40 s beside busy programs: longer
+            # than a task waits for leave to start.
+            with urllib.request.urlopen(f"{self.url}/execution/health", timeout=_FIRST_ANSWER_S):
+                pass
+            with urllib.request.urlopen(f"{self.url}/api/v2/monitor/health", timeout=5) as reply:
+                return bool(json.load(reply)["metadatabase"]["status"] == "healthy")
         return False
 
     # -- asking it ---------------------------------------------------------------------------------------------------
@@ -188,20 +200,33 @@ class LocalAirflow:
 
     def api(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """One call of the REST API (``/api/v2`` is put before the path); returns the JSON, None when there is none."""
+        return self._call(self._request(method, path, body, query))
+
+    def _request(
+        self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None
+    ) -> urllib.request.Request:
         if self._token is None:
-            self._token = self._call(urllib.request.Request(f"{self.url}/auth/token"))["access_token"]
+            self._token = self._log_in()
         address = f"{self.url}/api/v2{urllib.parse.quote(path, safe='/:~')}"
         if query:
             address += "?" + urllib.parse.urlencode(query, doseq=True)
-        request = urllib.request.Request(
+        return urllib.request.Request(
             address,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"},
         )
-        return self._call(request)
 
-    def _call(self, request: urllib.request.Request) -> Any:
+    def _log_in(self) -> str:
+        request = urllib.request.Request(
+            f"{self.url}/auth/token", headers={"Content-Type": "application/json"}
+        )
+        if self.password is not None:
+            request.data = json.dumps({"username": "admin", "password": self.password}).encode()
+        return str(self._call(request)["access_token"])
+
+    def _call(self, request: urllib.request.Request, undo: Callable[[], None] | None = None) -> Any:
+        """Make a call; again when the database was busy, after ``undo`` has removed what the failed call left."""
         what = f"{request.get_method()} {request.full_url}"
         deadline = time.monotonic() + _BUSY_S
         while True:
@@ -211,10 +236,12 @@ class LocalAirflow:
                 return json.loads(text) if text else None
             except urllib.error.HTTPError as error:
                 said = error.read().decode(errors="replace")
-                # sqlite takes one writer at a time: the call was rolled back, so it can be made again
+                # sqlite takes one writer at a time, and Airflow rolls back what could not be written
                 if error.code not in (500, 503) or "atabase" not in said or time.monotonic() > deadline:
                     raise LeptonError(f"{what}: {error.code} {said[:600]}") from None
                 time.sleep(1)
+                if undo:
+                    undo()
             except OSError as error:  # URLError is one, and so is a time-out
                 raise LeptonError(f"{what}: no answer ({error}); see the logs in {self.home}.") from None
 
@@ -277,7 +304,17 @@ class LocalAirflow:
             "reprocess_behavior": reprocess,
             "dag_run_conf": dict(conf),
         }
-        return int(self.api("POST", "/backfills", body)["id"])
+        before = self._active_backfills(dag_id)
+
+        def undo() -> None:  # Airflow commits the backfill before it makes the runs
+            for left in self._active_backfills(dag_id) - before:
+                self.api("PUT", f"/backfills/{left}/cancel")
+
+        return int(self._call(self._request("POST", "/backfills", body), undo)["id"])
+
+    def _active_backfills(self, dag_id: str) -> set[int]:
+        found = self.api("GET", "/backfills", dag_id=dag_id, limit=100, order_by="-id")["backfills"]
+        return {b["id"] for b in found if b["completed_at"] is None}
 
     def wait_for_backfill(self, backfill: int, wait_s: float) -> None:
         """Wait until every run of a backfill has ended."""

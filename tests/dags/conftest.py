@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,9 +28,13 @@ def password() -> str:
 
 @pytest.fixture(scope="session")
 def airflow(
-    tmp_path_factory: pytest.TempPathFactory, mlflow: LocalMlflow, raw_flights: Path, password: str
+    tmp_path_factory: pytest.TempPathFactory,
+    mlflow: LocalMlflow,
+    raw_flights: Path,
+    password: str,
+    new_airflow_database: Callable[[], str | None],
 ) -> Iterator[LocalAirflow]:
-    """A running Airflow; lost heartbeats are noticed after 15 s, not 300, so that drills end."""
+    """A running Airflow on PostgreSQL (sqlite where there is none); lost heartbeats are noticed after 15 s, not 300."""
     home = tmp_path_factory.mktemp("airflow")
     bundles = [
         {
@@ -44,6 +48,7 @@ def airflow(
         home,
         ROOT / "dags",
         parallelism=4,
+        database=new_airflow_database(),
         env={
             "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(bundles),
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
