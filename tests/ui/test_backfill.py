@@ -1,0 +1,266 @@
+"""Backfills as a person starts them: log in, Trigger, Backfill, fill the form, watch; on real flights, in Chromium.
+
+With ``LEPTON_SCREENSHOTS=1`` the pictures of ``docs/backfill.md`` are made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lepton_airflow.registry import Ledger, registrations
+from lepton_airflow.stages import get_stage
+from lepton_airflow.store import Store
+from lepton_airflow.testing import LocalAirflow, LocalMlflow
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(1800)]
+
+ROOT = Path(__file__).parents[2]
+DAG = "flights_retrain"
+MODEL = "flights_late"
+QUICK = {"Model": "logistic_regression", "Trials": 2}  # what is tested here is the chain, not the model
+CHROMIUM = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMlflow]:
+    """A real MLflow server."""
+    with LocalMlflow(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def airflow(
+    tmp_path_factory: pytest.TempPathFactory,
+    mlflow: LocalMlflow,
+    raw_flights: Path,
+    new_airflow_database: Callable[[], str | None],
+    require_program: Callable[[str, str], Path],
+) -> Iterator[LocalAirflow]:
+    """An Airflow whose user must log in."""
+    require_program("chromium", "chromium")  # a test that will skip need not start an Airflow
+    home = tmp_path_factory.mktemp("airflow")
+    env = {
+        "AIRFLOW__LEPTON__STORE": str(home / "store"),
+        "AIRFLOW_VAR_FLIGHTS_RAW": str(raw_flights),
+        "AIRFLOW_CONN_MLFLOW_DEFAULT": mlflow.connection,
+    }
+    with LocalAirflow(
+        home,
+        ROOT / "dags",
+        env=env,
+        parallelism=4,
+        database=new_airflow_database(),
+        password=secrets.token_hex(8),
+    ) as running:
+        running.wait_for_dag(DAG)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(airflow: LocalAirflow, require_program: Callable[[str, str], Path]) -> Iterator[Page]:
+    """A browser's window, logged in, on the DAG's page."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=require_program("chromium", "chromium"), args=CHROMIUM
+        )
+        window = browser.new_page(
+            viewport={"width": 1400, "height": 900}, locale="en-US", timezone_id="Etc/UTC"
+        )
+        window.set_default_timeout(60_000)
+        window.goto(f"{airflow.url}/dags/{DAG}")
+        window.get_by_label("Username").fill("admin")
+        window.locator("input[type=password]").fill(airflow.password)
+        window.get_by_role("button", name="Sign in").click()
+        window.get_by_role("button", name="Trigger").wait_for()
+        yield window
+        browser.close()
+
+
+@pytest.fixture
+def photograph(page: Page, tmp_path: Path) -> Callable[[str], None]:
+    """``photograph("grid")`` keeps what the window shows as ``backfill-grid.png``."""
+    wanted = os.environ.get("LEPTON_SCREENSHOTS") == "1"
+    folder = ROOT / "docs" / "images" if wanted else tmp_path
+
+    def take(name: str) -> None:
+        page.screenshot(path=folder / f"backfill-{name}.png", animations="disabled")
+
+    return take
+
+
+def _open_form(page: Page) -> Locator:
+    page.get_by_role("button", name="Trigger").click()
+    form = page.get_by_role("dialog").filter(has_text="Single Run")
+    form.get_by_text("Backfill", exact=True).click()
+    form.get_by_text("Date Range").wait_for()
+    return form
+
+
+def _fill(
+    page: Page, form: Locator, first: str, last: str, *, reprocess: str, runs: int, params: Mapping[str, Any]
+) -> None:
+    for label, day in (("From", first), ("To", last)):
+        field = form.locator("[data-scope=field][data-part=root]").filter(
+            has=page.get_by_text(label, exact=True)
+        )
+        field.get_by_test_id("datetime-input").click()
+        calendar = page.get_by_role("dialog").filter(has=page.get_by_placeholder("YYYY/MM/DD"))
+        calendar.get_by_placeholder("YYYY/MM/DD").fill(day.replace("-", "/"))
+        calendar.get_by_placeholder("HH:mm").fill("00:00")
+        page.keyboard.press("Escape")
+        calendar.wait_for(state="hidden")
+    form.get_by_text(reprocess, exact=True).click()
+    form.locator("input[name=max_active_runs]").fill(str(runs))
+    form.get_by_text("Override parameters on existing runs").click()  # else the form's parameters go nowhere
+    for label, value in params.items():
+        field = form.get_by_label(label, exact=True)
+        field.fill(str(value))
+        if field.get_attribute("role") == "combobox":
+            field.press("Enter")
+
+
+def _start(page: Page, form: Locator) -> dict[str, Any]:
+    """Press the button; returns what the browser sent."""
+    with page.expect_response(lambda r: r.url.endswith("/backfills") and r.request.method == "POST") as got:
+        form.get_by_role("button", name="Run Backfill").click()
+    assert got.value.ok, got.value.text()
+    form.wait_for(state="hidden")
+    sent: dict[str, Any] = got.value.request.post_data_json
+    return sent
+
+
+def _watch(airflow: LocalAirflow, page: Page, within_s: float) -> None:
+    """Look at the page until Airflow says there that the backfill is over."""
+    banner = page.get_by_text("Backfill in progress")
+    banner.wait_for()
+    airflow.until(lambda: not banner.is_visible(), "the page to show the end of the backfill", within_s)
+
+
+def _receipts(airflow: LocalAirflow) -> dict[str, dict[str, dict[str, Any]]]:
+    """What each task of each month returned; every one must have succeeded."""
+    found = {}
+    for run in airflow.runs(DAG):
+        tasks = airflow.tasks(DAG, run["dag_run_id"])
+        states = {name: task["state"] for name, task in tasks.items()}
+        assert set(states.values()) == {"success"}, (run["logical_date"], states)
+        found[run["logical_date"][:7]] = {name: airflow.xcom(DAG, run["dag_run_id"], name) for name in tasks}
+    return found
+
+
+def _computed(receipts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, str]]:
+    """Stage and cache key of everything that was computed, not taken from the cache, where a stage can be."""
+    return [
+        (receipt["stage"], receipt["cache_key"])
+        for tasks in receipts.values()
+        for receipt in tasks.values()
+        if receipt["status"] == "done" and get_stage(receipt["stage"]).cacheable
+    ]
+
+
+def _aliases(mlflow: LocalMlflow) -> dict[str, int]:
+    address = f"{mlflow.url}/api/2.0/mlflow/registered-models/get?name={MODEL}"
+    with urllib.request.urlopen(address, timeout=30) as reply:
+        aliases = json.load(reply)["registered_model"].get("aliases", [])
+    return {alias["alias"]: int(alias["version"]) for alias in aliases}
+
+
+@pytest.fixture(scope="module")
+def two_months(airflow: LocalAirflow, page: Page) -> dict[str, dict[str, dict[str, Any]]]:
+    """June and July, started with the form as it opens: ``register_only``."""
+    form = _open_form(page)
+    _fill(page, form, "2013-06-01", "2013-07-01", reprocess="Missing Runs", runs=2, params=QUICK)
+    form.get_by_text("2 runs will be triggered.").wait_for()
+    sent = _start(page, form)
+    assert sent["dag_run_conf"]["trainer"] == "logistic_regression"
+    assert sent["dag_run_conf"]["trials"] == 2
+    assert sent["dag_run_conf"]["on_backfill"] == "register_only"
+    _watch(airflow, page, 900)
+    return _receipts(airflow)
+
+
+def test_two_months_register_and_leave_production_alone(
+    airflow: LocalAirflow, mlflow: LocalMlflow, two_months: dict[str, dict[str, dict[str, Any]]]
+) -> None:
+    assert sorted(two_months) == ["2013-06", "2013-07"]
+    store = Store(str(airflow.home / "store"))
+    assert Ledger(store, MODEL).entries() == []
+    assert {entry.version for entry in registrations(store, MODEL)} == {1, 2}
+    july = two_months["2013-07"]
+    assert july["promote"]["values"]["moved"] is False
+    assert _aliases(mlflow) == {"candidate": july["register"]["values"]["version"]}
+
+
+def test_ten_months_at_once_end_with_one_champion_and_compute_nothing_twice(
+    airflow: LocalAirflow,
+    mlflow: LocalMlflow,
+    page: Page,
+    two_months: dict[str, dict[str, dict[str, Any]]],
+    photograph: Callable[[str], None],
+) -> None:
+    form = _open_form(page)
+    params = QUICK | {"In a backfill": "full"}
+    _fill(page, form, "2013-03-01", "2013-12-01", reprocess="All Runs", runs=10, params=params)
+    form.get_by_text("10 runs will be triggered.").wait_for()
+    form.get_by_text("Date Range").scroll_into_view_if_needed()
+    photograph("form")
+    form.get_by_label("In a backfill", exact=True).scroll_into_view_if_needed()
+    photograph("params")
+    assert _start(page, form)["dag_run_conf"]["on_backfill"] == "full"
+    page.get_by_text("Backfill in progress").wait_for()
+    photograph("running")
+    _watch(airflow, page, 1500)
+    page.goto(f"{airflow.url}/dags/{DAG}/runs")
+    page.get_by_role("row").nth(10).wait_for()
+    photograph("grid")
+    page.goto(f"{airflow.url}/dags/{DAG}/backfills")
+    page.get_by_role("cell", name="All Runs").wait_for()
+    photograph("list")
+
+    ten_months = _receipts(airflow)
+    assert sorted(ten_months) == [f"2013-{month:02d}" for month in range(3, 13)]
+    for month, before in two_months.items():
+        for name, receipt in before.items():
+            now = ten_months[month][name]
+            if get_stage(receipt["stage"]).cacheable:
+                assert (now["status"], now["artifacts"]) == ("cached", receipt["artifacts"]), (month, name)
+        assert ten_months[month]["register"]["values"] == before["register"]["values"]
+    computed = [*_computed(two_months), *_computed(ten_months)]
+    assert len(computed) > len(two_months)
+    assert len(set(computed)) == len(computed)
+
+    store = Store(str(airflow.home / "store"))
+    registered = {entry.version: entry for entry in registrations(store, MODEL)}
+    assert sorted(registered) == list(range(1, 11))
+    history = Ledger(store, MODEL).entries()
+    assert [entry.sequence for entry in history] == list(range(1, len(history) + 1))
+    assert [entry.previous for entry in history] == [None, *(entry.version for entry in history[:-1])]
+    ends = [entry.window["end"] for entry in history if entry.window]
+    assert len(ends) == len(history)
+    assert ends == sorted(set(ends))
+    assert all(registered[entry.version].sha256 == entry.sha256 for entry in history)
+    moved = {
+        tasks["register"]["values"]["version"]
+        for tasks in ten_months.values()
+        if tasks["promote"]["values"]["moved"]
+    }
+    assert moved == {entry.version for entry in history}
+    aliases = _aliases(mlflow)
+    assert aliases.get("previous") == history[-1].previous
+    assert aliases["champion"] == history[-1].version
+    assert aliases["candidate"] == ten_months["2013-12"]["register"]["values"]["version"]
