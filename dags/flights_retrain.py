@@ -10,7 +10,8 @@ month before), or no logical date and the params ``window_start`` and ``window_e
 
 from datetime import UTC, datetime
 
-from airflow.sdk import DAG, Param
+from airflow.sdk import DAG, AssetAlias, Param
+from airflow.timetables.assets import AssetOrTimeSchedule
 from airflow.timetables.interval import CronDataIntervalTimetable
 
 from lepton_airflow.operators import (
@@ -28,10 +29,14 @@ RAW = "{{ var.value.flights_raw }}"
 
 with DAG(
     dag_id="flights_retrain",
-    schedule=CronDataIntervalTimetable(
-        "@monthly", timezone="UTC"
-    ),  # "@monthly" alone has an empty data interval
-    start_date=datetime(2013, 4, 1, tzinfo=UTC),  # the first month with three months before it
+    # Every month, and whenever flights_watch saw drift: then the month of its event. A cron string instead of the
+    # timetable would give every run an empty data interval.
+    schedule=AssetOrTimeSchedule(
+        timetable=CronDataIntervalTimetable("@monthly", timezone="UTC"),
+        assets=AssetAlias("flights_late_drifted"),
+    ),
+    # March has two months before it to train on, every later month three.
+    start_date=datetime(2013, 3, 1, tzinfo=UTC),
     end_date=datetime(
         2013, 12, 1, tzinfo=UTC
     ),  # the data ends; Airflow makes no tasks for runs of later dates
