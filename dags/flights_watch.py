@@ -17,13 +17,11 @@ RAW = "{{ var.value.flights_raw }}"
 
 with DAG(
     dag_id="flights_watch",
-    schedule=CronDataIntervalTimetable(
-        "@monthly", timezone="UTC"
-    ),  # "@monthly" alone has an empty data interval
+    # A cron string instead of the timetable would give every run an empty data interval.
+    schedule=CronDataIntervalTimetable("@monthly", timezone="UTC"),
     start_date=datetime(2013, 3, 1, tzinfo=UTC),
-    end_date=datetime(
-        2013, 12, 1, tzinfo=UTC
-    ),  # the data end; Airflow makes no tasks for runs of later dates
+    # The data end; Airflow makes no tasks for runs of later dates.
+    end_date=datetime(2013, 12, 1, tzinfo=UTC),
     catchup=False,
     default_args={"retries": 1},
     params={
