@@ -91,6 +91,7 @@ class ModelCard:
     :ivar data: sha256 of each dataset by role.
     :ivar metrics: by rows scored: ``train``, ``valid``, ``out_of_fold``; floats, None where undefined.
     :ivar parity: largest difference between the native and the ONNX predictions, the tolerance, its unit, rows compared.
+    :ivar quantization: how QuantizeModel made these weights from those that were trained; None when it did not.
     :ivar nondeterministic: why an equal run may give other weights; None when it gives the same bytes.
     """
 
@@ -110,6 +111,7 @@ class ModelCard:
     data: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
     nondeterministic: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
@@ -233,10 +235,30 @@ def predict_onnx(
     result = np.empty(shape, dtype=np.float32)
     for start in range(0, len(raw), BATCH_ROWS):
         part = raw.iloc[start : start + BATCH_ROWS]
-        inputs = {f.input: part[f.name].to_numpy().reshape(-1, 1) for f in features}
-        (values,) = session.run([OUTPUTS[task][0]], inputs)
+        (values,) = session.run([OUTPUTS[task][0]], _feed(part, features))
         result[start : start + len(part)] = values.reshape(len(part), *shape[1:])
     return result
+
+
+def parquet_feeds(
+    path: Path, features: Sequence[Feature], rows: int, batch_rows: int
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Rows spread evenly over a Parquet file, ``rows`` of them or all, as a session takes them: ``batch_rows`` at most each."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    present, start = pq.read_metadata(path).num_rows, 0
+    wanted = np.unique(np.linspace(0, present - 1, min(rows, present)).astype(np.int64))
+    for batch in _batches(path, [f.name for f in features], BATCH_ROWS):
+        here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+        start += len(batch)
+        picked = feature_frame(batch.iloc[here], features)
+        for first in range(0, len(picked), batch_rows):
+            yield _feed(picked.iloc[first : first + batch_rows], features)
+
+
+def _feed(frame: pd.DataFrame, features: Sequence[Feature]) -> dict[str, NDArray[Any]]:
+    return {f.input: frame[f.name].to_numpy().reshape(-1, 1) for f in features}
 
 
 def feature_frame(frame: pd.DataFrame, features: Sequence[Feature]) -> pd.DataFrame:
