@@ -1,0 +1,332 @@
+"""The real server process on loopback: its answers, its refusals, its metrics, swaps under load, ends and restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lepton_airflow import endpoints
+from lepton_airflow.contract import split_pin
+from lepton_airflow.stages.deploy_model import DeployModel
+from lepton_airflow.testing import LocalEndpoint, processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from lepton_airflow.stages import Result, RunInfo
+
+QUICK = ("--poll-s", "0.1")
+
+
+def deploy(run: RunInfo, endpoint: str, uri: str) -> Result:
+    result = DeployModel(endpoint=endpoint, model=uri, timeout_s=60, max_latency_ms=5000).run(run)
+    assert result.values["deployed"]
+    return result
+
+
+def call(url: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, Any]:
+    """Status, JSON and headers of an answer, whatever its status."""
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read()), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read()), error.headers
+
+
+def tensors(rows: pd.DataFrame, package: Any, *, nested: bool = False) -> list[dict[str, Any]]:
+    """The inputs of a request as a client writes them."""
+    found = []
+    for feature in package.card.features:
+        values = [None if pd.isna(v) else v for v in rows[feature.name]]
+        found.append(
+            {
+                "name": feature.name,
+                "datatype": "BYTES" if feature.kind == "category" else "FP64",
+                "shape": [len(rows), 1],
+                "data": [[v] for v in values] if nested else values,
+            }
+        )
+    return found
+
+
+def outputs(answer: dict[str, Any]) -> dict[str, Any]:
+    return {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
+
+
+def metrics(server: LocalEndpoint) -> dict[str, float]:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as page:
+        lines = page.read().decode().splitlines()
+    return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+@pytest.fixture(scope="module")
+def wine(shelf: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEndpoint]:
+    folder = tmp_path_factory.mktemp("wine")
+    options = (*QUICK, "--max-rows", "200", "--max-bytes", "20000")
+    with LocalEndpoint("wine", shelf.run.store.root, folder, options=options) as server:
+        deploy(replace(shelf.run, run_key="wine", workdir=folder), "wine", shelf.wine.uri)
+        yield server
+
+
+def test_classes_are_answered_as_the_package_answers(wine: LocalEndpoint, shelf: Any) -> None:
+    rows, package = shelf.wine.rows, shelf.wine.package
+    answer = wine.infer({"id": "a", "parameters": {"x": 1}, "inputs": tensors(rows, package)})
+    assert (answer["id"], answer["parameters"], answer["model_name"]) == ("a", {"x": 1}, "wine")
+    found = outputs(answer)
+    np.testing.assert_allclose(found["probabilities"], package.predict(rows), rtol=0, atol=1e-7)
+    assert found["label"].tolist() == package.predict(rows).argmax(axis=1).tolist()
+    nested = wine.infer({"inputs": tensors(rows, package, nested=True), "outputs": [{"name": "label"}]})
+    assert [o["name"] for o in nested["outputs"]] == ["label"]
+    np.testing.assert_array_equal(outputs(nested)["label"], found["label"])
+
+
+def test_numbers_are_answered_as_the_package_answers(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
+    rows, package = shelf.diabetes.rows, shelf.diabetes.package
+    with LocalEndpoint("sugar", shelf.run.store.root, tmp_path, options=QUICK) as server:
+        before = [
+            call(server.url + path)[0] for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/sugar")
+        ]
+        assert before == [200, 503, 503]
+        deploy(run_at, "sugar", shelf.diabetes.uri)
+        answer = outputs(server.infer({"inputs": tensors(rows, package)}))
+    np.testing.assert_allclose(answer["prediction"].ravel(), package.predict(rows), rtol=1e-6)
+    assert endpoints.read_statuses(run_at.store, "sugar") == []  # it has ended, and says so
+
+
+def test_the_protocol_describes_server_and_model(wine: LocalEndpoint, shelf: Any) -> None:
+    version = (split_pin(shelf.wine.uri)[1] or "")[:12]
+    assert call(f"{wine.url}/v2")[1]["name"] == "lepton_airflow"
+    assert call(f"{wine.url}/v2/health/ready")[:2] == (200, {"ready": True})
+    status, described, _ = call(f"{wine.url}/v2/models/wine")
+    assert status == 200
+    assert described["versions"] == [version]
+    assert {"name": "größe (mm)", "datatype": "FP32", "shape": [-1, 1]} in described["inputs"]
+    assert {"name": "shade", "datatype": "BYTES", "shape": [-1, 1]} in described["inputs"]
+    assert described["outputs"] == [
+        {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
+        {"name": "label", "datatype": "INT64", "shape": [-1]},
+    ]
+    assert call(f"{wine.url}/v2/models/wine/versions/{version}")[1] == described
+    assert call(f"{wine.url}/v2/models/wine/versions/{version}/ready")[:2] == (
+        200,
+        {"name": "wine", "ready": True},
+    )
+
+
+def test_what_is_wrong_is_refused_and_counted_and_the_server_goes_on(wine: LocalEndpoint, shelf: Any) -> None:
+    base = f"{wine.url}/v2/models/wine"
+    many = json.dumps({"inputs": tensors(pd.concat([shelf.wine.rows] * 2), shelf.wine.package)}).encode()
+    cases: list[tuple[str, bytes | None, int, str]] = [
+        (f"{base}/infer", b"{", 400, "not JSON"),
+        (f"{base}/infer", b"{}", 400, "inputs is None"),
+        (f"{base}/versions/9/infer", b"{}", 404, "version '9' of 'wine' is not in service"),
+        (f"{wine.url}/v2/models/vine/infer", b"{}", 404, "no model 'vine' here; did you mean 'wine'?"),
+        (f"{base}/infer", b" " * 20_001, 413, "more than 20000 bytes"),
+        (f"{base}/infer", many, 413, "356 rows, the limit is 200"),
+        (f"{base}/infer", None, 405, "Method Not Allowed"),
+        (f"{wine.url}/v2/modells", None, 404, "Not Found"),
+        (f"{wine.url}/docs", None, 404, "Not Found"),
+    ]
+    before = metrics(wine)
+    for url, body, status, words in cases:
+        found, answer, _ = call(url, body)
+        assert found == status
+        assert list(answer) == ["error"]
+        assert words in answer["error"]
+    found, answer, _ = call(f"{base}/infer", b"abcd", **{"Inference-Header-Content-Length": "2"})
+    assert (found, "binary data" in answer["error"]) == (400, True)
+    after = metrics(wine)
+    counted = {
+        k: int(v - before.get(k, 0)) for k, v in after.items() if k.startswith("lepton_serve_requests_total")
+    }
+    assert {k: v for k, v in counted.items() if v} == {
+        'lepton_serve_requests_total{status="400"}': 3,
+        'lepton_serve_requests_total{status="404"}': 2,
+        'lepton_serve_requests_total{status="413"}': 2,
+    }
+    assert wine.infer({"inputs": tensors(shelf.wine.rows[:1], shelf.wine.package)})["outputs"]
+
+
+def test_a_body_of_unknown_length_is_cut_off_at_the_limit(wine: LocalEndpoint) -> None:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", wine.port, timeout=30)) as connection:
+        connection.request("POST", "/v2/models/wine/infer", iter([b" " * 10_000] * 3), encode_chunked=True,
+                           headers={"Transfer-Encoding": "chunked"})  # fmt: skip
+        assert connection.getresponse().status == 413
+
+
+def test_metrics_tell_rows_version_and_state(wine: LocalEndpoint, shelf: Any) -> None:
+    before = metrics(wine)
+    wine.infer({"inputs": tensors(shelf.wine.rows[:7], shelf.wine.package)})
+    after = metrics(wine)
+    sha256 = split_pin(shelf.wine.uri)[1] or ""
+    assert after[f'lepton_serve_model_info{{sha256="{sha256}",version="{sha256[:12]}"}}'] == 1
+    assert after["lepton_serve_rows_total"] - before["lepton_serve_rows_total"] == 7
+    assert after["lepton_serve_request_seconds_count"] - before["lepton_serve_request_seconds_count"] == 1
+    assert after['lepton_serve_state{state="serving"}'] == 1
+    assert after['lepton_serve_state{state="rejected"}'] == 0
+
+
+class HalfSent:
+    """A request whose body is on its way: admitted, and not yet answered."""
+
+    def __init__(self, server: LocalEndpoint, inputs: list[dict[str, Any]]) -> None:
+        body = json.dumps({"inputs": inputs}).encode()
+        self.rest = body[10:]
+        head = f"POST /v2/models/{server.endpoint}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        self.socket.sendall(head.encode() + body[:10])
+        processes.until(
+            lambda: metrics(server)["lepton_serve_in_flight"] == 1, "the request to be admitted", 30
+        )
+
+    def finish(self) -> int:
+        self.socket.sendall(self.rest)
+        answer = http.client.HTTPResponse(self.socket)
+        answer.begin()
+        answer.read()
+        self.socket.close()
+        return answer.status
+
+
+def test_more_requests_than_the_limit_are_told_to_come_back(
+    shelf: Any, run_at: RunInfo, tmp_path: Path
+) -> None:
+    inputs = tensors(shelf.wine.rows[:1], shelf.wine.package)
+    with LocalEndpoint(
+        "busy", shelf.run.store.root, tmp_path, options=(*QUICK, "--max-in-flight", "1")
+    ) as server:
+        deploy(run_at, "busy", shelf.wine.uri)
+        first = HalfSent(server, inputs)
+        status, answer, headers = call(f"{server.url}/v2/models/busy/infer", b"{}")
+        assert status == 503
+        assert "1 requests are in flight" in answer["error"]
+        assert headers["Retry-After"] == "1"
+        assert call(f"{server.url}/v2/health/live")[0] == 200
+        assert first.finish() == 200
+        assert server.infer({"inputs": inputs})["outputs"]
+
+
+def test_sigterm_answers_what_was_admitted_and_ends_well(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
+    server = LocalEndpoint("drain", shelf.run.store.root, tmp_path, options=QUICK)
+    with server:
+        deploy(run_at, "drain", shelf.wine.uri)
+        pid = processes.pid("endpoint-drain", tmp_path)
+        assert pid is not None
+        request = HalfSent(server, tensors(shelf.wine.rows[:1], shelf.wine.package))
+        os.kill(pid, signal.SIGTERM)
+
+        def refuses() -> bool:
+            with (
+                contextlib.suppress(ConnectionRefusedError),
+                socket.create_connection(("127.0.0.1", server.port)),
+            ):
+                return False
+            return True
+
+        processes.until(refuses, "the server to take no new connection", 30)
+        assert endpoints.read_statuses(run_at.store, "drain")[0].alive
+        assert request.finish() == 200
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert endpoints.read_statuses(run_at.store, "drain") == []
+
+
+def test_a_killed_server_serves_again_from_the_store(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
+    server = LocalEndpoint("killed", shelf.run.store.root, tmp_path, options=QUICK)
+    with server:
+        deploy(run_at, "killed", shelf.other_wine.uri)
+        server.kill()
+        assert not server.running()
+        server.start()
+        server.wait_ready()
+        answer = server.infer({"inputs": tensors(shelf.wine.rows[:3], shelf.wine.package)})
+        assert answer["model_version"] == (split_pin(shelf.other_wine.uri)[1] or "")[:12]
+        (status,) = endpoints.read_statuses(run_at.store, "killed")
+        assert (status.state, status.serving) == ("serving", 1)
+
+
+def test_no_request_fails_while_versions_change(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
+    """Four clients ask without a pause while the version changes six times; each answer is that of the version it names."""
+    models = {(split_pin(m.uri)[1] or "")[:12]: m for m in (shelf.wine, shelf.other_wine)}
+    rows = shelf.wine.rows[:20]
+    body = json.dumps({"inputs": tensors(rows, shelf.wine.package)}).encode()
+    wanted = {version: model.package.predict(rows) for version, model in models.items()}
+    first, second = wanted.values()
+    assert np.abs(first - second).max() > 0.1
+    stop = threading.Event()
+    seen: Counter[str] = Counter()
+    wrong: list[object] = []
+
+    def client(server: LocalEndpoint) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        while not stop.is_set():
+            try:
+                connection.request("POST", "/v2/models/swap/infer", body)
+                answer = connection.getresponse()
+                content = answer.read()
+                if answer.status != 200:
+                    wrong.append((answer.status, content))
+                    continue
+                found = json.loads(content)
+                version = found["model_version"]
+                np.testing.assert_allclose(outputs(found)["probabilities"], wanted[version], atol=1e-6)
+                seen[version] += 1
+            except (OSError, http.client.HTTPException, AssertionError, KeyError) as error:
+                wrong.append(error)
+        connection.close()
+
+    with LocalEndpoint("swap", shelf.run.store.root, tmp_path, options=QUICK) as server:
+        deploy(run_at, "swap", shelf.wine.uri)
+        clients = [threading.Thread(target=client, args=(server,)) for _ in range(4)]
+        for thread in clients:
+            thread.start()
+        try:
+            for number, model in enumerate([shelf.other_wine, shelf.wine] * 3):
+                result = deploy(replace(run_at, run_key=f"{run_at.run_key}-{number}"), "swap", model.uri)
+                before = seen[result.values["version"]]
+                _until(lambda v=result.values["version"], n=before: seen[v] > n + 20 or wrong)  # type: ignore[misc]
+        finally:
+            stop.set()
+            for thread in clients:
+                thread.join()
+    assert wrong == []
+    assert len(endpoints.desired_after(run_at.store, "swap")) == 7
+
+
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_port_that_is_taken_and_a_wrong_name_are_refused(wine: LocalEndpoint, tmp_path: Path) -> None:
+    from lepton_airflow.errors import BadConfiguration
+    from lepton_airflow.serving.server import Limits, serve
+    from lepton_airflow.store import Store
+
+    store = Store(str(tmp_path))
+    ways: dict[str, Any] = {"host": "127.0.0.1", "url": None, "limits": Limits(), "poll_s": 1}
+    with pytest.raises(BadConfiguration, match=f"cannot listen on 127.0.0.1:{wine.port}"):
+        serve("wine", store, port=wine.port, **ways)
+    with pytest.raises(BadConfiguration, match="cannot name an endpoint"):
+        serve("../wine", store, port=0, **ways)
+    with pytest.raises(BadConfiguration, match="in_flight is 0"):
+        Limits(in_flight=0)
