@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from lepton_airflow.testing import LocalAirflow, LocalMlflow
 
 ROOT = Path(__file__).parents[2]
+BUNDLES = {"project": ROOT / "dags", "drills": Path(__file__).parent / "bundle"}
 
 
 @pytest.fixture(scope="session")
@@ -27,43 +28,50 @@ def password() -> str:
 
 
 @pytest.fixture(scope="session")
-def airflow(
+def make_airflow(
     tmp_path_factory: pytest.TempPathFactory,
-    mlflow: LocalMlflow,
     raw_flights: Path,
     password: str,
     new_airflow_database: Callable[[], str | None],
-) -> Iterator[LocalAirflow]:
-    """A running Airflow on PostgreSQL (sqlite where there is none); lost heartbeats are noticed after 15 s, not 300."""
-    home = tmp_path_factory.mktemp("airflow")
-    bundles = [
-        {
-            "name": name,
-            "classpath": "airflow.dag_processing.bundles.local.LocalDagBundle",
-            "kwargs": {"path": str(path)},
-        }
-        for name, path in (("project", ROOT / "dags"), ("drills", Path(__file__).parent / "bundle"))
-    ]
-    running = LocalAirflow(
-        home,
-        ROOT / "dags",
-        parallelism=4,
-        database=new_airflow_database(),
-        env={
-            "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(bundles),
+) -> Callable[..., LocalAirflow]:
+    """``make_airflow("drills", env={…})``: an Airflow with these bundles, on PostgreSQL (sqlite where there is none).
+
+    Lost heartbeats are noticed after 15 s, not 300, so that drills end.
+    """
+
+    def make(*bundles: str, env: Mapping[str, str]) -> LocalAirflow:
+        home = tmp_path_factory.mktemp("airflow")
+        config = [
+            {
+                "name": name,
+                "classpath": "airflow.dag_processing.bundles.local.LocalDagBundle",
+                "kwargs": {"path": str(BUNDLES[name])},
+            }
+            for name in bundles
+        ]
+        settings = {
+            "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(config),
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "3",
             "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
             "AIRFLOW__LEPTON__STORE": str(home / "store"),
             "AIRFLOW_VAR_FLIGHTS_RAW": str(raw_flights),
-            "AIRFLOW_CONN_MLFLOW_DEFAULT": mlflow.connection,
             "AIRFLOW_CONN_DRILL_DATABASE": json.dumps(
                 {"conn_type": "postgres", "host": "db.example", "login": "me", "password": password}
             ),
-        },
-    )
-    with running:
+        }
+        return LocalAirflow(
+            home, ROOT / "dags", parallelism=4, env=settings | env, database=new_airflow_database()
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def airflow(make_airflow: Callable[..., LocalAirflow], mlflow: LocalMlflow) -> Iterator[LocalAirflow]:
+    """A running Airflow with the project's DAGs and those of the drills."""
+    with make_airflow("project", "drills", env={"AIRFLOW_CONN_MLFLOW_DEFAULT": mlflow.connection}) as running:
         for dag_id in ("wait", "count", "flights_retrain", "one_stage"):
             running.wait_for_dag(dag_id)
         yield running

@@ -1,0 +1,58 @@
+"""The watch on a real Airflow: drift that a backfill sees starts nothing, unless it is told to act."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lepton_airflow.registry import Ledger
+from lepton_airflow.store import Store
+from lepton_airflow.testing import LocalAirflow
+
+pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
+
+WATCH, RETRAIN = "flights_watch", "flights_retrain"
+MONTH = "2013-11"
+WINDOW = {"start": "2013-11-01T00:00:00+00:00", "end": "2013-12-01T00:00:00+00:00"}
+
+
+def _watch(airflow: LocalAirflow, conf: dict[str, Any]) -> dict[str, Any]:
+    """What the watch of the month said."""
+    backfill = airflow.backfill(WATCH, f"{MONTH}-01", f"{MONTH}-01", conf, reprocess="completed")
+    airflow.wait_for_backfill(backfill, 300)
+    (run,) = (r for r in airflow.runs(WATCH) if r["logical_date"].startswith(MONTH))
+    assert run["state"] == "success"
+    values: dict[str, Any] = airflow.xcom(WATCH, run["dag_run_id"], "check_drift")["values"]
+    return values
+
+
+def _started_by_assets(airflow: LocalAirflow) -> list[str]:
+    return [r["dag_run_id"] for r in airflow.runs(RETRAIN) if r["run_type"] == "asset_triggered"]
+
+
+def test_drift_starts_a_retraining_over_its_month(airflow: LocalAirflow) -> None:
+    airflow.wait_for_dag(WATCH)
+    if not Ledger(Store(str(airflow.home / "store")), "flights_late").entries():
+        conf = {"trainer": "logistic_regression", "trials": 1, "on_backfill": "full"}
+        airflow.wait_for_backfill(airflow.backfill(RETRAIN, "2013-04-01", "2013-04-01", conf), 600)
+
+    seen = _watch(airflow, {"min_columns": 1})
+    assert (seen["drifted"], seen["retrain"]) == (True, False)
+    assert "temp" in seen["columns"]
+    assert "this is a backfill" in seen["reason"]
+    assert _started_by_assets(airflow) == []
+
+    acted = _watch(airflow, {"min_columns": 1, "on_backfill": "full"})
+    assert (acted["retrain"], acted["columns"]) == (True, seen["columns"])
+    airflow.until(lambda: len(_started_by_assets(airflow)) == 1, "the retraining to start", 60)
+    (run,) = _started_by_assets(airflow)
+    (event,) = airflow.api("GET", f"/dags/{RETRAIN}/dagRuns/{run}/upstreamAssetEvents")["asset_events"]
+    assert event["extra"]["window"] == WINDOW
+    assert event["extra"]["reason"] == acted["reason"]
+    airflow.until(lambda: airflow.tasks(RETRAIN, run)["prepare"]["state"] == "success", "it to prepare", 300)
+    airflow.api(
+        "PATCH", f"/dags/{RETRAIN}/dagRuns/{run}", {"state": "failed"}
+    )  # what follows is tested elsewhere
+    assert airflow.xcom(RETRAIN, run, "ingest")["status"] == "cached"  # the watch computed them
+    assert airflow.xcom(RETRAIN, run, "prepare")["status"] == "cached"
