@@ -144,15 +144,22 @@ def total_order(first: Sequence[str], columns: Sequence[str]) -> str:
     return ", ".join([*map(quote, first), f"hash({', '.join(others)})"])
 
 
-def bind(statement: duckdb.Statement, values: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The values that a statement's ``$names`` take; raises BadConfiguration for a name without a value."""
+def bind(
+    statement: duckdb.Statement,
+    parameters: Mapping[str, Any],
+    need_window: Callable[[str], Window],
+    what: str,
+) -> dict[str, Any]:
+    """The values that a statement's ``$names`` take; raises BadConfiguration for a name without a value.
+
+    :param need_window: asked for the run's window when ``$window_start`` or ``$window_end`` is used; raises if there is none.
+    """
     wanted = sorted(statement.named_parameters)
+    values = dict(parameters)
+    bounds = [name for name in wanted if name in ("window_start", "window_end") and name not in values]
+    if bounds:
+        values = window_values(need_window(f"{what} uses ${bounds[0]}")) | values
     for name in wanted:
-        if name not in values and name in ("window_start", "window_end"):
-            raise BadConfiguration(
-                f"{what} uses ${name}, and this run has no window: run it on a schedule with data intervals, "
-                "or give the window as run parameters."
-            )
         if name not in values:
             raise BadConfiguration(
                 f"{what} uses ${name}; {did_you_mean(name, values)} Give it in parameters."
@@ -160,10 +167,8 @@ def bind(statement: duckdb.Statement, values: Mapping[str, Any], what: str) -> d
     return {name: values[name] for name in wanted}
 
 
-def window_values(window: Window | None) -> dict[str, Any]:
+def window_values(window: Window) -> dict[str, Any]:
     """The run's window as values for ``$window_start`` and ``$window_end``."""
-    if window is None:
-        return {}
     return {
         "window_start": datetime.fromisoformat(window.start),
         "window_end": datetime.fromisoformat(window.end),

@@ -20,7 +20,6 @@ from urllib.parse import quote, quote_plus
 
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import (
-    BadConfiguration,
     ContractError,
     LeptonError,
     MissingExtra,
@@ -135,12 +134,6 @@ def _run(kind: type[Stage], stage: Stage, run: RunInfo) -> Result:
         if not kind.extra or library not in ENGINE_MODULES:
             raise
         raise MissingExtra(kind.__name__, library, kind.extra) from error
-    except BadConfiguration as error:
-        if (
-            run.window is None and run.window_note and "has no window" in str(error)
-        ):  # only the operator knows why
-            raise BadConfiguration(f"{error} Why it has none: {run.window_note}.") from error
-        raise
     if not isinstance(result, Result):
         raise ContractError(f"{kind.__name__}.run returned {type(result).__name__}, expected a Result.")
     return result
@@ -153,6 +146,7 @@ ENGINE_MODULES = frozenset(
         "adbc_driver_postgresql",
         "adbc_driver_sqlite",
         "alembic",
+        "deltalake",
         "duckdb",
         "duckdb_engine",
         "great_expectations",
@@ -165,6 +159,7 @@ ENGINE_MODULES = frozenset(
         "optuna",
         "pandas",
         "pyarrow",
+        "pyiceberg",
         "scipy",
         "skl2onnx",
         "sklearn",

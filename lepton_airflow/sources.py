@@ -1,7 +1,7 @@
-"""What IngestData can read: files by URI or glob, and the rows of a database.
+"""What IngestData can read: files by URI or glob, tables of a lake, and the rows of a database.
 
 Each source lands as Parquet in the run's scratch space, so the user's query reads only typed, checked columns.
-Nothing is held in memory: files are streamed to disk, DuckDB spills, and database rows arrive in batches.
+Nothing is held in memory: files are streamed to disk, DuckDB spills, and the rows of tables arrive in batches.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from urllib.parse import quote as percent, urlencode
 from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.dataset import SCRATCH, first_line, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, require
+from lepton_airflow.lakes import FORMATS, Lake, check_lake, lake_digest, open_lake
 from lepton_airflow.store import Connection, Store, digest_path
 
 if TYPE_CHECKING:
@@ -32,27 +34,42 @@ _SUFFIXES = {
     "csv": "csv", "tsv": "tsv", "tab": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl",
     "parquet": "parquet", "pq": "parquet",
 }  # fmt: skip
-_FORMATS = ("csv", "tsv", "jsonl", "parquet")
+_FILES = ("csv", "tsv", "jsonl", "parquet")
+_FORMATS = (*_FILES, *FORMATS)
+_ROW_GROUP_BYTES = 32 << 20  # of a table's rows in memory before they are written
+_TELL_S = 10.0  # between two lines in the log about a table that is being read
 _COMPRESSED = (".gz", ".zst")
 _TYPE = re.compile(r"^[A-Za-z][A-Za-z0-9_ ]*(\(\s*\d+\s*(,\s*\d+\s*)?\))?(\[\])*$")
+_LAKE_ONLY = ("catalog", "table", "snapshot_id", "columns", "filters")
 _NAME = re.compile(r"^[A-Za-z_]\w*$")
+
+
+class NoFiles(BadInput):
+    """The files of a source are not there."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One named source of rows: files (``uri``) or a database (``connection`` and ``sql``).
+    """One named source of rows: files (``uri``), a table of a lake (``format``), or a database (``connection``, ``sql``).
 
-    :ivar uri: a URI, a glob, or a list of them; files in the order of their URIs.
-    :ivar format: ``csv``, ``tsv``, ``jsonl`` or ``parquet``; None: from the suffix.
+    :ivar uri: a URI, a glob, or a list of them; files in the order of their URIs. Of a Delta table, its folder.
+    :ivar format: ``csv``, ``tsv``, ``jsonl`` or ``parquet``, None: from the suffix; or ``delta`` or ``iceberg``.
     :ivar types: DuckDB types of columns. A value that does not fit is a rejected row. Columns not named are sniffed
         over the whole file: a scheduled run should state them, since one month's values may look different.
     :ivar delimiter: of a CSV file; None: ``,`` for csv and a tab for tsv.
     :ivar null_values: texts that mean "no value" in a CSV file, besides the empty one.
     :ivar date_format: of dates in a CSV file, as in strptime; ISO when not given.
     :ivar union: whether files of one source may lack some columns (read as missing values).
-    :ivar connection: id of an Airflow Connection: the database for ``sql``, or what opens the URI.
+    :ivar connection: id of an Airflow Connection: the database for ``sql``, or what opens the URI or the catalog.
     :ivar sql: one query for the database; ``$window_start`` and ``$window_end`` are bound.
-    :ivar version: what the user says the database's state is; with it, an equal run may be reused.
+    :ivar version: of a Delta table, its number, None: the current one; of a database, what the user says its state is:
+        with it, an equal run may be reused.
+    :ivar catalog: pyiceberg's properties of an Iceberg catalog (``type``, ``uri``, ``warehouse``, …), without secrets.
+    :ivar table: the Iceberg table, as ``namespace.table``.
+    :ivar snapshot_id: of the Iceberg table; None: the current one.
+    :ivar columns: the columns of a lake's table to read; empty: all.
+    :ivar filters: ``[column, sign, value]`` that rows of a lake's table must all meet, so that files without such rows are
+        not read; the values ``$window_start`` and ``$window_end`` are those of the run's window.
     """
 
     name: str
@@ -66,7 +83,12 @@ class Source:
     union: bool = False
     connection: str | None = None
     sql: str | None = None
-    version: str | None = None
+    version: str | int | None = None
+    catalog: Mapping[str, Any] = field(default_factory=dict)
+    table: str | None = None
+    snapshot_id: int | str | None = None
+    columns: list[str] = field(default_factory=list)
+    filters: list[Any] = field(default_factory=list)
 
     @classmethod
     def parse(cls, name: str, spec: Any) -> Source:
@@ -79,15 +101,26 @@ class Source:
             spec = {"uri": spec}
         if not isinstance(spec, dict):
             raise BadConfiguration(
-                f"source {name!r} is {spec!r}: expected a URI, a list of URIs, {{'uri': …, 'types': …}} "
-                "or {'connection': …, 'sql': …}."
+                f"source {name!r} is {spec!r}: expected a URI, a list of URIs, {{'uri': …, 'types': …}}, "
+                "{'format': 'delta', 'uri': …}, {'format': 'iceberg', 'catalog': …, 'table': …} or {'connection': …, 'sql': …}."
             )
         known = [f.name for f in fields(cls) if f.name != "name"]
         for key in spec:
             if key not in known:
                 raise BadConfiguration(f"source {name!r} has no option {key!r}; {did_you_mean(key, known)}")
         source = cls(name=name, **spec)
-        if bool(source.uri) == bool(source.sql):
+        if source.format not in (None, *_FORMATS):
+            raise BadConfiguration(
+                f"source {name!r}: format={source.format!r}; {did_you_mean(str(source.format), _FORMATS)}"
+            )
+        if source.format in FORMATS:
+            check_lake(source)
+        elif option := next((o for o in _LAKE_ONLY if getattr(source, o)), None):
+            raise BadConfiguration(
+                f"source {name!r} has the option {option!r}, which only tables of a lake take: set format to "
+                f"{' or '.join(FORMATS)}, or select in the query."
+            )
+        elif bool(source.uri) == bool(source.sql):
             raise BadConfiguration(
                 f"source {name!r} needs either a uri or a sql, and has {'both' if source.sql else 'none'}."
             )
@@ -100,14 +133,25 @@ class Source:
                 raise BadConfiguration(
                     f"source {name!r}: types[{column!r}]={kind!r} is not a DuckDB type such as BIGINT."
                 )
-        if source.format not in (None, *_FORMATS):
-            raise BadConfiguration(
-                f"source {name!r}: format={source.format!r}; {did_you_mean(str(source.format), _FORMATS)}"
-            )
         return source
 
+    @property
+    def lake_version(self) -> int | None:
+        """The stated version or snapshot of a lake's table; run parameters bring it as text."""
+        option = "version" if self.format == "delta" else "snapshot_id"
+        stated = getattr(self, option)
+        if stated is None or str(stated).isdecimal():
+            return None if stated is None else int(stated)
+        raise BadConfiguration(f"source {self.name!r}: {option}={stated!r}: expected a whole number.")
+
+    def lake(self, run: RunInfo) -> Lake | None:
+        """The table of a lake, at the version this run reads; None for files and databases."""
+        return open_lake(self, run) if self.format in FORMATS else None
+
     def files(self, run: RunInfo) -> dict[Path, str]:
-        """Local paths of the files, each with the URI it came from, in the order of the URIs."""
+        """Local paths of the files, each with the URI it came from, in the order of the URIs; none of a table."""
+        if self.sql or self.format in FORMATS:
+            return {}
         patterns = [self.uri] if isinstance(self.uri, str) else list(self.uri)
         found: dict[Path, str] = {}
         for pattern in patterns:
@@ -120,7 +164,7 @@ class Source:
             uris = [pattern] if digest else store.glob(plain)
             if not uris:
                 what = "no file matches" if re.search(r"[*?\[]", plain) else "there is no file"
-                raise BadInput(
+                raise NoFiles(
                     f"source {self.name!r}: {what} {plain}. Check the path and that the data has arrived."
                 )
             for uri in uris:
@@ -133,10 +177,16 @@ class Source:
         return found
 
     def digest(self, run: RunInfo) -> str | None:
-        """sha256 over the contents of the files in order; that of the stated version of a database, or None."""
+        """sha256 over the contents of the files in order; that of the version of a table; None of a live database."""
         if self.sql:
             return digest_of([self.version]) if self.version is not None else None
+        if self.format in FORMATS:
+            return lake_digest(self, run)
         return digest_of([digest_path(path)[0] for path in self.files(run)])
+
+    def place(self, version: int | None) -> str:
+        """Where the rows of a table come from, for the log."""
+        return f"{self.table or self.uri}, version {version}" if version is not None else str(self.connection)
 
     def kind(self, path: Path) -> str:
         """The format of one file; raises BadConfiguration when neither option nor suffix tells it."""
@@ -149,20 +199,21 @@ class Source:
         if kind is None:
             raise BadConfiguration(
                 f"source {self.name!r}: the format of {path.name} is not clear from its name: "
-                f"set format to one of {', '.join(_FORMATS)}."
+                f"set format to one of {', '.join(_FILES)}."
             )
         return kind
 
 
 @dataclass(frozen=True)
 class Landed:
-    """A source as Parquet: where, how many rows, and how many were rejected on the way."""
+    """A source as Parquet: where, how many rows, how many were rejected on the way, and of which version of a table."""
 
     name: str
     paths: list[Path]
     rows: int
     rejected: int
     columns: dict[str, str]
+    version: int | None = None
 
 
 class Landing:
@@ -178,13 +229,14 @@ class Landing:
         )
 
     def land(self, source: Source, files: Mapping[Path, str]) -> Landed:
-        """Land one source. ``files`` is empty for a database.
+        """Land one source. ``files`` is empty for a table of a lake or a database.
 
         :raises BadInput: a file is empty, damaged, or its columns do not fit the others'.
         """
         before, unfit = {path: _stamp(path) for path in files}, 0
-        if source.sql:
-            paths = [self._database(source)]
+        lake = source.lake(self.run)
+        if not files:
+            paths = [self._table(source, lake.batches() if lake else _query_database(source, self.run))]
         else:
             kinds = {source.kind(path) for path in files}
             if len(kinds) > 1:
@@ -204,7 +256,7 @@ class Landing:
                 raise LeptonError(
                     f"source {source.name!r}: {uri} changed while it was read; try again when it is complete."
                 )
-        if source.types and (source.sql or kind in ("jsonl", "parquet")):
+        if source.types and (not files or kind in ("jsonl", "parquet")):
             paths, unfit = self._cast(source, paths)
         self.con.execute(
             f"CREATE TEMP VIEW {quote(source.name)} AS SELECT * FROM {_parquet_scan(paths, source.union)}"
@@ -216,7 +268,10 @@ class Landing:
             [source.name],
         )
         described = self.con.execute(f"DESCRIBE {quote(source.name)}").fetchall()
-        return Landed(source.name, paths, rows, rejected + unfit, {str(r[0]): str(r[1]) for r in described})
+        columns = {str(r[0]): str(r[1]) for r in described}
+        return Landed(
+            source.name, paths, rows, rejected + unfit, columns, lake.version if lake is not None else None
+        )
 
     # -- CSV -------------------------------------------------------------------------------------------------------
 
@@ -398,32 +453,33 @@ class Landing:
             self._read(source, uri, f"SELECT count(COLUMNS(*)) FROM {_parquet_scan([path], False)}")
         return list(files)
 
-    # -- databases --------------------------------------------------------------------------------------------------
+    # -- tables of a lake or a database ------------------------------------------------------------------------------
 
-    def _database(self, source: Source) -> Path:
+    def _table(self, source: Source, batches: Iterator[pa.RecordBatch]) -> Path:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        connection = self.run.connection(str(source.connection))
         target = self.folder / f"{source.name}.parquet"
-        rows, writer = 0, None
-        reader = _query_database(source, connection, self._window())
-        try:
-            for batch in reader:
-                if writer is None:
-                    _no_doubles(source, "its sql", batch.schema.names)
-                    writer = pq.ParquetWriter(target, batch.schema)
-                writer.write_batch(batch)
-                rows += batch.num_rows
-                log.info("%s: %d rows from %s", source.name, rows, source.connection)
-                self.run.check_stop()
-        finally:
-            if writer is not None:
-                writer.close()
-        return target
+        schema = next(batches).schema
+        _no_doubles(source, "its table", schema.names)
+        rows, waiting, told = 0, list[pa.RecordBatch](), time.monotonic()
+        with pq.ParquetWriter(target, schema) as writer:
 
-    def _window(self) -> dict[str, str]:
-        window = self.run.window
-        return {"window_start": window.start, "window_end": window.end} if window else {}
+            def write() -> None:
+                writer.write_table(pa.Table.from_batches(waiting, schema))  # one row group
+                waiting.clear()
+
+            for batch in batches:
+                waiting.append(batch)
+                rows += batch.num_rows
+                if sum(b.nbytes for b in waiting) >= _ROW_GROUP_BYTES:
+                    write()
+                if time.monotonic() - told > _TELL_S:
+                    told = time.monotonic()
+                    log.info("%s: %d rows so far", source.name, rows)
+                self.run.check_stop()
+            write()
+        return target
 
     # -- types stated for what is not CSV ---------------------------------------------------------------------------
 
@@ -490,18 +546,17 @@ class Landing:
             raise BadInput(f"source {source.name!r}: {what} cannot be read: {reason}") from None
 
 
-def _query_database(
-    source: Source, connection: Connection, window: Mapping[str, str]
-) -> Iterator[pa.RecordBatch]:
-    """The rows of a query in Arrow batches. The message of a failure is scrubbed of the password."""
+def _query_database(source: Source, run: RunInfo) -> Iterator[pa.RecordBatch]:
+    """The rows of a query in Arrow batches, first one without rows. A failure's message is scrubbed of the password."""
     import importlib
 
     from adbc_driver_manager import Error
 
+    connection = run.connection(str(source.connection))
     module_name, uri, mark = _driver(source, connection)
     require(module_name.replace("_", "-"), f"source {source.name!r}", "ingest")
     driver = importlib.import_module(f"{module_name}.dbapi")
-    sql, values = _bind(source, window, mark)
+    sql, values = _bind(source, run, mark)
     try:
         with driver.connect(uri) as con, con.cursor() as cursor:
             cursor.execute(sql, values or None)
@@ -558,19 +613,18 @@ def _driver(source: Source, connection: Connection) -> tuple[str, str, str]:
     )
 
 
-def _bind(source: Source, window: Mapping[str, str], mark: str) -> tuple[str, list[Any]]:
+def _bind(source: Source, run: RunInfo, mark: str) -> tuple[str, list[Any]]:
     """The query with ``$window_start`` and ``$window_end`` as numbered parameters, and their values."""
     from datetime import datetime
 
     names = list(dict.fromkeys(re.findall(r"\$(window_start|window_end)\b", str(source.sql))))
-    if names and not window:
-        raise BadConfiguration(
-            f"source {source.name!r}: its sql uses ${names[0]}, and this run has no window."
-        )
     sql = re.sub(
         r"\$(window_start|window_end)\b", lambda m: f"{mark}{names.index(m[1]) + 1}", str(source.sql)
     )
-    values: list[Any] = [window[name] for name in names]
+    if not names:
+        return sql, []
+    window = run.need_window(f"source {source.name!r}: its sql uses ${names[0]}")
+    values = [{"window_start": window.start, "window_end": window.end}[name] for name in names]
     return sql, values if mark == "?" else [datetime.fromisoformat(v) for v in values]
 
 

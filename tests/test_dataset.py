@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from lepton_airflow.dataset import (
     read_info,
     select_statement,
     total_order,
-    window_values,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput
 
@@ -119,12 +119,17 @@ def test_anything_else_is_refused(tmp_path: Path, sql: str) -> None:
 
 def test_values_are_bound_by_name(tmp_path: Path) -> None:
     statement = select_statement(connect(tmp_path), "SELECT $b, $window_end", "query")
-    window = window_values(Window("2024-01-01T00:00:00+00:00", "2024-02-01T00:00:00+00:00"))
-    assert set(bind(statement, {"a": 1, "b": 2} | window, "query")) == {"b", "window_end"}
+    january = Window("2024-01-01T00:00:00+00:00", "2024-02-01T00:00:00+00:00")
+
+    def absent(what: str) -> Window:
+        raise BadConfiguration(f"{what}, and this run has no window")
+
+    bound = bind(statement, {"a": 1, "b": 2}, lambda _: january, "query")
+    assert bound == {"b": 2, "window_end": datetime(2024, 2, 1, tzinfo=UTC)}
     with pytest.raises(BadConfiguration, match=r"query uses \$window_end, and this run has no window"):
-        bind(statement, {"b": 2} | window_values(None), "query")
+        bind(statement, {"b": 2}, absent, "query")
     with pytest.raises(BadConfiguration, match=r"query uses \$b; did you mean 'bb'"):
-        bind(statement, {"bb": 2} | window, "query")
+        bind(statement, {"bb": 2}, lambda _: january, "query")
 
 
 def test_doubled_columns_are_found_whatever_their_case(tmp_path: Path) -> None:

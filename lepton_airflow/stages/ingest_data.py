@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.dataset import (
@@ -20,11 +22,10 @@ from lepton_airflow.dataset import (
     interruptible,
     literal,
     select_statement,
-    window_values,
 )
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
+from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, require
 from lepton_airflow.sorting import MIN_MEMORY_MB, sort_parquet
-from lepton_airflow.sources import Landed, Landing, Source
+from lepton_airflow.sources import Landed, Landing, NoFiles, Source
 from lepton_airflow.stages import Result, RunInfo, Stage
 
 if TYPE_CHECKING:
@@ -38,23 +39,27 @@ _SCHEMA_BYTES = 3000  # of the receipt's 8 KB; the snapshot itself has the whole
 
 @dataclass(kw_only=True)
 class IngestData(Stage):
-    """Collect rows from files and databases into one immutable Parquet snapshot.
+    """Collect rows from files, lakes and databases into one immutable Parquet snapshot.
 
     ``query`` is one DuckDB SELECT over the sources, which are tables of their names. Equal inputs give byte-equal
     snapshots whatever the number of threads, as long as the query's own result is fixed: give every ``DISTINCT ON``,
     ``first()`` and ``row_number()`` an order, and round averages, whose last bits depend on the order of adding.
 
     ``sources={"flights": "s3://raw/flights/*.csv", "weather": {"uri": "weather.jsonl", "types": {"hour": "INTEGER"}},
-    "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE ordered_at >= $window_start"}}``
+    "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE ordered_at >= $window_start"},
+    "stock": {"format": "delta", "uri": "s3://lake/stock", "version": 12, "connection": "lake"}}``
 
     :param sources: name to a URI, a glob, a list of them, or a dict: uri, format (csv, tsv, jsonl, parquet), types,
-        delimiter, null_values, date_format, encoding, union, connection; or connection (postgres, sqlite), sql, version.
+        delimiter, null_values, date_format, encoding, union, connection; or format (delta), uri, version, or format
+        (iceberg), catalog, table, snapshot_id, each with columns, filters, types, connection; or connection (postgres,
+        sqlite), sql, version.
     :param query: one SELECT; ``$window_start`` and ``$window_end`` are the run's window as TIMESTAMPTZ, and
         ``parameters`` are bound by name.
     :param parameters: values bound to the query by name; values from a form belong here, not in the text.
     :param order_by: columns that order the snapshot; ties are put in a fixed order; empty: all columns.
     :param max_rejected_share: largest share of one source's rows that may be unreadable [share, 0 to 1].
-    :param allow_empty: whether a snapshot without rows is fine.
+    :param on_empty: when a source's files are not there or the query gives no row: ``fail``; ``skip`` this task and those
+        after it, for a schedule with months without data; or ``keep`` a snapshot without rows, if the files are there.
     :param memory_limit_mb: what DuckDB may hold, at least 128; the rest is spilled to disk. Give the process 300 MB more
         for Python and Parquet writers; and more here for rows over 10 KB or 500 columns [MB].
     :param threads: threads of DuckDB; the result does not depend on it.
@@ -67,7 +72,7 @@ class IngestData(Stage):
     parameters: dict[str, Any] = field(default_factory=dict)
     order_by: list[str] = field(default_factory=list)
     max_rejected_share: float = 0.01
-    allow_empty: bool = False
+    on_empty: Literal["fail", "skip", "keep"] = "fail"
     memory_limit_mb: int = 1024
     threads: int = 2
 
@@ -76,8 +81,9 @@ class IngestData(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("snapshot", "rejected", "rows", "sources", "schema")
 
     def input_digests(self, run: RunInfo) -> dict[str, str] | None:
-        """Digests of the files of every source; None as soon as one is a database without a stated version."""
-        digests = {source.name: source.digest(run) for source in self._sources()}
+        """Digests of every source's files, or of its table's version; None as soon as one is a live database."""
+        with self._if_absent():
+            digests = {source.name: source.digest(run) for source in self._sources()}
         known = {name: digest for name, digest in digests.items() if digest is not None}
         return known if len(known) == len(digests) else None
 
@@ -102,7 +108,8 @@ class IngestData(Stage):
         """Land the sources, run the query, and save the snapshot.
 
         :return: artifacts ``snapshot`` and, if a row was unreadable, ``rejected`` (source, file, line, column,
-            error, raw); values ``rows``, ``sources`` (rows, rejected, digest of each) and ``schema``.
+            error, raw); values ``rows``, ``sources`` (rows, rejected, digest, and version if it is a lake's table) and
+            ``schema``.
         """
         require("duckdb", "IngestData", self.extra)
         if not 0 <= self.max_rejected_share <= 1:
@@ -114,7 +121,8 @@ class IngestData(Stage):
                 f"memory_limit_mb={self.memory_limit_mb}: DuckDB needs at least {MIN_MEMORY_MB} to sort in pieces."
             )
         sources = self._sources()
-        files = {source.name: {} if source.sql else source.files(run) for source in sources}
+        with self._if_absent():
+            files = {source.name: source.files(run) for source in sources}
         readable = [path for found in files.values() for path in found]
         con = connect(
             run.workdir, memory_limit_mb=self.memory_limit_mb, threads=self.threads, readable=readable
@@ -125,15 +133,16 @@ class IngestData(Stage):
             con.close()
         snapshot = run.workdir / "snapshot.parquet"
         rows = self._sort(run.workdir / _UNSORTED, snapshot, run)
-        if not rows and not self.allow_empty:
+        if not rows and self.on_empty != "keep":
             read = ", ".join(f"{one.name} {one.rows}" for one in landed)
-            raise BadInput(
-                f"the query gives no row{_span(run)}; rows read: {read}. "
-                "Check the window and the conditions, or set allow_empty=true."
-            )
+            nothing = f"the query gives no row{_span(run)}; rows read: {read}."
+            if self.on_empty == "skip":
+                raise Skipped(nothing)
+            raise BadInput(f"{nothing} Check the window and the conditions, or set on_empty to skip or keep.")
         artifacts = rejected | {"snapshot": run.save("snapshot.parquet", snapshot)}
         counts = {
             one.name: {"rows": one.rows, "rejected": one.rejected, "digest": source.digest(run)}
+            | ({"version": one.version} if one.version is not None else {})
             for one, source in zip(landed, sources, strict=True)
         }
         taken, left = sum(one.rows for one in landed), sum(one.rejected for one in landed)
@@ -144,6 +153,16 @@ class IngestData(Stage):
             values={"rows": rows, "sources": counts, "schema": _bounded(schema)},
             metrics={"rows": rows, "rows_read": taken, "rows_rejected": left},
         )
+
+    @contextmanager
+    def _if_absent(self) -> Iterator[None]:
+        """Skip instead of failing over files that are not there, if the user said so."""
+        try:
+            yield
+        except NoFiles as error:
+            if self.on_empty != "skip":
+                raise
+            raise Skipped(str(error)) from None
 
     def _collect(
         self,
@@ -160,7 +179,7 @@ class IngestData(Stage):
             log.info(
                 "%s: %d rows, %d rejected, from %s (%.1f s)",
                 source.name, landed[-1].rows, landed[-1].rejected,
-                f"{len(files[source.name])} file(s)" if files[source.name] else source.connection,
+                f"{len(files[source.name])} file(s)" if files[source.name] else source.place(landed[-1].version),
                 time.monotonic() - began,
             )  # fmt: skip
             run.check_stop()
@@ -214,7 +233,7 @@ class IngestData(Stage):
         import duckdb
 
         statement = select_statement(con, self.query, "query")
-        values = bind(statement, self.parameters | window_values(run.window), "query")
+        values = bind(statement, self.parameters, run.need_window, "query")
         tables = "; ".join(f"{one.name}({', '.join(one.columns)})" for one in landed)
         try:
             schema = column_types(con, statement.query, values, "query")

@@ -24,7 +24,6 @@ from lepton_airflow.dataset import (
     quote,
     select_statement,
     total_order,
-    window_values,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
 from lepton_airflow.profile import reference_profile
@@ -394,11 +393,8 @@ class PrepareData(Stage):
         """The time at which a split begins: as stated, or such that the rows from it on are about the fraction."""
         stated = getattr(self, name)
         if stated in ("window_start", "window_end"):
-            if run.window is None:
-                raise BadConfiguration(
-                    f"{name}={stated!r}, and this run has no window: give the window, or a time in ISO 8601."
-                )
-            stated = getattr(run.window, stated.removeprefix("window_"))
+            window = run.need_window(f"{name}={stated!r}")
+            stated = getattr(window, stated.removeprefix("window_"))
         if stated:
             try:
                 moment = datetime.fromisoformat(stated)
@@ -633,7 +629,7 @@ class _Features:
                 select = f"SELECT * FROM read_parquet({literal(self._call(source, name))})"
             else:
                 statement = select_statement(self.con, stage.features or "SELECT * FROM snapshot", "features")
-                values = bind(statement, stage.parameters | window_values(self.run.window), "features")
+                values = bind(statement, stage.parameters, self.run.need_window, "features")
                 select = statement.query
                 if before is not None:
                     select = f"WITH snapshot AS (SELECT * FROM {source}) SELECT * FROM (\n{select}\n)"

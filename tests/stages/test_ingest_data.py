@@ -501,7 +501,7 @@ def test_a_window_without_data_names_the_window_and_what_was_read(tmp_path: Path
     query = "SELECT * FROM s WHERE t >= $window_start"
     with pytest.raises(BadInput, match=r"no row for the window 2013-05-01.* to 2013-06-01.*; rows read: s 1"):
         ingest(tmp_path, {"s": source}, query, window=MAY)
-    assert ingest(tmp_path, {"s": source}, query, window=MAY, allow_empty=True).values["rows"] == 0
+    assert ingest(tmp_path, {"s": source}, query, window=MAY, on_empty="keep").values["rows"] == 0
 
 
 def test_a_truncated_parquet_file_is_refused(raw_flights: Path, tmp_path: Path) -> None:
