@@ -117,6 +117,25 @@ def test_one_altered_byte_is_found_and_the_next_run_heals_it(
         assert store.intact(artifact)
 
 
+def test_a_pinned_artifact_is_read_into_memory_once_and_verified(store: Store, tree: Path) -> None:
+    folder, file = store.put("model", tree), store.put("one.json", "{}")
+    assert store.load(file.uri) == {"": b"{}"}
+    assert store.load(folder.uri) == {"model.json": b"{}", "sub/größe 1.bin": bytes(range(256))}
+    path = f"artifacts/{folder.sha256[:32]}/model"
+    store.write(f"{path}/model.json", b"{ }")
+    with pytest.raises(IntegrityError, match="altered or is damaged"):
+        store.load(folder.uri)
+    store.write(f"{path}/model.json", b"{}")
+    store.write(f"{path}/more", b"x")
+    with pytest.raises(IntegrityError, match="altered or is damaged"):
+        store.load(folder.uri)
+    with pytest.raises(IntegrityError, match="names no digest"):
+        store.load(split_pin(file.uri)[0])
+    store.delete(f"artifacts/{file.sha256[:32]}")
+    with pytest.raises(BadInput, match="does not exist"):
+        store.load(file.uri)
+
+
 def test_nothing_there_is_a_sentence(store: Store, tmp_path: Path) -> None:
     uri = store.uri("artifacts/none")
     with pytest.raises(BadInput, match="artifacts/none does not exist"):
