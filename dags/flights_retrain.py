@@ -1,11 +1,13 @@
-"""Retrain the model of late arrivals every month, judge it against the champion, and promote it if it is better.
+"""Retrain the model of late arrivals every month, judge it against the champion, promote and deploy it if it is better.
 
 A run for a month trains on the three months before it and is judged on the month itself, which neither model saw.
 Raw data lies in the folder that the Airflow Variable ``flights_raw`` names; MLflow is the Connection
-``mlflow_default``. A backfill registers models and moves nothing, unless ``on_backfill`` says ``full``.
+``mlflow_default``. The champion is served by ``python -m lepton_airflow serve flights-late``, started beside Airflow. A
+backfill registers models and moves nothing, unless ``on_backfill`` says ``full``.
 
-To run a month from the UI: Trigger, Backfill, and dates in 2013. A single run needs a logical date in 2013 (it takes the
-month before), or no logical date and the params ``window_start`` and ``window_end``.
+The data are of 2013; a run for a month without data is skipped. To run a month from the UI: Trigger, Backfill, and dates in
+2013. A single run needs a logical date in 2013 (it takes the month before), or no logical date and the params
+``window_start`` and ``window_end``.
 """
 
 from datetime import UTC, datetime
@@ -15,10 +17,12 @@ from airflow.timetables.assets import AssetOrTimeSchedule
 from airflow.timetables.interval import CronDataIntervalTimetable
 
 from lepton_airflow.operators import (
+    DeployModelOperator,
     EvaluateModelOperator,
     IngestDataOperator,
     PrepareDataOperator,
     PromoteModelOperator,
+    QuantizeModelOperator,
     RegisterModelOperator,
     TrainModelOperator,
     TuneModelOperator,
@@ -37,9 +41,6 @@ with DAG(
     ),
     # March has two months before it to train on, every later month three.
     start_date=datetime(2013, 3, 1, tzinfo=UTC),
-    end_date=datetime(
-        2013, 12, 1, tzinfo=UTC
-    ),  # the data ends; Airflow makes no tasks for runs of later dates
     catchup=False,
     default_args={"retries": 1, "mlflow": "mlflow_default"},
     params={
@@ -103,6 +104,7 @@ with DAG(
         },
         query="sql/flights_snapshot.sql",
         order_by=["scheduled_at", "origin", "carrier", "flight"],
+        on_empty="skip",
     )
     validate = ValidateDataOperator(
         task_id="validate", dataset=ingest.output["snapshot"], suite="../great_expectations/flights.json"
@@ -135,12 +137,18 @@ with DAG(
         hyperparameters=tune.output["best"],
         profile=prepare.output["profile"],
     )
+    quantize = QuantizeModelOperator(
+        task_id="quantize",
+        model=train.output["model"],
+        calibration=prepare.output["train"],
+        dataset=prepare.output["valid"],  # the test rows are kept for the verdict on the champion
+    )
     evaluate = EvaluateModelOperator(
-        task_id="evaluate", model=train.output["model"], dataset=prepare.output["test"], slices=["origin"]
+        task_id="evaluate", model=quantize.output["model"], dataset=prepare.output["test"], slices=["origin"]
     )
     register = RegisterModelOperator(
         task_id="register",
-        model=train.output["model"],
+        model=quantize.output["model"],
         name="flights_late",
         metrics=evaluate.output["metrics"],
         on_backfill="{{ params.on_backfill }}",
@@ -154,4 +162,12 @@ with DAG(
         min_effect="{{ params.min_effect }}",
         on_backfill="{{ params.on_backfill }}",
     )
+    deploy = DeployModelOperator(
+        task_id="deploy",
+        endpoint="flights-late",
+        name=register.output["name"],
+        golden=prepare.output["test"],
+        on_backfill="{{ params.on_backfill }}",
+    )
     validate >> prepare
+    promote >> deploy

@@ -75,6 +75,60 @@ class StageOperator(BaseOperator):
     def output(self) -> PlainXComArg: ...
     def execute(self, context: Mapping[str, Any]) -> dict[str, Any]: ...
 
+class CheckDriftOperator(StageOperator):
+    """Compare the current rows with those a model was trained on, and ask for a retraining when they have drifted."""
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        dataset: ArtifactUri | XComArg | str,
+        name: str | XComArg | None = ...,
+        reference: ArtifactUri | XComArg | str | None = ...,
+        reference_rows: ArtifactUri | XComArg | str | None = ...,
+        threshold: float | str | XComArg = ...,
+        alpha: float | str | XComArg = ...,
+        min_columns: int | str | XComArg = ...,
+        cluster_column: str | XComArg | None = ...,
+        sample_rows: int | str | XComArg = ...,
+        seed: int | str | XComArg = ...,
+        on_backfill: Literal["register_only", "skip", "full"] | str | XComArg = ...,
+        memory_limit_mb: int | str | XComArg = ...,
+        threads: int | str | XComArg = ...,
+        runner: Runner | None = None,
+        store: str | XComArg | None = None,
+        store_conn_id: str | None = None,
+        cache: Literal["use", "refresh", "off"] | str | XComArg = "use",
+        cache_ttl_s: float | None = None,
+        window: Mapping[str, str] | XComArg | None = None,
+        **kwargs: Unpack[_TaskArguments],
+    ) -> None: ...
+
+class DeployModelOperator(StageOperator):
+    """Put a model into service at a named endpoint, and wait until its servers report that it is."""
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        endpoint: str | XComArg,
+        name: str | XComArg | None = ...,
+        model: ArtifactUri | XComArg | str | None = ...,
+        golden: ArtifactUri | XComArg | str | None = ...,
+        max_difference: float | str | XComArg = ...,
+        max_latency_ms: float | str | XComArg = ...,
+        max_memory_mb: float | str | XComArg = ...,
+        timeout_s: float | str | XComArg = ...,
+        on_backfill: Literal["register_only", "skip", "full"] | str | XComArg = ...,
+        runner: Runner | None = None,
+        store: str | XComArg | None = None,
+        store_conn_id: str | None = None,
+        cache: Literal["use", "refresh", "off"] | str | XComArg = "use",
+        cache_ttl_s: float | None = None,
+        window: Mapping[str, str] | XComArg | None = None,
+        **kwargs: Unpack[_TaskArguments],
+    ) -> None: ...
+
 class EvaluateModelOperator(StageOperator):
     """Run the ONNX model over a split that it has not seen, and report every metric with its interval."""
 
@@ -102,7 +156,7 @@ class EvaluateModelOperator(StageOperator):
     ) -> None: ...
 
 class IngestDataOperator(StageOperator):
-    """Collect rows from files and databases into one immutable Parquet snapshot."""
+    """Collect rows from files, lakes and databases into one immutable Parquet snapshot."""
 
     def __init__(
         self,
@@ -113,7 +167,7 @@ class IngestDataOperator(StageOperator):
         parameters: Mapping[str, Any] | str | XComArg = ...,
         order_by: Sequence[str] | str | XComArg = ...,
         max_rejected_share: float | str | XComArg = ...,
-        allow_empty: bool | str | XComArg = ...,
+        on_empty: Literal["fail", "skip", "keep"] | str | XComArg = ...,
         memory_limit_mb: int | str | XComArg = ...,
         threads: int | str | XComArg = ...,
         runner: Runner | None = None,
@@ -181,6 +235,39 @@ class PromoteModelOperator(StageOperator):
         on_backfill: Literal["register_only", "skip", "full"] | str | XComArg = ...,
         tracking_uri: str | XComArg | None = ...,
         mlflow: ConnectionId | str | XComArg | None = ...,
+        runner: Runner | None = None,
+        store: str | XComArg | None = None,
+        store_conn_id: str | None = None,
+        cache: Literal["use", "refresh", "off"] | str | XComArg = "use",
+        cache_ttl_s: float | None = None,
+        window: Mapping[str, str] | XComArg | None = None,
+        **kwargs: Unpack[_TaskArguments],
+    ) -> None: ...
+
+class QuantizeModelOperator(StageOperator):
+    """Try smaller number formats on a model, measure them on this CPU, and take one only where it pays."""
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        model: ArtifactUri | XComArg | str,
+        calibration: ArtifactUri | XComArg | str,
+        dataset: ArtifactUri | XComArg | str,
+        candidates: Sequence[str] | str | XComArg = ...,
+        metric: str | XComArg | None = ...,
+        max_loss: float | str | XComArg | None = ...,
+        min_speedup: float | str | XComArg = ...,
+        min_shrink: float | str | XComArg = ...,
+        calibration_rows: int | str | XComArg = ...,
+        batch_rows: Sequence[int] | str | XComArg = ...,
+        rounds: int | str | XComArg = ...,
+        seconds: float | str | XComArg = ...,
+        threads: int | str | XComArg = ...,
+        cluster_column: str | XComArg | None = ...,
+        threshold: float | str | XComArg = ...,
+        confidence: float | str | XComArg = ...,
+        seed: int | str | XComArg = ...,
         runner: Runner | None = None,
         store: str | XComArg | None = None,
         store_conn_id: str | None = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lepton_airflow.testing import LocalAirflow, LocalMlflow
+from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = {"project": ROOT / "dags", "drills": Path(__file__).parent / "bundle"}
@@ -75,3 +75,10 @@ def airflow(make_airflow: Callable[..., LocalAirflow], mlflow: LocalMlflow) -> I
         for dag_id in ("wait", "count", "flights_retrain", "one_stage"):
             running.wait_for_dag(dag_id)
         yield running
+
+
+@pytest.fixture(scope="session")
+def endpoint(airflow: LocalAirflow) -> Iterator[LocalEndpoint]:
+    """The model server of flights_retrain, for backfills that deploy."""
+    with LocalEndpoint("flights-late", str(airflow.home / "store"), airflow.home / "endpoint") as server:
+        yield server

@@ -16,7 +16,7 @@ import pytest
 from lepton_airflow.contract import split_pin
 from lepton_airflow.registry import Ledger
 from lepton_airflow.store import Store
-from lepton_airflow.testing import LocalAirflow
+from lepton_airflow.testing import LocalAirflow, LocalEndpoint
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
 
@@ -157,7 +157,7 @@ def _backfill(
 
 
 def _receipts(airflow: LocalAirflow, month: str) -> dict[str, Any]:
-    (run,) = [r for r in airflow.runs(DAG) if r["logical_date"].startswith(month)]
+    (run,) = [r for r in airflow.runs(DAG) if (r["logical_date"] or "").startswith(month)]
     tasks = airflow.tasks(DAG, run["dag_run_id"])
     assert {t["state"] for t in tasks.values()} == {"success"}, {n: t["state"] for n, t in tasks.items()}
     return {name: airflow.xcom(DAG, run["dag_run_id"], name) for name in tasks}
@@ -190,23 +190,39 @@ def test_the_same_months_again_are_taken_from_the_cache(airflow: LocalAirflow) -
     for month, earlier in before.items():
         now = _receipts(airflow, month)
         cached = {name for name, receipt in now.items() if receipt["status"] == "cached"}
-        assert cached == {"ingest", "validate", "prepare", "tune", "train", "evaluate"}
+        assert cached == {"ingest", "validate", "prepare", "tune", "train", "quantize", "evaluate"}
         assert now["train"]["artifacts"] == earlier["train"]["artifacts"]
         assert now["register"]["values"] == earlier["register"]["values"]  # one version per task instance
 
 
-def test_a_full_backfill_makes_a_champion_that_older_months_cannot_replace(
-    airflow: LocalAirflow, ledger: Ledger
+def test_a_full_backfill_makes_and_serves_a_champion_that_older_months_cannot_replace(
+    airflow: LocalAirflow, endpoint: LocalEndpoint, ledger: Ledger
 ) -> None:
     _backfill(airflow, "2013-07", "2013-07", {"on_backfill": "full"}, reprocess="completed")
-    promoted = _receipts(airflow, "2013-07")["promote"]["values"]
+    july = _receipts(airflow, "2013-07")
+    promoted = july["promote"]["values"]
     assert (promoted["decision"], promoted["moved"]) == ("bootstrap", True)
+    served = july["deploy"]["values"]
+    assert (served["deployed"], served["version"], served["url"]) == (
+        True,
+        str(promoted["champion"]),
+        endpoint.url,
+    )
 
     _backfill(airflow, "2013-06", "2013-06", {"on_backfill": "full"}, reprocess="completed")
-    older = _receipts(airflow, "2013-06")["promote"]["values"]
+    june = _receipts(airflow, "2013-06")
+    assert june["deploy"]["values"]["version"] == served["version"]
+    older = june["promote"]["values"]
     assert (older["decision"], older["moved"]) == ("hold", False)
     assert "newer" in older["reason"]
     assert [entry.version for entry in ledger.entries()] == [promoted["champion"]]
+
+
+def test_a_month_without_data_is_skipped(airflow: LocalAirflow) -> None:
+    run = airflow.trigger(DAG, QUICK, logical_date="2026-11-22T00:00:00Z")
+    assert airflow.wait(DAG, run) == "success"
+    assert {t["state"] for t in airflow.tasks(DAG, run).values()} == {"skipped"}
+    assert "gives no row" in airflow.log(DAG, run, "ingest")
 
 
 def test_a_run_without_a_data_interval_says_what_to_do(airflow: LocalAirflow) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lepton_airflow.registry import Ledger
 from lepton_airflow.store import Store
-from lepton_airflow.testing import LocalAirflow
+from lepton_airflow.testing import LocalAirflow, LocalEndpoint
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
 
@@ -31,7 +31,7 @@ def _started_by_assets(airflow: LocalAirflow) -> list[str]:
     return [r["dag_run_id"] for r in airflow.runs(RETRAIN) if r["run_type"] == "asset_triggered"]
 
 
-def test_drift_starts_a_retraining_over_its_month(airflow: LocalAirflow) -> None:
+def test_drift_starts_a_retraining_over_its_month(airflow: LocalAirflow, endpoint: LocalEndpoint) -> None:
     airflow.wait_for_dag(WATCH)
     if not Ledger(Store(str(airflow.home / "store")), "flights_late").entries():
         conf = {"trainer": "logistic_regression", "trials": 1, "on_backfill": "full"}
