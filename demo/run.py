@@ -1,8 +1,9 @@
 """Show the whole pipeline on this machine: ``make demo`` runs ``demo/run.py up``, ``make demo-stop`` runs ``… down``.
 
-``up`` starts MLflow and a real Airflow on loopback, backfills months of ``flights_retrain`` one at a time through
-Airflow's own backfill, prints what became of each, and leaves the servers running. State lies under ``.demo``;
-a second call continues with it.
+``up`` starts MLflow, a model server and a real Airflow on loopback, backfills months of ``flights_retrain`` one at a time
+through Airflow's own backfill, asks the champion that they deployed about real flights, lets ``flights_watch`` look at a
+later month, whose drift starts a retraining, prints what became of it all, and leaves the servers running. State lies
+under ``.demo``; a second call continues with it.
 """
 
 from __future__ import annotations
@@ -25,17 +26,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from flights import land
 
+from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import LeptonError
-from lepton_airflow.testing import LocalAirflow, LocalMlflow, processes
+from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow, processes
 
 ROOT = Path(__file__).parent.parent
 STATE = Path(os.environ.get("LEPTON_DEMO_STATE", ROOT / ".demo"))
 PORT = int(os.environ.get("LEPTON_DEMO_PORT", "8080"))
 PORT_MLFLOW = int(os.environ.get("LEPTON_DEMO_MLFLOW_PORT", "5000"))
+PORT_ENDPOINT = int(os.environ.get("LEPTON_DEMO_ENDPOINT_PORT", "8800"))
 DAG = "flights_retrain"
+WATCH = "flights_watch"
 # April bootstraps. What a model learnt from January to March soon ages; when a newer one is better beyond chance was
 # measured by month: docs/flights.md.
 FIRST, LAST = "2013-04-01", "2013-08-01"
+WATCHED = "2013-11-01"  # late autumn, for a champion that learnt in early summer
 CONF = {"on_backfill": "full"}
 _WIDTH = 110  # columns of the table
 
@@ -63,6 +68,11 @@ def mlflow() -> LocalMlflow:
     return LocalMlflow(STATE / "mlflow", PORT_MLFLOW)
 
 
+def endpoint() -> LocalEndpoint:
+    """The demo's model server, running or not."""
+    return LocalEndpoint("flights-late", str(STATE / "store"), STATE / "endpoint", PORT_ENDPOINT)
+
+
 def airflow() -> LocalAirflow:
     """The demo's Airflow, running or not."""
     return LocalAirflow(
@@ -79,26 +89,32 @@ def airflow() -> LocalAirflow:
 
 
 def up() -> int:
-    """Start everything, backfill, print the table."""
+    """Start everything, backfill, ask the endpoint, watch for drift, and tell of it."""
     began = time.monotonic()
     STATE.mkdir(parents=True, exist_ok=True)
-    af, tracking = airflow(), mlflow()
+    af, tracking, server = airflow(), mlflow(), endpoint()
     with _alone():
-        _start(af, tracking)
-        _backfill(af)
-    _watch(af)
-    print_table(af)
+        _start(af, tracking, server)
+        _backfill(af, DAG, _months(FIRST, LAST))
+    _follow(af, DAG, "backfill")
+    good = all(run["state"] == "success" for run in _runs(af, DAG, "backfill"))
+    print_table(af, _runs(af, DAG, "backfill"))
+    if good:
+        ask(af, server)
+        good = watch(af)
     print(f"\nDone in {time.monotonic() - began:.0f} s. Open")
-    print(f"  Airflow  {af.url}/dags/{DAG}    (grid, logs, Trigger > Backfill)")
-    print(f"  MLflow   {tracking.url}/#/models/flights_late    (versions, aliases, metrics)")
-    print(f"  Store    {STATE / 'store'}    (snapshots, reports, model packages)")
+    print(f"  Airflow   {af.url}/dags/{DAG}    (grid, logs, Trigger > Backfill)")
+    print(f"  MLflow    {tracking.url}/#/models/flights_late    (versions, aliases, metrics)")
+    print(f"  Endpoint  {server.url}/v2/models/flights-late    (what it takes; /metrics beside it)")
+    print(f"  Store     {STATE / 'store'}    (snapshots, reports, model packages)")
     print("make demo-stop ends the servers.")
-    return 0 if all(run["state"] == "success" for run in _backfilled(af)) else 1
+    return 0 if good else 1
 
 
 def down() -> int:
     """Stop what ``up`` started."""
     airflow().stop()
+    endpoint().stop()
     mlflow().stop()
     say("stopped")
     return 0
@@ -116,10 +132,12 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _start(af: LocalAirflow, tracking: LocalMlflow) -> None:
+def _start(af: LocalAirflow, tracking: LocalMlflow, server: LocalEndpoint) -> None:
     """Land the data and start the servers that do not run yet."""
     if not tracking.running():
         processes.refuse_used_port(PORT_MLFLOW, "set LEPTON_DEMO_MLFLOW_PORT to a free port")
+    if not server.running():
+        processes.refuse_used_port(PORT_ENDPOINT, "set LEPTON_DEMO_ENDPOINT_PORT to a free port")
     if not af.running():
         af.stop()  # what an interrupted start left
         processes.refuse_used_port(PORT, "set LEPTON_DEMO_PORT to a free port")
@@ -128,6 +146,9 @@ def _start(af: LocalAirflow, tracking: LocalMlflow) -> None:
     say("MLflow runs already" if tracking.running() else "starting MLflow")
     if not tracking.running():
         tracking.start()
+    say("the model server runs already" if server.running() else "starting the model server of flights-late")
+    if not server.running():
+        server.start()
     if af.running():
         say("Airflow runs already")
         af.wait_until_it_answers()  # a start that was interrupted may be a moment ago
@@ -135,83 +156,150 @@ def _start(af: LocalAirflow, tracking: LocalMlflow) -> None:
         say("starting Airflow: scheduler, triggerer, DAG processor, API server")
         af.start()
     af.wait_for_dag(DAG)
+    af.wait_for_dag(WATCH)
 
 
-def _backfilled(af: LocalAirflow) -> list[dict[str, Any]]:
-    """The backfill's runs, the earliest month first; runs that somebody started in the UI are not ours to tell of."""
-    return [run for run in af.runs(DAG) if run["run_type"] == "backfill"]
+def _months(first: str, last: str) -> list[str]:
+    return [f"2013-{month:02d}" for month in range(int(first[5:7]), int(last[5:7]) + 1)]
 
 
-def _backfill(af: LocalAirflow) -> None:
-    """Ask for the months, as the UI's Backfill form does; months that have a run already are left alone."""
-    known = {run["logical_date"][:7] for run in _backfilled(af)}
-    wanted = {f"2013-{month:02d}" for month in range(int(FIRST[5:7]), int(LAST[5:7]) + 1)}
-    if wanted <= known:
-        say("these months are backfilled already; clear one in the UI to run it again")
+def _runs(af: LocalAirflow, dag: str, kind: str) -> list[dict[str, Any]]:
+    """The runs of a DAG of one kind, the earliest month first: those that somebody started by hand are not ours to tell of."""
+    return [run for run in af.runs(dag) if run["run_type"] == kind]
+
+
+def _backfill(af: LocalAirflow, dag: str, months: list[str]) -> None:
+    """Ask for months, as the UI's Backfill form does; months that have a run already are left alone."""
+    known = {run["logical_date"][:7] for run in _runs(af, dag, "backfill")}
+    if set(months) <= known:
+        say(f"{dag}: {len(months)} month(s) backfilled already; clear one in the UI to run it again")
         return
-    af.backfill(DAG, FIRST, LAST, CONF)
-    say(f"backfilling {len(wanted)} months of {DAG}, one at a time, with {json.dumps(CONF)}")
+    af.backfill(dag, f"{months[0]}-01", f"{months[-1]}-01", CONF)
+    say(f"{dag}: backfilling {len(months)} month(s), one at a time, with {json.dumps(CONF)}")
 
 
-def _watch(af: LocalAirflow, wait_s: float = 1800) -> None:
-    """Tell what ends, until all runs have ended."""
+def _follow(af: LocalAirflow, dag: str, kind: str, wait_s: float = 1800) -> list[dict[str, Any]]:
+    """Tell what ends, until all runs of this kind have ended; returns them."""
     told: dict[str, str] = {}
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        runs = _backfilled(af)
+        runs = _runs(af, dag, kind)
         for run in runs:
             if run["state"] == "queued":
                 continue
-            tasks = af.tasks(DAG, run["dag_run_id"])
+            tasks = af.tasks(dag, run["dag_run_id"])
             for name, task in sorted(tasks.items(), key=lambda item: item[1]["end_date"] or ""):
                 key = f"{run['dag_run_id']}/{name}"
                 if task["state"] in ("success", "failed", "upstream_failed", "skipped") and key not in told:
                     told[key] = task["state"]
-                    say(f"{_month(run)}  {name:<9} {task['state']:<8} {task['duration'] or 0:6.1f} s")
+                    say(f"{_month(af, run)}  {name:<11} {task['state']:<8} {task['duration'] or 0:6.1f} s")
         if runs and all(r["state"] in ("success", "failed") for r in runs):
-            return
+            return runs
+        for component in af.ended():
+            say(f"Airflow's {component} ended; starting it again (its log is {af.home / component}.log)")
+            af.start_component(component)
         time.sleep(2)
-    raise LeptonError(
-        f"the backfill did not end within {wait_s:.0f} s; see {af.url}/dags/{DAG} for what runs."
-    )
+    raise LeptonError(f"{dag} did not end within {wait_s:.0f} s; see {af.url}/dags/{dag} for what runs.")
 
 
-def print_table(af: LocalAirflow) -> None:
-    """What each month brought, what was decided and why, read from the receipts."""
+def ask(af: LocalAirflow, server: LocalEndpoint) -> None:
+    """Ask the endpoint about flights of the last month, as a client would, and compare with what came of them."""
+    import pyarrow.parquet as pq
+
+    last = _runs(af, DAG, "backfill")[-1]["dag_run_id"]
+    rows = pq.read_table(split_pin(af.xcom(DAG, last, "prepare", "test"))[0].removeprefix("file://"))
+    step = max(1, rows.num_rows // 200)
+    sample = rows.take(list(range(0, step * 200, step))).to_pylist()
+    features = server.metadata()["inputs"]
+    began = time.monotonic()
+    answers = []
+    for row in sample:
+        inputs = [
+            {"name": f["name"], "shape": [1, 1], "datatype": f["datatype"], "data": [row[f["name"]]]}
+            for f in features
+        ]
+        answers.append(server.infer({"inputs": inputs, "outputs": [{"name": "probabilities"}]}))
+    seconds = time.monotonic() - began
+    late = [answer["outputs"][0]["data"][1] for answer in answers]
     print(
-        f"\n{'month':<8}{'rows':>8}  {'ROC AUC [95% interval]':<24}{'verdict':<11}{'seconds':>7}  from the cache"
+        f"\n{len(sample)} requests to {server.url}/v2/models/flights-late/infer were answered by version "
+        f"{answers[0]['model_version']} in {seconds:.1f} s, one after the other:"
     )
-    for run in _backfilled(af):
+    for index in (0, 67, 134):
+        row = sample[index]
+        print(
+            f"  {row['scheduled_at']:%Y-%m-%d %H:%M}  {row['carrier']} {row['origin']}-{row['dest']}  "
+            f"late with probability {late[index]:.2f}; it was {'late' if row['late'] else 'in time'}"
+        )
+
+
+def watch(af: LocalAirflow) -> bool:
+    """Have a later month watched; its drift starts a retraining, which is followed to its end."""
+    print()
+    _backfill(af, WATCH, [WATCHED[:7]])
+    (watched,) = _follow(af, WATCH, "backfill")
+    if watched["state"] != "success":
+        return False
+    values = af.xcom(WATCH, watched["dag_run_id"], "check_drift")["values"]
+    say(f"{_month(af, watched)}  {values['reason']}")
+    if not values["retrain"]:
+        return True
+    say(f"that is an asset event, and it starts {DAG}")
+    af.until(lambda: bool(_runs(af, DAG, "asset_triggered")), "the retraining to start", 120)
+    retrained = _follow(af, DAG, "asset_triggered")
+    print_table(af, retrained)
+    return all(run["state"] == "success" for run in retrained)
+
+
+def print_table(af: LocalAirflow, runs: list[dict[str, Any]]) -> None:
+    """What each run brought, what was decided and why, read from the receipts."""
+    print(
+        f"\n{'month':<8}{'rows':>8}  {'ROC AUC [95% interval]':<24}{'verdict':<11}{'format':<13}{'served':>6}"
+        f"{'seconds':>9}  from the cache"
+    )
+    quantized = ""
+    for run in runs:
         tasks = af.tasks(DAG, run["dag_run_id"])
         receipts = {
             name: af.xcom(DAG, run["dag_run_id"], name)
             for name, task in tasks.items()
             if task["state"] == "success"
         }
-        print(_row(run, tasks, receipts))
+        print(_row(_month(af, run), run, tasks, receipts))
+        if "quantize" in receipts:
+            quantized = receipts["quantize"]["values"]["reason"]
+    if quantized:
+        print(_wrapped(f"format: {quantized}", ""))
 
 
-def _row(run: dict[str, Any], tasks: dict[str, Any], receipts: dict[str, Any]) -> str:
-    if "promote" not in receipts:
+def _row(month: str, run: dict[str, Any], tasks: dict[str, Any], receipts: dict[str, Any]) -> str:
+    if "deploy" not in receipts:
         bad = sorted(name for name, task in tasks.items() if task["state"] == "failed")
-        return f"{_month(run):<8}{run['state']}: {', '.join(bad)} failed; see its log in the UI"
+        return f"{month:<8}{run['state']}: {', '.join(bad)} failed; see its log in the UI"
     metrics = receipts["evaluate"]["metrics"]
     auc = "{roc_auc:.3f} [{roc_auc_low:.3f}, {roc_auc_high:.3f}]".format(**metrics)
     seconds = sum(task["duration"] or 0 for task in tasks.values())
     cached = sum(receipt["status"] == "cached" for receipt in receipts.values())
     verdict = receipts["promote"]["values"]["decision"]
     rows = receipts["ingest"]["values"]["rows"]
+    served = receipts["deploy"]["values"]["version"]
     why = receipts["promote"]["summary"].removeprefix(f"{verdict}: ")
-    return "\n".join(
-        [
-            f"{_month(run):<8}{rows:>8,}  {auc:<24}{verdict:<11}{seconds:>7.0f}  {cached} of {len(tasks)} tasks",
-            *textwrap.wrap(why, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8),
-        ]
+    return (
+        f"{month:<8}{rows:>8,}  {auc:<24}{verdict:<11}{receipts['quantize']['values']['chosen']:<13}"
+        f"{'v' + served if served else '-':>6}{seconds:>9.0f}  {cached} of {len(tasks)} tasks\n{_wrapped(why, ' ' * 8)}"
     )
 
 
-def _month(run: dict[str, Any]) -> str:
-    return datetime.fromisoformat(run["logical_date"]).strftime("%Y-%m")
+def _wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent or " " * 8)
+
+
+def _month(af: LocalAirflow, run: dict[str, Any]) -> str:
+    """The month that a run is about."""
+    if run["logical_date"]:
+        return datetime.fromisoformat(run["logical_date"]).strftime("%Y-%m")
+    events = af.api("GET", f"/dags/{run['dag_id']}/dagRuns/{run['dag_run_id']}/upstreamAssetEvents")
+    return str(events["asset_events"][0]["extra"]["window"]["start"][:7])
 
 
 def say(text: str) -> None:

@@ -162,6 +162,10 @@ class LocalAirflow:
         """Whether all components of this home run."""
         return all(self.pid(component) for component in COMPONENTS)
 
+    def ended(self) -> list[str]:
+        """Components that were started, that nobody stopped, and that do not run any more."""
+        return [c for c in COMPONENTS if not processes.stopped(c, self.home) and not self.pid(c)]
+
     def stop_component(self, component: str, sig: signal.Signals = signal.SIGTERM) -> None:
         """End one component and its children; SIGKILL ends it at once, as a power cut would."""
         processes.stop(component, self.home, sig)

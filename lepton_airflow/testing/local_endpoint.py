@@ -82,6 +82,12 @@ class LocalEndpoint:
             lambda: self._get("/v2/health/ready"), "the endpoint to be ready", wait_s, str(self.log)
         )
 
+    def metadata(self) -> dict[str, Any]:
+        """What the version in service takes and gives."""
+        with urllib.request.urlopen(f"{self.url}/v2/models/{self.endpoint}", timeout=60) as reply:
+            found: dict[str, Any] = json.load(reply)
+        return found
+
     def infer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to an inference request; raises HTTPError where it is refused."""
         answer: dict[str, Any] = json.loads(
