@@ -49,7 +49,8 @@ class Reconciler:
                 self.step()
             except LeptonError as error:
                 self.failures += 1
-                log.warning("endpoint %s: %s", self.endpoint, error)
+                if self.status.reason != str(error):  # once, not at every look
+                    log.warning("endpoint %s: %s", self.endpoint, error)
                 self._say(reason=str(error))
             except Exception:
                 self.failures += 1
@@ -67,22 +68,22 @@ class Reconciler:
         if fresh:
             self._known += fresh
             self._settled = False
-        if self._settled or not self._known:
-            return
-        newest = self._known[-1].sequence
-        self._say(
-            state="loading", desired=newest, reason=f"version {self._known[-1].version} is being loaded."
-        )
-        for desired in reversed(self._known):
-            if desired.sequence == self.status.serving or self._stop.is_set():
-                break
-            if desired.sequence not in self._errors and self._let_in(desired):
-                break
-        self._settled = True
-        if self.status.serving == newest:
-            self._say(state="serving", reason="")
-        elif newest in self._errors:
+            version = fresh[-1].version
+            self._say(state="loading", desired=len(self._known), reason=f"version {version} is being loaded.")
+        if not self._settled:
+            for desired in reversed(self._known):
+                if desired.sequence == self.status.serving or self._stop.is_set():
+                    break
+                if desired.sequence not in self._errors and self._let_in(desired):
+                    break
+            self._settled = True
+        newest = len(self._known)
+        if newest in self._errors:
             self._say(state="rejected", reason=str(self._errors[newest]))
+        elif self.status.serving == newest:
+            self._say(state="serving", reason="")
+        elif not newest:
+            self._say(reason="")
 
     def report(self) -> None:
         """Write this server's status to the store, with the time."""
@@ -109,10 +110,13 @@ class Reconciler:
         except StoreError:  # it says nothing about the version
             raise
         except Exception as failure:
-            log.exception("endpoint %s: version %s", self.endpoint, desired.version)
             error = (
-                failure if isinstance(failure, LeptonError) else LeptonError(f"loading failed: {failure!r}.")
+                failure
+                if isinstance(failure, LeptonError)
+                else LeptonError(f"it cannot be loaded: {failure!r}.")
             )
+            if error is not failure:
+                log.exception("endpoint %s: version %s", self.endpoint, desired.version)
             if verdict is None:
                 self._decide(desired, error=endpoints.error_record(error))
             return self._refuse(desired, error)

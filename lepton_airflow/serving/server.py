@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 _BODY_S = 30.0  # a client that sends slower than that gives up its place
 _DRAIN_S = 30
+_KEEP_ALIVE_S = (
+    75  # longer than load balancers keep an idle connection, so that none meets one that just closed
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,9 +300,8 @@ def serve(
     """Serve an endpoint until SIGTERM or SIGINT, then answer what was admitted and end."""
     check_endpoint_name(name)
     listener = _listen(host, port)
-    address = f"[{host}]" if ":" in host else host
     port = listener.getsockname()[1]
-    status = Status(server=f"{socket.gethostname()}-{port}", url=url or f"http://{address}:{port}")
+    status = Status(server=f"{socket.gethostname()}-{port}", url=url or f"http://{_address(host)}:{port}")
     endpoint = Endpoint(name, limits, Metrics())
     reconciler = Reconciler(store, name, status, endpoint.swap, poll_s)
     with suppress(StoreError):  # tidying can wait
@@ -310,12 +312,20 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_DRAIN_S,
+        timeout_keep_alive=_KEEP_ALIVE_S,
     )
     # uvicorn ends on a signal and then raises it again: ending when asked to is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     log.info("endpoint %s listens on %s, store %s", name, status.url, store.root)
     uvicorn.Server(config).run([listener])
+
+
+def _address(host: str) -> str:
+    """What others call a host that is listened on."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - asked for, not listened on by itself
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
 
 
 def _listen(host: str, port: int) -> socket.socket:

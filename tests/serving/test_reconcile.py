@@ -318,8 +318,9 @@ def test_a_store_that_fails_says_nothing_about_the_version(bench: Bench) -> None
         server.step()
     assert server.status.state == "loading"
     folder.unlink()
+    server._say(reason="the store failed.")  # as run does
     server.step()
-    assert (server.status.state, server.status.refused) == ("serving", {})
+    assert (server.status.state, server.status.reason, server.status.refused) == ("serving", "", {})
 
 
 def test_a_regression_is_compared_on_its_own_scale(bench: Bench, run_at: RunInfo) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -19,10 +20,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+from moto.server import ThreadedMotoServer
+from starlette.requests import Request
 
 from lepton_airflow import endpoints
 from lepton_airflow.contract import split_pin
+from lepton_airflow.endpoints import Desired, Status
+from lepton_airflow.errors import BadConfiguration
+from lepton_airflow.serving import server as server_module
+from lepton_airflow.serving.model import ServedModel
+from lepton_airflow.serving.protocol import Refused
+from lepton_airflow.serving.server import Endpoint, Limits, Metrics, serve
 from lepton_airflow.stages.deploy_model import DeployModel
+from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalEndpoint, processes
 
 if TYPE_CHECKING:
@@ -317,11 +327,66 @@ def _until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_port_that_is_taken_and_a_wrong_name_are_refused(wine: LocalEndpoint, tmp_path: Path) -> None:
-    from lepton_airflow.errors import BadConfiguration
-    from lepton_airflow.serving.server import Limits, serve
-    from lepton_airflow.store import Store
+def test_a_client_that_stalls_or_leaves_gives_its_place_back(
+    shelf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_BODY_S", 0.05)
+    endpoint = Endpoint("wine", Limits(), Metrics())
+    desired = Desired(
+        endpoint="wine",
+        sequence=1,
+        package=shelf.wine.uri,
+        version="1",
+        golden="",
+        max_difference=0,
+        max_latency_ms=0,
+        max_memory_mb=0,
+        run_key="",
+    )
+    endpoint.swap(ServedModel.load(shelf.run.store, desired))
 
+    async def ask(*messages: dict[str, Any]) -> int:
+        left = list(messages)
+
+        async def receive() -> dict[str, Any]:
+            return left.pop(0) if left else await asyncio.Future()
+
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        with pytest.raises(Refused) as refused:
+            await endpoint.infer(request, "wine", None)
+        return refused.value.status
+
+    half = {"type": "http.request", "body": b"{", "more_body": True}
+    assert asyncio.run(ask(half)) == 408
+    assert asyncio.run(ask(half, {"type": "http.disconnect"})) == 400
+    assert "lepton_serve_in_flight 0.0" in endpoint.metrics.show(Status(server="", url=""), 0).decode()
+
+
+def test_a_store_on_s3_serves_too(
+    shelf: Any, run_at: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    s3.start()
+    try:
+        host, port = s3.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        store = Store("s3://models/root")
+        store.fs.mkdir("models")
+        uri = store.put("model", shelf.wine.package.path).uri
+        with LocalEndpoint("clouds", store.root, tmp_path, options=QUICK) as server:
+            deploy(replace(run_at, store=store), "clouds", uri)
+            answer = outputs(server.infer({"inputs": tensors(shelf.wine.rows, shelf.wine.package)}))
+        assert endpoints.read_statuses(store, "clouds") == []
+    finally:
+        s3.stop()
+    wanted = shelf.wine.package.predict(shelf.wine.rows)
+    np.testing.assert_allclose(answer["probabilities"], wanted, rtol=0, atol=1e-7)
+
+
+def test_a_port_that_is_taken_and_a_wrong_name_are_refused(wine: LocalEndpoint, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     ways: dict[str, Any] = {"host": "127.0.0.1", "url": None, "limits": Limits(), "poll_s": 1}
     with pytest.raises(BadConfiguration, match=f"cannot listen on 127.0.0.1:{wine.port}"):
