@@ -9,6 +9,8 @@ Import it only where ``great_expectations`` and ``duckdb`` are installed.
 
 from __future__ import annotations
 
+import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +29,10 @@ from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.sql.compiler import GenericTypeCompiler, IdentifierPreparer, SQLCompiler
 
 from lepton_airflow.dataset import quote
+
+log = logging.getLogger(__name__)
+
+_TELL_S = 10.0  # between two lines of progress in the log
 
 # -- the dialect ------------------------------------------------------------------------------------------------------
 
@@ -116,10 +122,18 @@ class _Connection:
     """The one connection, for SQLAlchemy: it stays open, and so keeps its views, its limits and its time zone."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self._connection = connection
+        self.connection = connection
+        self._queries, self._began, self._told = 0, time.monotonic(), time.monotonic()
 
     def cursor(self) -> _Cursor:
-        return _Cursor(self._connection)
+        return _Cursor(self)
+
+    def tell(self) -> None:
+        """Count a query, and say in the log from time to time that there is progress."""
+        self._queries += 1
+        if time.monotonic() - self._told > _TELL_S:
+            self._told = time.monotonic()
+            log.info("query %d begins after %.0f s", self._queries, self._told - self._began)
 
     def commit(self) -> None:
         """DuckDB commits every statement by itself."""
@@ -128,11 +142,13 @@ class _Connection:
 
 
 class _Cursor:
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self._connection = connection
+    def __init__(self, connection: _Connection) -> None:
+        self._owner = connection
 
     def __getattr__(self, name: str) -> Any:  # execute, fetchall, description, …
-        return getattr(self._connection, name)
+        if name == "execute":
+            self._owner.tell()
+        return getattr(self._owner.connection, name)
 
     def close(self) -> None:
         """The connection outlives its cursors."""

@@ -40,6 +40,7 @@ _ROW_GROUP_BYTES = 32 << 20  # of a table's rows in memory before they are writt
 _TELL_S = 10.0  # between two lines in the log about a table that is being read
 _COMPRESSED = (".gz", ".zst")
 _TYPE = re.compile(r"^[A-Za-z][A-Za-z0-9_ ]*(\(\s*\d+\s*(,\s*\d+\s*)?\))?(\[\])*$")
+_MISSING = "'na', 'n/a', '#n/a', 'nan', 'nil', 'none', 'null', 'missing', 'unknown', '?', '.', '-', '--'"
 _LAKE_ONLY = ("catalog", "table", "snapshot_id", "columns", "filters")
 _NAME = re.compile(r"^[A-Za-z_]\w*$")
 
@@ -281,7 +282,44 @@ class Landing:
             layouts.setdefault(self._header(source, path, uri), []).append(path)
         _same_columns(source, {paths[0]: list(names) for names, paths in layouts.items()}, files)
         types = self._csv_types(source, layouts, files)
-        return [self._copy_csv(source, names, paths, types, files) for names, paths in layouts.items()]
+        landed = [self._copy_csv(source, names, paths, types, files) for names, paths in layouts.items()]
+        guessed = [name for name, kind in types.items() if kind == "VARCHAR" and name not in source.types]
+        self._warn_of_numbers(source, guessed, landed)
+        return landed
+
+    def _warn_of_numbers(self, source: Source, texts: list[str], paths: list[Path]) -> None:
+        """Name the columns that would be numbers but for a few texts that mean "no value"."""
+        scan = _parquet_scan(paths, union=True)
+
+        def look(columns: list[str], table: str) -> dict[str, tuple[int, int, list[str]]]:
+            """By column: its numbers, its values that are neither a number nor missing, its texts for missing ones."""
+            parts = []
+            for name in map(quote, columns):
+                number, missing = (
+                    f"TRY_CAST({name} AS DOUBLE) IS NOT NULL",
+                    f"lower(trim({name})) IN ({_MISSING})",
+                )
+                parts += [
+                    f"count(*) FILTER ({number})",
+                    f"count(*) FILTER ({name} IS NOT NULL AND NOT ({number}) AND NOT ({missing}))",
+                    f"list(DISTINCT {name}) FILTER (NOT ({number}) AND {missing})",
+                ]
+            row = self._one(f"SELECT {', '.join(parts)} FROM {table}")
+            return {c: (row[3 * i], row[3 * i + 1], row[3 * i + 2] or []) for i, c in enumerate(columns)}
+
+        # Most texts show themselves in the first rows; only for the others is the whole column read.
+        if texts:
+            texts = [
+                c for c, (_, others, _) in look(texts, f"(FROM {scan} LIMIT 20000)").items() if not others
+            ]
+        if texts:
+            for column, (numbers, others, missing) in look(texts, scan).items():
+                if numbers and not others and missing:
+                    log.warning(
+                        "source %r: column %r is text because of %s among %d numbers: pass null_values=%s to read them as "
+                        "missing, or types={%r: 'VARCHAR'} to keep the text.",
+                        source.name, column, ", ".join(map(repr, sorted(missing))), numbers, sorted(missing), column,
+                    )  # fmt: skip
 
     def _csv_options(self, source: Source, path: Path) -> str:
         delimiter = source.delimiter or ("\t" if source.kind(path) == "tsv" else ",")

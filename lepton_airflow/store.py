@@ -330,11 +330,13 @@ class Store:
         return sorted(((k, r) for k, r in found if r is not None), key=lambda item: item[1].created)
 
     def cache_evict(self, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
-        """Drop cache entries at least so old, and then the artifacts that nothing reaches any more.
+        """Drop what is at least so old: cache entries, receipts, checkpoints of fits that were given up; and then the
+        artifacts that nothing reaches any more.
 
         An artifact stays when a cache entry, a registration, a ledger entry or an endpoint names it; when a task's
-        receipt does that is younger (tasks after it may be about to read it); and when it is younger than an hour
-        itself (a task may be about to name it). Returns the numbers of entries and of bytes removed.
+        receipt does that is younger (tasks after it may be about to read it). What is younger than an hour always stays:
+        a task may be about to name the artifact, to read its receipt, or to resume. With ``stage``, only that stage's.
+        Returns the numbers of cache entries and of bytes removed.
         """
         limit = time.time() - older_than_s
         dropped = 0
@@ -342,17 +344,38 @@ class Store:
             if (stage is None or entry.stage == stage) and _created(entry) <= limit:
                 self.delete(key)
                 dropped += 1
+        freed = self._evict_runs(max(older_than_s, _GRACE_S), stage)
         naming = [key for prefix in _KEEPING for key in self.keys(prefix)]
         naming += [key for key in self.keys("receipts") if self._age_s(key) < older_than_s]
         kept = b"\n".join(self.read(key) or b"" for key in naming).decode(errors="replace")
-        freed = 0
         with self._errors("evicting artifacts"):
             for folder in self._folders("artifacts"):
                 if folder in kept or self._age_s(f"artifacts/{folder}") < _GRACE_S:
                     continue
-                freed += self.fs.du(self._path(f"artifacts/{folder}"))
-                self.delete(f"artifacts/{folder}")
+                freed += self._remove(f"artifacts/{folder}")
         return dropped, freed
+
+    def _evict_runs(self, older_than_s: float, stage: str | None) -> int:
+        """Drop what runs so old have left: checkpoints nobody resumed from any more, then receipts. Bytes removed."""
+        checkpoints = {name: f"checkpoints/{name}" for name in self._folders("checkpoints")}
+        receipts = {key.rpartition("/")[2].removesuffix(".json"): key for key in self.keys("receipts")}
+        freed = 0
+        with self._errors("evicting runs"):
+            for run_key, key in [*checkpoints.items(), *receipts.items()]:
+                if self._age_s(key) < older_than_s:
+                    continue
+                if stage is not None:
+                    receipt = self.receipt(run_key)
+                    if receipt is None or receipt.stage != stage:
+                        continue
+                freed += self._remove(key)
+        return freed
+
+    def _remove(self, key: str) -> int:
+        """Delete a key, a file or a directory; returns its bytes."""
+        size = int(self.fs.du(self._path(key)))
+        self.delete(key)
+        return size
 
     def _folders(self, prefix: str) -> list[str]:
         try:

@@ -306,6 +306,32 @@ def test_evict_spares_what_a_recent_run_made_without_the_cache(run: Bench) -> No
     assert not run.blob(receipt).exists()
 
 
+def test_evict_drops_old_receipts_and_given_up_checkpoints(run: Bench) -> None:
+    old, other, young = run(run_id="1"), run("Announce", run_id="2"), run(run_id="3")
+    for receipt in (old, other, young):
+        run.store.write(f"checkpoints/{receipt.run_key}/fit/step.pt", b"12345")
+    run.store.cache_evict(older_than_s=0)
+    assert len(run.store.keys("receipts")) == len(run.store.keys("checkpoints")) == 3  # none is an hour old
+
+    for receipt in (old, other):
+        for key in (f"receipts/{receipt.run_key}.json", f"checkpoints/{receipt.run_key}"):
+            path = Path(run.store.root.removeprefix("file://"), key)
+            for item in (path, *path.rglob("*")):
+                os.utime(item, (time.time() - 7200,) * 2)
+    run.store.cache_evict(older_than_s=7201)
+    assert len(run.store.keys("receipts")) == len(run.store.keys("checkpoints")) == 3
+    run.store.write(f"checkpoints/{other.run_key}/fit/step.pt", b"67890")  # its next try goes on
+    run.store.cache_evict(older_than_s=7000, stage="Nothing")
+    assert len(run.store.keys("receipts")) == len(run.store.keys("checkpoints")) == 3
+    _, freed = run.store.cache_evict(older_than_s=7000, stage="Shout")
+    assert freed > 5
+    assert run.store.receipt(old.run_key) is None
+    run.store.cache_evict(older_than_s=7000)
+    assert run.store.keys("receipts") == [f"receipts/{young.run_key}.json"]
+    left = {f"checkpoints/{receipt.run_key}/fit/step.pt" for receipt in (other, young)}
+    assert set(run.store.keys("checkpoints")) == left
+
+
 def test_evict_spares_a_folder_that_a_writer_just_made(run: Bench) -> None:
     folder = run.folder / "store" / "artifacts" / ("0" * 32)
     folder.mkdir()

@@ -99,12 +99,16 @@ class ValidateData(Stage):
     def _validate(
         self, con: duckdb.DuckDBPyConnection, path: Path, suite: dict[str, Any], run: RunInfo
     ) -> Result:
+        log.info("loading Great Expectations, which takes some seconds")
         with _quiet():
             from great_expectations.core import ExpectationSuiteValidationResult
             from great_expectations.validator.validator import calc_validation_statistics
 
             validator = _validator(con, path, self.engine)
             expectations = _expectations(suite, set(self.suite_parameters))
+            log.info(
+                "checking %d expectations of suite %r on %s", len(expectations), suite["name"], self.engine
+            )
             results = _evaluate(validator, expectations, self.suite_parameters, self.max_offending)
             statistics = calc_validation_statistics(results)
             report = ExpectationSuiteValidationResult(
@@ -157,10 +161,10 @@ class ValidateData(Stage):
             local = Path(uri).expanduser().absolute()
             if not split_pin(uri)[1] and not local.is_file():
                 found = [p.name for p in local.parent.glob("*.json")]
-                raise BadConfiguration(
-                    f"suite={self.suite!r}: there is no file {local}; {did_you_mean(local.name, found)} "
-                    "In a DAG, a path that starts with ./ or ../ is taken from the DAG file's folder."
-                )
+                hint = did_you_mean(local.name, found)
+                if not uri.startswith(("/", "~", ".")):
+                    hint += f" suite='./{uri}' takes it from the DAG file's folder; without ./ it is the worker's."
+                raise BadConfiguration(f"suite={self.suite!r}: there is no file {local}; {hint}")
             uri = str(local)
         try:
             loaded = json.loads(run.fetch(uri).read_text("utf-8"))
@@ -314,6 +318,7 @@ def _evaluate(
     results = ask(expectations, "BASIC", 0)
     found = [c for c in expectations if results[str(c.id)].result.get("unexpected_count")]
     if found and max_offending:
+        log.info("looking for examples of what %d expectations do not expect", len(found))
         results |= ask(found, "SUMMARY", max_offending)
     return [results[str(c.id)] for c in expectations]
 

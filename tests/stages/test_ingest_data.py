@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lepton_airflow.contract import Receipt, Window
-from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
+from lepton_airflow.contract import Receipt, Request, Window
+from lepton_airflow.door import perform
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped
 from lepton_airflow.stages import Result, RunInfo, cache_key
 from lepton_airflow.stages.ingest_data import IngestData
 from lepton_airflow.store import Connection
@@ -158,6 +159,23 @@ def test_null_values_delimiter_encoding_and_union(tmp_path: Path) -> None:
     assert rows.b.tolist() == ["x", "é"]
     assert rows.a.isna().tolist() == [False, True]
     assert rows.c.isna().tolist() == [False, True]
+
+
+def test_numbers_spoiled_by_a_few_texts_are_named(tmp_path: Path, caplog: Any) -> None:
+    rows = "".join(f"{i},{'NA' if i == 30_000 else i / 2},x{i},n/a\n" for i in range(40_000))
+    source = write(tmp_path / "s.csv", "id,delay,name,empty\n" + rows)
+    result = ingest(tmp_path, {"s": source})
+    assert result.values["schema"]["delay"] == "VARCHAR"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith(
+        "source 's': column 'delay' is text because of 'NA' among 39999 numbers: pass null_values=['NA']"
+    )
+    caplog.clear()
+    assert (
+        ingest(tmp_path, {"s": {"uri": source, "null_values": ["NA"]}}).values["schema"]["delay"] == "DOUBLE"
+    )
+    ingest(tmp_path, {"s": {"uri": source, "types": {"delay": "VARCHAR"}}})
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
 
 def test_columns_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
@@ -502,6 +520,22 @@ def test_a_window_without_data_names_the_window_and_what_was_read(tmp_path: Path
     with pytest.raises(BadInput, match=r"no row for the window 2013-05-01.* to 2013-06-01.*; rows read: s 1"):
         ingest(tmp_path, {"s": source}, query, window=MAY)
     assert ingest(tmp_path, {"s": source}, query, window=MAY, on_empty="keep").values["rows"] == 0
+
+
+def test_a_month_without_data_can_be_skipped(tmp_path: Path) -> None:
+    source = write(tmp_path / "s.csv", "t\n2012-01-01\n")
+    query = "SELECT * FROM s WHERE t >= $window_start"
+    with pytest.raises(Skipped, match=r"the query gives no row for the window 2013-05.*; rows read: s 1\.$"):
+        ingest(tmp_path, {"s": source}, query, window=MAY, on_empty="skip")
+    absent = {"s": f"{tmp_path}/2013-05/*.csv"}
+    with pytest.raises(Skipped, match=r"no file matches .*2013-05"):
+        ingest(tmp_path, absent, on_empty="skip")
+    request = Request(
+        "IngestData", {"sources": absent, "query": "FROM s", "on_empty": "skip"}, str(tmp_path / "store")
+    )
+    assert perform(request).status == "skipped"  # the files are looked for before the stage itself runs
+    with pytest.raises(BadInput, match="no file matches"):
+        ingest(tmp_path, absent, on_empty="keep")
 
 
 def test_a_truncated_parquet_file_is_refused(raw_flights: Path, tmp_path: Path) -> None:
