@@ -24,7 +24,7 @@ with DAG(
     default_args={"retries": 1},
     params={
         "min_columns": Param(
-            6,  # of 27: temperature, dew point and with them a few more move with every season
+            5,  # of 27: the weather alone moves up to four of them from one season to the next
             type="integer",
             minimum=1,
             maximum=27,

@@ -77,7 +77,7 @@ def judge_columns(
     table: str,
     profile: Mapping[str, Any],
     cluster_column: str | None = None,
-    threshold: float = 0.1,
+    threshold: float = 0.25,
     alpha: float = 0.05,
 ) -> list[ColumnVerdict]:
     """Judge every profiled column of a table, those that moved most first.

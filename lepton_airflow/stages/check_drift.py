@@ -271,7 +271,12 @@ class CheckDrift(Stage):
         preset = (
             DataSummaryPreset()
             if before is None
-            else DataDriftPreset(columns=shown, method="psi", threshold=self.threshold)
+            else DataDriftPreset(
+                columns=shown,
+                method="psi",
+                threshold=self.threshold,
+                drift_share=min(1.0, self.min_columns / len(verdicts)),
+            )
         )
         data = [Dataset.from_pandas(side[shown], definition) for side in sides]
         path = run.workdir / "report.html"

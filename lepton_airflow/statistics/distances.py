@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
-_FEWEST_EXPECTED = 5  # rows a bin must expect, or the chi-square distribution does not describe it
+_FEWEST_EXPECTED = 1  # rows a bin must expect, or the chi-square distribution does not describe it
 
 
 class KolmogorovSmirnov(NamedTuple):
@@ -93,27 +93,32 @@ def stability_test(
 ) -> StabilityTest:
     """Ask whether a population stability index is larger than chance makes it; counts, not shares.
 
-    With equal shares the index is a chi-square variable with k - 1 degrees of freedom, times 1/n + 1/m
-    (Yurdakul 2018). ``effect`` says that rows depend on one another: the second-order correction of Rao & Scott
-    (1984) with the F distribution of Thomas & Rao (1987), as in survey statistics. For the test, neighbouring bins are
-    put together until each expects five independent rows of the smaller sample (Cochran 1954).
+    With equal shares the index behaves as Pearson's chi-square for two samples divided by their harmonic size: k - 1
+    degrees of freedom, times 1/n + 1/m (Yurdakul 2018). The p-value is Pearson's, which small counts upset less. ``effect``
+    says that rows depend on one another: the second-order correction of Rao & Scott (1984) with the F distribution
+    of Thomas & Rao (1987), as in survey statistics. For the test, neighbouring bins are put together until the smaller
+    sample expects an independent row in each.
     """
     from scipy import stats
 
     before, now = _counts(reference, current)
+    held = before + now > 0
+    before, now = before[held], now[held]
     distance = population_stability_index(before, now)
     mean, spread, clusters = effect or (1.0, 0.0, None)
-    sizes = mean / before.sum() + mean / now.sum()
-    by_chance = (int((before + now > 0).sum()) - 1) * sizes
+    by_chance = (len(before) - 1) * mean * (1 / before.sum() + 1 / now.sum())
     before, now = _merged(before / mean, now / mean)
     directions = len(before) - 1
     if not directions:
         return StabilityTest(distance, by_chance, 1.0)
     freedom = directions / (1 + min(spread, directions - 1))
-    ratio = population_stability_index(before, now) / (directions * sizes)
+    n, m, together = before.sum(), now.sum(), before + now
+    pearson = float(((before / n - now / m) ** 2 / together).sum() * n * m)
     if clusters is None:
-        return StabilityTest(distance, by_chance, float(stats.chi2.sf(ratio * freedom, freedom)))
-    return StabilityTest(distance, by_chance, float(stats.f.sf(ratio, freedom, freedom * (clusters - 1))))
+        p_value = stats.chi2.sf(pearson, directions)
+    else:
+        p_value = stats.f.sf(pearson / directions, freedom, freedom * (clusters - 1))
+    return StabilityTest(distance, by_chance, float(p_value))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,0 +1,247 @@
+"""The drift stage: the champion's profile or a given one, the report, what starts a retraining and what does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+
+from lepton_airflow.contract import Artifact, Receipt, RunIdentity, split_pin
+from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.errors import BadConfiguration, BadInput, Skipped
+from lepton_airflow.package import ModelCard, Touched, features_of, write_package
+from lepton_airflow.profile import reference_profile
+from lepton_airflow.registry import Ledger, LedgerEntry
+from lepton_airflow.stages import RunInfo
+from lepton_airflow.stages.check_drift import CheckDrift
+from lepton_airflow.store import digest_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lepton_airflow.stages import Result
+
+INFO = DatasetInfo(
+    target="late",
+    task="classification",
+    features=["hour", "wind", "origin"],
+    categorical=["origin"],
+    classes=[0, 1],
+    time_column="day",
+    cluster_column="day",
+)
+
+
+def rows(month: int, days: int = 28, wind: float = 0.0) -> pd.DataFrame:
+    rng = np.random.default_rng(month)
+    n = days * 40
+    frame = pd.DataFrame({"hour": rng.integers(5, 24, n).astype(float), "wind": wind + rng.normal(size=n)})
+    frame["origin"] = rng.choice(["JFK", "EWR", "LGA", None], n, p=[0.5, 0.3, 0.15, 0.05])
+    frame["day"] = [f"2013-{month:02}-{1 + i % days:02}" for i in range(n)]
+    frame["late"] = (rng.random(n) < 0.2).astype(int)
+    return frame
+
+
+class Bench:
+    """A store with a model that was trained in March, and datasets to hold against it."""
+
+    def __init__(self, folder: Path, write_dataset: Callable[..., DatasetInfo]) -> None:
+        self.folder = folder
+        self.write_dataset = write_dataset
+        self.run = RunInfo.local(folder)
+        self.trained_on = self.put(rows(3), "train.parquet")
+        con = duckdb.connect()
+        con.register("train", rows(3))
+        profile = reference_profile(con, "train", replace(INFO, rows=28 * 40), None)
+        self.profile = self.run.save("profile.json", json.dumps(profile))
+
+    def put(self, frame: pd.DataFrame, name: str = "test.parquet") -> Artifact:
+        path = self.folder / name
+        self.write_dataset(path, frame, INFO)
+        return self.run.save(name, path)
+
+    def package(self, profile: bool = True) -> Artifact:
+        """A model package; drift asks nothing of the model itself."""
+        card = ModelCard(
+            task="classification",
+            target="late",
+            features=features_of(INFO),
+            outputs=["probabilities"],
+            trainer="none",
+            framework="onnx",
+            hyperparameters={},
+            seed=0,
+            touched=[Touched.by("train", self.trained_on.sha256, replace(INFO, split="train"))],
+        )
+        folder = self.folder / f"package-{profile}"
+        local = Path(split_pin(self.profile.uri)[0].removeprefix("file://")) if profile else None
+        write_package(folder, b"", card, profile=local)
+        return self.run.save("model", folder)
+
+    def crown(self, package: Artifact, version: int = 7) -> None:
+        """Make a package the champion of ``flights``."""
+        entry = LedgerEntry("flights", 1, "bootstrap", version, package.uri, None, "r", "first.")
+        assert Ledger(self.run.store, "flights").append(entry)
+
+    def check(self, frame: pd.DataFrame, run_type: str = "scheduled", **fields: Any) -> Result:
+        run = replace(self.run, identity=RunIdentity(run_type=run_type))
+        return CheckDrift(dataset=self.put(frame).uri, sample_rows=200, **fields).run(run)
+
+    def read(self, artifact: Artifact) -> str:
+        return self.run.fetch(artifact.uri).read_text()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, write_dataset: Callable[..., DatasetInfo]) -> Bench:
+    return Bench(tmp_path, write_dataset)
+
+
+def receipt_of(result: Result) -> Receipt:
+    return Receipt(
+        "CheckDrift", "k", None, "done", result.summary, result.artifacts, result.values, result.metrics
+    )
+
+
+def test_drift_from_the_champion_is_named_drawn_and_starts_a_retraining(bench: Bench) -> None:
+    bench.crown(bench.package())
+    result = bench.check(rows(7, wind=2.0), name="flights")
+    assert result.values["drifted"] is result.values["retrain"] is True
+    assert result.values["columns"] == ["wind"]
+    assert result.summary.startswith(
+        "Drifted: 1 of 4 columns moved away from champion version 7 of flights over 1,120 rows. Most: wind: PSI"
+    )
+    assert "not in the store" not in result.summary
+    verdict = json.loads(bench.read(result.artifacts["verdict"]))
+    assert verdict["columns"][0]["name"] == "wind"
+    assert {c["name"]: c["drifted"] for c in verdict["columns"]} == {
+        "wind": True,
+        "hour": False,
+        "origin": False,
+        "late": False,
+    }
+    assert result.metrics["largest_distance"] == verdict["columns"][0]["distance"] > 1
+    page = bench.read(result.artifacts["report"])
+    assert "Dataset Drift is detected" in page  # a quarter of the columns, as we asked
+    assert "wind" in page
+    assert receipt_of(result).to_json()
+
+
+def test_without_drift_nothing_starts_and_equal_rows_give_an_equal_verdict(bench: Bench) -> None:
+    first, second = (bench.check(rows(4), reference=bench.profile.uri) for _ in range(2))
+    assert first.values["drifted"] is first.values["retrain"] is False
+    assert first.values["columns"] == []
+    assert first.summary.startswith("Not drifted: 0 of 4 columns moved away from the reference")
+    assert first.artifacts["verdict"] == second.artifacts["verdict"]
+
+
+def test_how_many_columns_must_drift(bench: Bench) -> None:
+    moved = rows(7, wind=2.0)
+    moved["hour"] += 6
+    for needed, drifted in ((2, True), (3, False)):
+        result = bench.check(moved, reference=bench.profile.uri, min_columns=needed)
+        assert result.values["drifted"] is drifted
+        assert f"2 of 4 columns ({needed} needed)" in result.summary
+        assert result.metrics["drifted_share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("on_backfill", "run_type", "retrain"),
+    [("register_only", "backfill", False), ("full", "backfill", True), ("skip", "asset_triggered", True)],
+)
+def test_a_backfill_starts_nothing_unless_told(
+    bench: Bench, on_backfill: Any, run_type: str, retrain: bool
+) -> None:
+    result = bench.check(rows(7, wind=2.0), run_type, reference=bench.profile.uri, on_backfill=on_backfill)
+    assert result.values["drifted"] is True
+    assert result.values["retrain"] is retrain
+    assert ("Nothing is started" in result.summary) is not retrain
+
+
+def test_a_skipping_backfill_does_nothing(bench: Bench) -> None:
+    with pytest.raises(Skipped, match="on_backfill='skip'"):
+        bench.check(rows(4), "backfill", reference=bench.profile.uri, on_backfill="skip")
+
+
+def test_the_report_goes_without_training_rows_that_are_gone_or_altered(bench: Bench) -> None:
+    package = bench.package()
+    found = bench.check(rows(4), reference=package.uri)
+    blob = Path(split_pin(bench.trained_on.uri)[0].removeprefix("file://"))
+    blob.write_bytes(blob.read_bytes()[:-1])
+    altered = bench.check(rows(4), reference=package.uri)
+    blob.unlink()
+    gone = bench.check(rows(4), reference=package.uri)
+    assert "not in the store" not in found.summary
+    for result in (altered, gone):
+        assert "The report shows the current rows only" in result.summary
+        assert result.values == found.values | {"reason": result.summary}
+        assert result.artifacts["report"].bytes > 100_000
+
+
+def test_columns_that_cannot_be_drawn_do_not_stop_the_report(bench: Bench) -> None:
+    broken = rows(7).drop(columns="origin")
+    broken["hour"] = None
+    broken["wind"] = "calm"
+    result = bench.check(broken, reference=bench.package().uri)
+    assert sorted(result.values["columns"]) == ["hour", "origin", "wind"]
+    assert result.artifacts["report"].bytes > 100_000
+
+
+def test_a_receipt_stays_small_however_many_columns_drift(bench: Bench) -> None:
+    names = [f"{i:03}" + "x" * 200 for i in range(60)]
+    wide = rows(3)[["day", "late"]].assign(**dict.fromkeys(names, 1.0))
+    info = replace(INFO, features=names, categorical=[])
+    con = duckdb.connect()
+    con.register("train", wide)
+    profile = bench.run.save(
+        "wide.json", json.dumps(reference_profile(con, "train", replace(info, rows=len(wide)), None))
+    )
+    result = bench.check(wide.assign(**dict.fromkeys(names, 2.0)), reference=profile.uri)
+    assert result.metrics["drifted_columns"] == 60
+    assert len(result.values["columns"]) == 20
+    assert receipt_of(result).to_json()
+
+
+def test_without_a_champion_there_is_nothing_to_do(bench: Bench) -> None:
+    with pytest.raises(Skipped, match=r"'flights' has no champion in .*promote one first.*Known: none"):
+        bench.check(rows(4), name="flights")
+    bench.crown(bench.package())
+    with pytest.raises(Skipped, match="did you mean 'flights'"):
+        bench.check(rows(4), name="flihgts")
+
+
+def test_what_cannot_be_compared_is_refused_in_a_sentence(bench: Bench) -> None:
+    profile = bench.profile.uri
+    bare, data = bench.package(profile=False).uri, bench.put(rows(4)).uri
+    for fields, error, sentence in (
+        ({}, BadConfiguration, "either name .* or reference"),
+        ({"name": "flights", "reference": profile}, BadConfiguration, "either name .* or reference"),
+        ({"reference": profile, "alpha": 1.0}, BadConfiguration, "alpha=1.0: expected a number above 0 and"),
+        (
+            {"reference": profile, "min_columns": 0},
+            BadConfiguration,
+            "min_columns=0: expected a number above 0",
+        ),
+        ({"reference": profile, "cluster_column": "dya"}, BadConfiguration, "did you mean 'day'"),
+        ({"reference": bare}, BadInput, "no reference profile: pass profile=prepare.output"),
+        ({"reference": data}, BadInput, "is no reference profile: expected prepare.output"),
+    ):
+        with pytest.raises(error, match=sentence):
+            bench.check(rows(4), **fields)
+    with pytest.raises(BadInput, match="has no rows: check that the data of this window have arrived"):
+        bench.check(rows(4)[:0].astype({"hour": float, "origin": str, "day": str}), reference=profile)
+
+
+def test_the_package_of_the_ledger_must_be_the_one_that_was_promoted(bench: Bench) -> None:
+    package = bench.package()
+    assert digest_path(bench.run.fetch(package.uri))[0] == package.sha256
+    bench.crown(package)
+    stored = Path(split_pin(package.uri)[0].removeprefix("file://")) / "profile.json"
+    stored.write_text(stored.read_text().replace("JFK", "XXX"))
+    with pytest.raises(Exception, match="was altered or is damaged"):
+        bench.check(rows(4), name="flights")
