@@ -129,7 +129,9 @@ def airflow(make_airflow: Callable[..., LocalAirflow], proxy: str) -> Iterator[L
     env = {
         "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps({"conn_type": "http", "host": proxy}),
         "AIRFLOW__LEPTON__DEPLOYMENT": "here",
-        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "40",  # longer than the API server is away
+        # Both longer than the API server is away. With Airflow's own 5 attempts a task gives up after some 7 s.
+        "AIRFLOW__WORKERS__EXECUTION_API_RETRIES": "10",
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "120",
     }
     with make_airflow("drills", env=env) as running:
         for dag_id in ("wait", "count", "keep", "monthly"):

@@ -55,6 +55,7 @@ def airflow(
     require_program("chromium", "chromium")  # a test that will skip need not start an Airflow
     home = tmp_path_factory.mktemp("airflow")
     env = {
+        "AIRFLOW__API__AUTO_REFRESH_INTERVAL": "10",  # the page asks every 3 s by default, at the cost of the tasks
         "AIRFLOW__LEPTON__STORE": str(home / "store"),
         "AIRFLOW_VAR_FLIGHTS_RAW": str(raw_flights),
         "AIRFLOW_CONN_MLFLOW_DEFAULT": mlflow.connection,
@@ -159,6 +160,7 @@ def _start(page: Page, form: Locator) -> dict[str, Any]:
 
 def _watch(airflow: LocalAirflow, page: Page, within_s: float) -> None:
     """Look at the page until Airflow says there that the backfill is over."""
+    page.goto(f"{airflow.url}/dags/{DAG}/backfills")
     banner = page.get_by_text("Backfill in progress")
     banner.wait_for()
     airflow.until(lambda: not banner.is_visible(), "the page to show the end of the backfill", within_s)
