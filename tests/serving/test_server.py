@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,6 @@ from lepton_airflow.testing import LocalEndpoint, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from lepton_airflow.stages import Result, RunInfo
 
@@ -192,6 +192,14 @@ def test_metrics_tell_rows_version_and_state(wine: LocalEndpoint, shelf: Any) ->
     assert after["lepton_serve_request_seconds_count"] - before["lepton_serve_request_seconds_count"] == 1
     assert after['lepton_serve_state{state="serving"}'] == 1
     assert after['lepton_serve_state{state="rejected"}'] == 0
+
+
+def test_every_metric_is_described() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    kinds = {"counter": "_total", "gauge": "", "histogram": ""}
+    names = [family.name + kinds[family.type] for family in Metrics().registry.collect()]
+    assert len(names) == 8
+    assert [name for name in names if f"`{name}" not in page] == []
 
 
 class HalfSent:
