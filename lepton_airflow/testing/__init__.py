@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         IsolatedRunnerConformance,
         LocalRunnerConformance,
         RunnerConformance,
+        StageConformance,
         probe,
         until,
     )
@@ -22,6 +23,7 @@ __all__ = [
     "LocalMlflow",
     "LocalRunnerConformance",
     "RunnerConformance",
+    "StageConformance",
     "probe",
     "until",
 ]

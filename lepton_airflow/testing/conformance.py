@@ -13,13 +13,17 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +40,7 @@ from lepton_airflow.errors import (
     RunnerError,
     Skipped,
 )
-from lepton_airflow.runners import Runner
+from lepton_airflow.runners import InProcess, Runner
 from lepton_airflow.store import Connection, Store
 
 PROBES = "lepton_airflow.testing.probe_stages"
@@ -395,6 +399,178 @@ class LocalRunnerConformance(IsolatedRunnerConformance):
         left = Store(str(store)).receipt(probe("Resume", store).run_key)
         assert left is not None
         assert left.status == "preempted"
+
+
+@dataclass
+class Chain:
+    """A small model's whole life, run by one runner: real data, its own store and its own MLflow."""
+
+    folder: Path
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+
+    @property
+    def data(self) -> str:
+        """The raw source, a CSV file: measurements of 569 breast tumours, of which some are malignant."""
+        return str(self.folder / "tumours.csv")
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's database."""
+        return f"sqlite:///{self.folder}/mlflow.db"
+
+    def artifact(self, stage: str, name: str) -> str:
+        """The pinned URI of an artifact that an earlier stage made."""
+        return self.receipts[stage].artifacts[name].uri
+
+    def value(self, stage: str, name: str) -> Any:
+        """A value that an earlier stage returned."""
+        return self.receipts[stage].values[name]
+
+
+_MEASURES = ("radius", "texture", "smoothness", "concavity")
+_SUITE = {
+    "name": "tumours",
+    "expectations": [
+        {"type": "expect_table_row_count_to_equal", "kwargs": {"value": 569}},
+        {"type": "expect_column_values_to_be_between", "kwargs": {"column": "radius", "min_value": 1}},
+    ],
+}
+_MODEL = "tumours"
+
+# Every stage in an order in which it can run, and how its parameters follow from what ran before. A new stage is one
+# entry here, and so runs on every runner.
+STAGES: dict[str, Callable[[Chain], dict[str, Any]]] = {
+    "IngestData": lambda c: {
+        "sources": {"tumours": c.data},
+        "query": "SELECT * FROM tumours",
+        "order_by": ["id"],
+    },
+    "ValidateData": lambda c: {"dataset": c.artifact("IngestData", "snapshot"), "suite": _SUITE},
+    "PrepareData": lambda c: {
+        "snapshot": c.artifact("IngestData", "snapshot"),
+        "target": "malignant",
+        "split": "random",
+        "id_columns": ["id"],
+    },
+    "CheckDrift": lambda c: {
+        "dataset": c.artifact("PrepareData", "test"),
+        "reference": c.artifact("PrepareData", "profile"),
+        "reference_rows": c.artifact("PrepareData", "train"),
+    },
+    "TuneModel": lambda c: {
+        "dataset": c.artifact("PrepareData", "train"),
+        "trainer": "logistic_regression",
+        "folds": 2,
+        "trials": 2,
+    },
+    "TrainModel": lambda c: {
+        "dataset": c.artifact("PrepareData", "train"),
+        "valid": c.artifact("PrepareData", "valid"),
+        "trainer": "logistic_regression",
+        "hyperparameters": c.value("TuneModel", "best"),
+        "profile": c.artifact("PrepareData", "profile"),
+    },
+    "EvaluateModel": lambda c: {
+        "model": c.artifact("TrainModel", "model"),
+        "dataset": c.artifact("PrepareData", "test"),
+        "bootstrap_resamples": 100,
+    },
+    "RegisterModel": lambda c: {
+        "model": c.artifact("TrainModel", "model"),
+        "name": _MODEL,
+        "metrics": c.receipts["EvaluateModel"].metrics,
+        "tracking_uri": c.tracking_uri,
+    },
+    "PromoteModel": lambda c: {
+        "name": c.value("RegisterModel", "name"),
+        "version": c.value("RegisterModel", "version"),
+        "dataset": c.artifact("PrepareData", "test"),
+        "tracking_uri": c.tracking_uri,
+    },
+}
+
+
+class StageConformance:
+    """Every stage runs on a runner as it does in this process, and makes the same bytes."""
+
+    @abstractmethod
+    def make_runner(self) -> Runner:
+        """A runner that has the libraries of every stage."""
+
+    @pytest.fixture(scope="class")
+    def chain(self, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+        """The whole life of a model, on the runner."""
+        return _lived(self.make_runner(), tmp_path_factory.mktemp("chain"))
+
+    @pytest.fixture(scope="class")
+    def reference(self) -> Chain:
+        """The same in this process."""
+        return _reference()
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_stage_runs_and_makes_the_same_bytes(self, chain: Chain, reference: Chain, stage: str) -> None:
+        receipt, wanted = chain.receipts[stage], reference.receipts[stage]
+        assert receipt.status == "done"
+        store = Store(str(chain.folder / "store"))
+        assert all(store.present(artifact) for artifact in receipt.artifacts.values())
+        assert _digests(receipt) == _digests(wanted)
+        assert receipt.values.keys() == wanted.values.keys()
+        assert receipt.metrics == wanted.metrics
+
+
+# Artifacts that tell when something happened, or whose page names its parts at random: equal runs write other bytes.
+_VARY = {("CheckDrift", "report"), ("PromoteModel", "evidence"), ("TuneModel", "trials")}
+
+
+def _digests(receipt: Receipt) -> dict[str, str | None]:
+    return {
+        name: None if (receipt.stage, name) in _VARY else artifact.sha256
+        for name, artifact in receipt.artifacts.items()
+    }
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []  # removed when the tests end
+
+
+def _folder() -> Path:
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="lepton-conformance-"))
+    return Path(_KEPT[-1].name)
+
+
+@cache
+def _reference() -> Chain:
+    return _lived(InProcess(), _folder())
+
+
+@cache
+def _beginning() -> Path:
+    """A folder with the raw data and an empty MLflow database, whose migrations take seconds."""
+    from sklearn.datasets import load_breast_cancer
+
+    from lepton_airflow.mlflow_registry import open_registry
+
+    folder = _folder()
+    bunch = load_breast_cancer(as_frame=True)
+    frame = bunch.frame[[f"mean {name}" for name in _MEASURES]].set_axis(_MEASURES, axis=1)
+    frame = frame.assign(malignant=bunch.target.map({0: "yes", 1: "no"})).rename_axis("id")
+    frame.to_csv(folder / "tumours.csv")
+    with open_registry(f"sqlite:///{folder}/mlflow.db", None, folder):
+        return folder
+
+
+def _lived(runner: Runner, folder: Path) -> Chain:
+    chain = Chain(folder)
+    for name in ("tumours.csv", "mlflow.db"):
+        shutil.copy(_beginning() / name, folder)
+    for stage, parameters in STAGES.items():
+        request = Request(
+            stage=stage,
+            parameters=parameters(chain),
+            store=str(chain.folder / "store"),
+            identity=RunIdentity(dag_id="conformance", task_id=stage),
+        )
+        chain.receipts[stage] = runner.run(request, [], {})
+    return chain
 
 
 class _TimeIsOver(BaseException):

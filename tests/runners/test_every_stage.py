@@ -1,0 +1,33 @@
+"""Every stage on every runner of this machine: the same life of a model, with the same bytes."""
+
+from __future__ import annotations
+
+import sys
+
+from lepton_airflow.runners import InProcess, Runner, Subprocess, Venv
+from lepton_airflow.stages import all_stages
+from lepton_airflow.testing import StageConformance
+from lepton_airflow.testing.conformance import STAGES
+
+# Still to get an entry in STAGES.
+PENDING = {"DeployModel", "QuantizeModel"}
+
+
+def test_no_stage_is_left_out() -> None:
+    assert set(all_stages()) - set(STAGES) <= PENDING
+    assert not PENDING & set(STAGES)
+
+
+class TestInProcess(StageConformance):
+    def make_runner(self) -> Runner:
+        return InProcess()
+
+
+class TestSubprocess(StageConformance):
+    def make_runner(self) -> Runner:
+        return Subprocess()
+
+
+class TestVenv(StageConformance):
+    def make_runner(self) -> Runner:
+        return Venv(python=sys.executable)
