@@ -191,7 +191,8 @@ def test_the_same_months_again_are_taken_from_the_cache(airflow: LocalAirflow) -
     for month, earlier in before.items():
         now = _receipts(airflow, month)
         cached = {name for name, receipt in now.items() if receipt["status"] == "cached"}
-        assert cached == {"ingest", "validate", "prepare", "tune", "train", "quantize", "evaluate"}
+        assert cached == {name for name, receipt in now.items() if get_stage(receipt["stage"]).cacheable}
+        assert {"ingest", "train"} <= cached
         assert now["train"]["artifacts"] == earlier["train"]["artifacts"]
         assert now["register"]["values"] == earlier["register"]["values"]  # one version per task instance
 
