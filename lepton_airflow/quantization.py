@@ -133,11 +133,18 @@ def prepare(model: bytes) -> onnx.ModelProto:
         quant_pre_process(given, path, skip_symbolic_shape=True)
         prepared = onnx.load(path)
     # torch also notes the shapes of weights, which quantize_dynamic transposes without a look at the notes.
-    weights = {i.name for i in prepared.graph.initializer}
-    kept = [v for v in prepared.graph.value_info if v.name not in weights]
-    del prepared.graph.value_info[:]
-    prepared.graph.value_info.extend(kept)
-    return prepared
+    graph = prepared.graph
+    stored = {i.name: i.data_type for i in graph.initializer}
+    typed = {v.name: v for v in graph.value_info if v.name not in stored}
+    # Inference ends at ai.onnx.ml operators. What meets weights in a product has their type.
+    known = {v.name for v in (*graph.input, *graph.output)} | set(typed)
+    for node in graph.node:
+        if node.op_type in _LINEAR and node.input[1] in stored and node.input[0] not in known:
+            name = node.input[0]
+            typed[name] = onnx.helper.make_tensor_value_info(name, stored[node.input[1]], None)
+    del graph.value_info[:]
+    graph.value_info.extend(typed.values())
+    return onnx.shape_inference.infer_shapes(prepared)
 
 
 def convert(
@@ -518,7 +525,7 @@ def compare(
     try:
         prepared = prepare(model)
     except Exception as error:  # noqa: BLE001 - any kind of onnx, protobuf and onnxruntime
-        broken = f"onnxruntime cannot prepare the model: {first_line(error)}"
+        broken = f"onnxruntime cannot prepare the model: {first_line(error)[:200]}"
         original = Candidate("fp32", "original", "", len(model), None, quality)
         failed = [Candidate(method, "failed", broken) for method in methods]
         return Comparison("fp32", f"kept fp32, because {broken}", [original, *failed], {"fp32": model})
@@ -569,7 +576,7 @@ def _try(
         if graph.lowered:
             predicted = np.asarray(work.predict(content), dtype=np.float64)
     except Exception as error:  # noqa: BLE001 - any kind of onnx, protobuf and onnxruntime
-        return Candidate(method, "failed", f"it cannot be made or run: {first_line(error)}"), None
+        return Candidate(method, "failed", f"it cannot be made or run: {first_line(error)[:200]}"), None
     size = len(content)
     if not graph.lowered:
         reason = f"the conversion changed none of the {before.linear} Conv, Gemm and MatMul"
@@ -646,10 +653,10 @@ def _kept(before: Graph, candidates: Sequence[Candidate]) -> str:
 
 
 def _nothing(graph: Graph) -> str:
-    most = sorted(graph.ops.items(), key=lambda item: (-item[1], item[0]))[:4]
+    names = list(graph.ops)
     return (
         "there is nothing to quantize: no Conv, Gemm or MatMul with constant weights among its operators "
-        f"({', '.join(f'{count} {name}' for name, count in most)}{', …' if len(graph.ops) > 4 else ''})"
+        f"({', '.join(names[:15])}{', …' if len(names) > 15 else ''})"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -445,29 +446,30 @@ def _table(found: Comparison, metric: str) -> str:
 
 def _picture(candidates: Sequence[Candidate], min_speedup: float) -> str:
     """The speedups with their intervals on a logarithmic scale, as a drawing inside the page."""
-    from math import log2
-
-    lines = [(f"{c.name}, batch {item.batch}", item) for c in candidates for item in c.latency]
-    ends = [v for _, item in lines for v in (item.speedup_low, item.speedup_high)] + [0.5, 2.0, min_speedup]
-    low, high = log2(min(ends)), log2(max(ends))
-
-    def x(speedup: float) -> float:
-        return 190 + 760 * (log2(speedup) - low) / (high - low)
-
-    height = 26 * len(lines) + 34
-    parts = [
-        f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="0" y2="{height - 24}" stroke="var(--{colour})" stroke-dasharray="{dash}"/>'
-        f'<text x="{x(v):.1f}" y="{height - 6}" text-anchor="middle" fill="var(--muted)">{v:g}</text>'
-        for v, colour, dash in ((1.0, "ink", "none"), (min_speedup, "muted", "4 3"))
-        if v != 1.0 or colour == "ink"
+    lines = [
+        (f"{c.name}, batch {item.batch}: {item.speedup:.2f}", item) for c in candidates for item in c.latency
     ]
+    ends = [v for _, item in lines for v in (item.speedup_low, item.speedup_high)] + [0.5, 2.0, min_speedup]
+    low, high = math.log(min(ends)), math.log(max(ends))
+    height = 26 * len(lines) + 30
+
+    def x(speedup: float) -> str:
+        return f"{270 + 710 * (math.log(speedup) - low) / (high - low):.1f}"
+
+    def mark(speedup: float, dash: str, anchor: str) -> str:
+        return (
+            f'<line x1="{x(speedup)}" x2="{x(speedup)}" y1="0" y2="{height - 22}" stroke="var(--muted)" '
+            f'stroke-dasharray="{dash}"/><text x="{x(speedup)}" y="{height - 6}" text-anchor="{anchor}" '
+            f'fill="var(--muted)">{speedup:g}</text>'
+        )
+
+    parts = [mark(1.0, "none", "end"), mark(min_speedup, "4 3", "start") if min_speedup > 1 else ""]
     for number, (label, item) in enumerate(lines):
         y = 26 * number + 16
         parts.append(
             f'<text x="0" y="{y + 5}" fill="currentColor">{escape(label)}</text>'
-            f'<line x1="{x(item.speedup_low):.1f}" x2="{x(item.speedup_high):.1f}" y1="{y}" y2="{y}" stroke="var(--bar)" '
-            f'stroke-width="4" opacity=".45"/><circle cx="{x(item.speedup):.1f}" cy="{y}" r="5" fill="var(--bar)"/>'
-            f"<title>{item.speedup:.2f} [{item.speedup_low:.2f}, {item.speedup_high:.2f}]</title>"
+            f'<line x1="{x(item.speedup_low)}" x2="{x(item.speedup_high)}" y1="{y}" y2="{y}" stroke="var(--bar)" '
+            f'stroke-width="4" opacity=".45"/><circle cx="{x(item.speedup)}" cy="{y}" r="5" fill="var(--bar)"/>'
         )
     return f'<svg viewBox="0 0 1000 {height}" font-size="14" role="img">{"".join(parts)}</svg>'
 
