@@ -129,9 +129,10 @@ def airflow(make_airflow: Callable[..., LocalAirflow], proxy: str) -> Iterator[L
     env = {
         "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps({"conn_type": "http", "host": proxy}),
         "AIRFLOW__LEPTON__DEPLOYMENT": "here",
-        # Both longer than the API server is away. With Airflow's own 5 attempts a task gives up after some 7 s.
-        "AIRFLOW__WORKERS__EXECUTION_API_RETRIES": "10",
-        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "120",
+        # With Airflow's own 5 attempts a task gives the API server up after some 7 s; these are 4 minutes.
+        "AIRFLOW__WORKERS__EXECUTION_API_RETRIES": "20",
+        "AIRFLOW__WORKERS__EXECUTION_API_RETRY_WAIT_MAX": "15",
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "300",  # Airflow's own
     }
     with make_airflow("drills", env=env) as running:
         for dag_id in ("wait", "count", "keep", "monthly"):
