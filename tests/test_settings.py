@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from lepton_airflow import settings
 from lepton_airflow.errors import BadConfiguration
-from lepton_airflow.runners import InProcess, Subprocess
+from lepton_airflow.runners import InProcess, Subprocess, Venv
 
 
 def test_defaults_need_no_configuration() -> None:
@@ -22,6 +25,22 @@ def test_the_lepton_section_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.default_ttl_s() == 3600.0
 
 
+def test_environments_lie_in_the_users_cache_or_where_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert settings.environments() == tmp_path / "lepton_airflow" / "environments"
+    monkeypatch.setenv("AIRFLOW__LEPTON__ENVIRONMENTS", "~/envs")
+    assert settings.environments() == Path.home() / "envs"
+
+
+def test_without_airflow_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW__LEPTON__CONSTRAINTS", "pins.txt")
+    monkeypatch.setitem(sys.modules, "airflow.configuration", None)
+    assert settings.setting("constraints") == "pins.txt"
+    assert settings.setting("environments", "here") == "here"
+
+
 @pytest.mark.parametrize(
     ("text", "runner"),
     [
@@ -30,6 +49,8 @@ def test_the_lepton_section_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
             '{"Subprocess": {"memory_limit_mb": 4096, "grace_s": 5}}',
             Subprocess(memory_limit_mb=4096, grace_s=5),
         ),
+        ("Venv", Venv()),
+        ('{"Venv": {"extras": "train", "requirements": ["toolz"]}}', Venv("train", requirements=["toolz"])),
     ],
 )
 def test_runner(monkeypatch: pytest.MonkeyPatch, text: str, runner: object) -> None:
@@ -46,6 +67,8 @@ def test_runner(monkeypatch: pytest.MonkeyPatch, text: str, runner: object) -> N
         ('{"Subprocess": {"memory_limit_mb": 1}}', "at least 64 MiB"),
         ('{"Subprocess": {"grace_s": -1}}', "zero or more"),
         ('{"Subprocess": 3}', "runner="),
+        ('{"Venv": {"extras": "trian"}}', "did you mean 'train'"),
+        ('{"Venv": {"extra": "train"}}', "extra"),
         ('{"Subprocess"', "expected a name such as Subprocess"),
         ('{"Subprocess": {}, "InProcess": {}}', "expected a name such as Subprocess"),
     ],

@@ -141,10 +141,12 @@ class Subprocess(Runner):
     def __post_init__(self) -> None:
         if self.memory_limit_mb is not None and self.memory_limit_mb < 64:
             raise BadConfiguration(
-                f"Subprocess(memory_limit_mb={self.memory_limit_mb}): a Python process needs at least 64 MiB."
+                f"{type(self).__name__}(memory_limit_mb={self.memory_limit_mb}): a Python process needs at least 64 MiB."
             )
         if self.grace_s < 0:
-            raise BadConfiguration(f"Subprocess(grace_s={self.grace_s}): expected seconds, zero or more.")
+            raise BadConfiguration(
+                f"{type(self).__name__}(grace_s={self.grace_s}): expected seconds, zero or more."
+            )
 
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
         """Start the door, stream its log, and return the receipt it left."""
