@@ -39,6 +39,7 @@ class Reconciler:
         self._known: list[Desired] = []
         self._errors: dict[int, LeptonError] = {}
         self._settled = False
+        self._left = False
         self._stop = threading.Event()
         self._writing = threading.Lock()
 
@@ -88,13 +89,14 @@ class Reconciler:
     def report(self) -> None:
         """Write this server's status to the store, with the time."""
         with self._writing:  # so that the last one written is the newest
-            endpoints.write_status(
-                self.store, self.endpoint, replace(self.status, beat=endpoints.precise_now())
-            )
+            if not self._left:
+                status = replace(self.status, beat=endpoints.precise_now())
+                endpoints.write_status(self.store, self.endpoint, status)
 
     def leave(self) -> None:
         """Take this server's status out of the store: it has ended."""
         with self._writing:
+            self._left = True  # a heartbeat may be waiting for its turn
             endpoints.remove_status(self.store, self.endpoint, self.status.server)
 
     def _let_in(self, desired: Desired) -> bool:

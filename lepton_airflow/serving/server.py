@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect
 
 from lepton_airflow import __version__, endpoints
 from lepton_airflow.endpoints import Status, check_endpoint_name
-from lepton_airflow.errors import BadConfiguration, LeptonError, StoreError, did_you_mean
+from lepton_airflow.errors import BadConfiguration, StoreError, did_you_mean
 from lepton_airflow.serving.model import ServedModel
 from lepton_airflow.serving.protocol import Refused, metadata
 from lepton_airflow.serving.reconcile import Reconciler
@@ -145,10 +145,8 @@ class Endpoint:
         if current is None:
             raise Refused(503, f"endpoint {self.name!r} has no version in service yet: deploy one.", **_LATER)
         if version not in (None, current.desired.version):
-            raise Refused(
-                404,
-                f"version {version!r} of {name!r} is not in service; {did_you_mean('', [current.desired.version])}",
-            )
+            serving = current.desired.version
+            raise Refused(404, f"version {version!r} of {name!r} is not in service, version {serving!r} is.")
         return current
 
     async def infer(self, request: Request, name: str, version: str | None) -> bytes:
@@ -289,7 +287,7 @@ async def _beat(reconciler: Reconciler) -> None:
     while True:
         try:
             await asyncio.to_thread(reconciler.report)
-        except LeptonError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next one may come through
             log.warning("no heartbeat: %s", error)
         await asyncio.sleep(endpoints.BEAT_S)
 
@@ -314,11 +312,17 @@ def serve(
         timeout_graceful_shutdown=_DRAIN_S,
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
-    # uvicorn ends on a signal and then raises it again: ending when asked to is no failure.
+    server = uvicorn.Server(config)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn ends on a signal with handlers of its own, and then raises it again, as if ending when asked to were a
+    # failure. Before and after that it comes here.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, end)
     log.info("endpoint %s listens on %s, store %s", name, status.url, store.root)
-    uvicorn.Server(config).run([listener])
+    server.run([listener])
 
 
 def _address(host: str) -> str:

@@ -99,6 +99,14 @@ def test_an_endpoint_that_nobody_asked_for_is_idle(bench: Bench) -> None:
     assert [s.state for s in endpoints.read_statuses(bench.store, ENDPOINT)] == ["idle"]
 
 
+def test_a_heartbeat_that_comes_late_does_not_bring_an_ended_server_back(bench: Bench) -> None:
+    server = bench.server()
+    server.report()
+    server.leave()
+    server.report()
+    assert endpoints.read_statuses(bench.store, ENDPOINT) == []
+
+
 def test_a_good_version_is_let_in_with_its_numbers(bench: Bench) -> None:
     bench.ask_good()
     server = bench.server()

@@ -9,12 +9,14 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,12 +196,47 @@ def test_metrics_tell_rows_version_and_state(wine: LocalEndpoint, shelf: Any) ->
     assert after['lepton_serve_state{state="rejected"}'] == 0
 
 
+def test_a_server_needs_no_more_than_its_extra_brings(shelf: Any, tmp_path: Path) -> None:
+    """Its image holds no Airflow, no pandas and no training library."""
+    desired = asdict(_desired(shelf.wine.uri))
+    script = (
+        "import json, sys; import lepton_airflow.serving.server; from lepton_airflow.endpoints import Desired\n"
+        "from lepton_airflow.serving.model import ServedModel; from lepton_airflow.store import Store\n"
+        "store, desired = Store(sys.argv[1]), Desired(**json.loads(sys.argv[2]))\n"
+        "model = ServedModel.load(store, desired)\n"
+        "inputs = [{'name': f.name, 'datatype': 'INT64', 'shape': [1], 'data': [1]} for f in model.card.features]\n"
+        "print(model.answer(json.dumps({'inputs': inputs}).encode(), 1)[1], *sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    command = [sys.executable, "-c", script, shelf.run.store.root, json.dumps(desired)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    rows, *modules = done.stdout.split()
+    assert rows == "1"
+    assert {"fastapi", "onnxruntime", "numpy"} <= set(modules)
+    assert {"airflow", "duckdb", "onnx", "pandas", "pyarrow", "scipy", "sklearn", "torch"} & set(
+        modules
+    ) == set()
+
+
 def test_every_metric_is_described() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
     kinds = {"counter": "_total", "gauge": "", "histogram": ""}
     names = [family.name + kinds[family.type] for family in Metrics().registry.collect()]
     assert len(names) == 8
     assert [name for name in names if f"`{name}" not in page] == []
+
+
+def _desired(package: str) -> Desired:
+    return Desired(
+        endpoint="wine",
+        sequence=1,
+        package=package,
+        version="1",
+        golden="",
+        max_difference=0,
+        max_latency_ms=0,
+        max_memory_mb=0,
+        run_key="",
+    )
 
 
 class HalfSent:
@@ -340,18 +377,7 @@ def test_a_client_that_stalls_or_leaves_gives_its_place_back(
 ) -> None:
     monkeypatch.setattr(server_module, "_BODY_S", 0.05)
     endpoint = Endpoint("wine", Limits(), Metrics())
-    desired = Desired(
-        endpoint="wine",
-        sequence=1,
-        package=shelf.wine.uri,
-        version="1",
-        golden="",
-        max_difference=0,
-        max_latency_ms=0,
-        max_memory_mb=0,
-        run_key="",
-    )
-    endpoint.swap(ServedModel.load(shelf.run.store, desired))
+    endpoint.swap(ServedModel.load(shelf.run.store, _desired(shelf.wine.uri)))
 
     async def ask(*messages: dict[str, Any]) -> int:
         left = list(messages)
