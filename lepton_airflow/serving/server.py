@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 import prometheus_client as prometheus
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request, Response  # noqa: TID253 - only the command serve imports this module
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 
 from lepton_airflow import __version__, endpoints
 from lepton_airflow.endpoints import Status, check_endpoint_name

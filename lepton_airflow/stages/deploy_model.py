@@ -98,9 +98,8 @@ class DeployModel(Stage):
         while True:
             run.check_stop()
             known = endpoints.desired_after(run.store, self.endpoint)
-            desired, golden = wanted.look(
-                len(known) + 1
-            )  # after the records, so that it is never older than they are
+            # The ledger is read after the records, so that what is asked for is never older than what they ask for.
+            desired, golden = wanted.look(len(known) + 1)
             newer = self._newer(run, known, desired)
             if newer:
                 return self._left(run, newer)
@@ -187,7 +186,7 @@ class DeployModel(Stage):
                 f"no server of endpoint {self.endpoint!r} is alive: the last heartbeat, of {latest.server}, is "
                 f"{latest.age_s:.0f} s old. Start it again ({start}), or set the clocks of both machines."
             )
-        late = next(s for s in statuses if s.alive and (s.serving or 0) < sequence)
+        late = next((s for s in statuses if s.alive and (s.serving or 0) < sequence), latest)
         return (
             f"server {late.server} of endpoint {self.endpoint!r} does not serve version {sequence} of its records "
             f"{within}: {late.reason or 'it has not looked at the store since; see its log.'}"
