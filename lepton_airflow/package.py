@@ -365,7 +365,7 @@ def overlap(package: ModelPackage, dataset_path: Path, info: DatasetInfo) -> str
         if touched.time_range is None or info.time_range is None:
             unseen_by_time.append(False)
             continue
-        mine, theirs = _span(info.time_range), _span(touched.time_range)
+        mine, theirs = time_span(info.time_range), time_span(touched.time_range)
         if mine[0] <= theirs[1] and theirs[0] <= mine[1]:
             return (
                 f"the model's {touched.role} rows span {' to '.join(touched.time_range)} ({touched.time_column}), "
@@ -390,7 +390,7 @@ def overlap(package: ModelPackage, dataset_path: Path, info: DatasetInfo) -> str
     )
 
 
-def _span(time_range: Sequence[str]) -> tuple[datetime, datetime]:
+def time_span(time_range: Sequence[str]) -> tuple[datetime, datetime]:
     """First and last instant of an inclusive range; a date as its end means that whole day, no offset means UTC."""
     try:
         start, end = (datetime.fromisoformat(text) for text in time_range)

@@ -88,6 +88,8 @@ class TrainModel(Stage):
         valid_path = run.fetch(self.valid) if self.valid else None
         rows = Rows.load(path, "train")
         valid = Rows.load(valid_path, "valid", like=rows) if valid_path else None
+        if valid is not None and valid_path is not None:
+            _check_apart(path, rows, valid_path, valid)
         profile = self._profile(run)
         trainer = Trainer.find(self.trainer, rows.schema.task)
         hyperparameters = trainer.complete(self.hyperparameters)
@@ -368,6 +370,35 @@ def _few_values(row: pd.Series[Any]) -> str:
         f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.6g}" for k, v in list(row.items())[:4]
     )
     return shown + (", …" if len(row) > 4 else "")
+
+
+def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
+    """Raise BadInput when rows to stop early on, and to be judged by, are among the rows to learn from.
+
+    As for evaluation rows (:func:`lepton_airflow.package.overlap`): splits of one PrepareData run share no row; of others
+    the time ranges decide, both ends included, or where a side has none, equal rows.
+    """
+    import numpy as np
+
+    from lepton_airflow.package import row_fingerprints, time_span
+
+    ours, theirs = valid.info, rows.info
+    if ours.split_id is not None and ours.split_id == theirs.split_id:
+        shared = f"both are the split {ours.split!r} of one preparation" if ours.split == theirs.split else ""
+    elif ours.time_range and theirs.time_range:
+        (start, end), (first, last) = time_span(ours.time_range), time_span(theirs.time_range)
+        shared = (
+            f"its rows span {' to '.join(ours.time_range)}, those of dataset {' to '.join(theirs.time_range)}"
+        )
+        shared = shared if start <= last and first <= end else ""
+    else:
+        found = [row_fingerprints(p, rows.schema.features, rows.target) for p in (valid_path, path)]
+        common = len(np.intersect1d(*found, assume_unique=True))
+        shared = f"{common:,} of its {len(found[0]):,} distinct rows are in dataset too" if common else ""
+    if shared:
+        raise BadInput(
+            f"valid shares rows with dataset: {shared}. Pass the valid split of the PrepareData run that made dataset."
+        )
 
 
 def _all_rows(fingerprints: Any, paths: list[Path], rows: Rows) -> NDArray[np.uint64]:

@@ -386,6 +386,35 @@ def test_categories_that_are_all_rare_leave_nothing_to_learn_from(tmp_path: Path
             TrainModel(dataset=path, trainer=trainer).run(RunInfo.local(tmp_path))
 
 
+def test_validation_rows_of_another_preparation_must_not_be_learned_from(tmp_path: Path) -> None:
+    frame, info = real_frame("classification")
+    info = replace(info, split_id=None, split="train")
+
+    def train(rows: pd.DataFrame, valid: pd.DataFrame, /, **about: Any) -> None:
+        save(rows, replace(info, **about.get("train", {})), tmp_path / "train.parquet")
+        save(valid, replace(info, **about.get("valid", {})), tmp_path / "valid.parquet")
+        paths = {"dataset": str(tmp_path / "train.parquet"), "valid": str(tmp_path / "valid.parquet")}
+        TrainModel(**paths, trainer="logistic_regression").run(RunInfo.local(tmp_path))
+
+    with pytest.raises(
+        BadInput, match=r"^valid shares rows with dataset: 31 of its 200 distinct rows are in"
+    ):
+        train(frame[:400], frame[369:])
+    with pytest.raises(BadInput, match="both are the split 'train' of one preparation"):
+        train(frame[:400], frame[400:], train={"split_id": "one"}, valid={"split_id": "one"})
+    may, late_may, june = (
+        ["2013-05-01", "2013-05-31"],
+        ["2013-05-31T23:00:00", "2013-06-30"],
+        ["2013-06-01", "2013-06-30"],
+    )
+    with pytest.raises(
+        BadInput, match="its rows span 2013-05-31T23:00:00 to 2013-06-30, those of dataset 2013-05-01 to"
+    ):
+        train(frame[:400], frame[400:], train={"time_range": may}, valid={"time_range": late_may})
+    train(frame[:400], frame[:400], train={"time_range": may}, valid={"time_range": june})
+    train(frame[:400], frame[400:], train={"time_range": may})  # one side has no time: its rows are compared
+
+
 def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:
     train, _ = splits(tmp_path)
     with pytest.raises(BadInput, match=r"train\.parquet is no reference profile: pass prepare"):
