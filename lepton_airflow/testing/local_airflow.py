@@ -40,7 +40,8 @@ class LocalAirflow:
     :param port: port of the API server and UI; 0: a free one.
     :param env: further environment variables, such as ``AIRFLOW__LEPTON__STORE`` or ``AIRFLOW_CONN_…``.
     :param parallelism: task instances that may run at once.
-    :param database: SQLAlchemy URL of the metadata database; default: sqlite under ``home``.
+    :param database: SQLAlchemy URL of the metadata database; default: sqlite under ``home``. PostgreSQL
+        (``postgresql+psycopg2://…``) needs psycopg2 and, for Airflow's API server, asyncpg.
     :param password: of the user ``admin``, who must log in; default: whoever reaches the loopback port is admin.
     """
 
