@@ -125,21 +125,27 @@ def test_drift_is_checked_where_airflow_has_no_pandas(
     assert Store(str(tmp_path / "store")).fetch(receipt["artifacts"]["report"]["uri"], tmp_path).exists()
 
 
+_LATER = "2026-02-01"
+
+
 def _prepared(folder: Path) -> dict[str, Any]:
     """Tumours to learn from, and later ones that measure twice as large; made here, where the libraries are."""
+    import pandas as pd
     from sklearn.datasets import load_breast_cancer
 
     bunch = load_breast_cancer(as_frame=True)
     frame = bunch.frame[["mean radius", "mean texture"]].set_axis(["radius", "texture"], axis=1)
-    frame = frame.assign(malignant=bunch.target.map({0: "yes", 1: "no"}), day=range(len(frame)))
-    frame.loc[frame.day >= 400, "radius"] *= 2
+    frame["malignant"] = bunch.target.map({0: "yes", 1: "no"})
+    frame["day"] = pd.date_range("2025-01-01", periods=len(frame), freq="D")
+    later = frame.day >= _LATER
+    frame.loc[later, "radius"] *= 2
     frame.to_parquet(folder / "tumours.parquet")
     stage = PrepareData(
         snapshot=str(folder / "tumours.parquet"),
         target="malignant",
         split="time",
         time_column="day",
-        test_start="400",
+        test_start=_LATER,
     )
     result = stage.run(RunInfo.local(folder / "made"))
     return {name: artifact.uri for name, artifact in result.artifacts.items()}
