@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAMED = 20  # drifted columns that the receipt names; the verdict names all
+_DRAWN = (
+    50  # columns that the report shows, those that moved most; Evidently takes a second and 50 KB for each
+)
 
 
 @dataclass(kw_only=True)
@@ -259,7 +262,7 @@ class CheckDrift(Stage):
         from evidently import DataDefinition, Dataset, Report
         from evidently.presets import DataDriftPreset, DataSummaryPreset
 
-        names = [v.name for v in verdicts if v.distance is not None]
+        names = [v.name for v in verdicts if v.distance is not None][:_DRAWN]
         now = self._sample(con, current, names)
         before = self._sample(con, rows_before, names) if rows_before else None
         sides = [now] if before is None else [now, before]

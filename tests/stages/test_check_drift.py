@@ -18,7 +18,7 @@ from lepton_airflow.errors import BadConfiguration, BadInput, Skipped
 from lepton_airflow.package import ModelCard, Touched, features_of, write_package
 from lepton_airflow.profile import reference_profile
 from lepton_airflow.registry import Ledger, LedgerEntry
-from lepton_airflow.stages import RunInfo
+from lepton_airflow.stages import RunInfo, check_drift
 from lepton_airflow.stages.check_drift import CheckDrift
 from lepton_airflow.store import digest_path
 
@@ -192,7 +192,10 @@ def test_columns_that_cannot_be_drawn_do_not_stop_the_report(bench: Bench) -> No
     assert result.artifacts["report"].bytes > 100_000
 
 
-def test_a_receipt_stays_small_however_many_columns_drift(bench: Bench) -> None:
+def test_receipt_and_report_stay_small_however_many_columns_drift(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_drift, "_DRAWN", 2)
     names = [f"{i:03}" + "x" * 200 for i in range(60)]
     wide = rows(3)[["day", "late"]].assign(**dict.fromkeys(names, 1.0))
     info = replace(INFO, features=names, categorical=[])
@@ -205,6 +208,9 @@ def test_a_receipt_stays_small_however_many_columns_drift(bench: Bench) -> None:
     assert result.metrics["drifted_columns"] == 60
     assert len(result.values["columns"]) == 20
     assert receipt_of(result).to_json()
+    verdict = json.loads(bench.read(result.artifacts["verdict"]))
+    page = bench.read(result.artifacts["report"])
+    assert [c["name"] in page for c in verdict["columns"]] == [True] * 2 + [False] * 59
 
 
 def test_without_a_champion_there_is_nothing_to_do(bench: Bench) -> None:
