@@ -392,9 +392,9 @@ def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
         )
         shared = shared if start <= last and first <= end else ""
     else:
-        found = [row_fingerprints(p, rows.schema.features, rows.target) for p in (valid_path, path)]
-        common = len(np.intersect1d(*found, assume_unique=True))
-        shared = f"{common:,} of its {len(found[0]):,} distinct rows are in dataset too" if common else ""
+        held, learned = (row_fingerprints(p, rows.schema.features, rows.target) for p in (valid_path, path))
+        common = len(np.intersect1d(held, learned, assume_unique=True))
+        shared = f"{common:,} of its {len(held):,} distinct rows are in dataset too" if common else ""
     if shared:
         raise BadInput(
             f"valid shares rows with dataset: {shared}. Pass the valid split of the PrepareData run that made dataset."
