@@ -339,6 +339,7 @@ _NOT_STAGE_CODE = frozenset(
         "__main__.py",
         "store.py",
         "processes.py",
+        "environments.py",
         "settings.py",
     }
 )
