@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -602,13 +602,12 @@ def _judged(
     min_shrink: float,
 ) -> Candidate:
     """The candidate with its latencies and, unless it has one, its verdict."""
-    from dataclasses import replace
-
     found = replace(found, latency=latency)
     quality = found.quality
     if found.verdict or quality is None or found.bytes is None:
         return found
-    slowest = min(latency, key=lambda item: item.speedup_low)
+    slowest = min(latency, key=lambda item: item.speedup_high)
+    doubtful = min(latency, key=lambda item: item.speedup_low)
     fastest = max(latency, key=lambda item: item.speedup_low)
     shrink = original / found.bytes
     if quality.difference_low <= -judge.max_loss:
@@ -617,9 +616,10 @@ def _judged(
             f"{quality.metric} differs by {quality.difference:+.4f} [{quality.difference_low:+.4f}, "
             f"{quality.difference_high:+.4f}] (positive is better), which does not lie above -{judge.max_loss:g}"
         )
-    elif slowest.speedup_low < 1:
-        verdict = "slower" if slowest.speedup_high < 1 else "no gain"
-        reason = f"it is {_times(slowest)}" + ("" if verdict == "slower" else ", so not surely as fast")
+    elif slowest.speedup_high < 1:
+        verdict, reason = "slower", f"it is {_times(slowest)}"
+    elif doubtful.speedup_low < 1:
+        verdict, reason = "no gain", f"it is {_times(doubtful)}, so not surely as fast"
     elif fastest.speedup_low >= min_speedup or shrink >= min_shrink:
         verdict = "better"
         reason = (

@@ -369,8 +369,10 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; }
 p { color: var(--muted); margin: 0; } .scroll { overflow-x: auto; } svg { width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th:first-child, td:first-child, td.text { text-align: left; } th { color: var(--muted); font-weight: 600; }
+th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top;
+  white-space: nowrap; }
+th:first-child, td:first-child, .text { text-align: left; white-space: normal; }
+td:first-child { white-space: nowrap; } th { color: var(--muted); font-weight: 600; }
 tr.chosen td { font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -440,7 +442,8 @@ def _table(found: Comparison, metric: str) -> str:
         )
     return (
         f'<div class="scroll"><table><tr><th></th><th>kB</th><th>{escape(metric)}</th><th>difference</th>{head}'
-        f"<th>verdict</th></tr>{''.join(body)}</table></div>"
+        '<th class="text">verdict</th></tr>'
+        f"{''.join(body)}</table></div>"
     )
 
 

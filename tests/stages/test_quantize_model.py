@@ -18,7 +18,15 @@ from lepton_airflow.contract import Receipt, split_pin
 from lepton_airflow.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted
 from lepton_airflow.fitted import Schema, as_fitted
-from lepton_airflow.package import ModelCard, ModelPackage, Touched, features_of, overlap, write_package
+from lepton_airflow.package import (
+    ModelCard,
+    ModelPackage,
+    Touched,
+    features_of,
+    overlap,
+    parquet_feeds,
+    write_package,
+)
 from lepton_airflow.quantization import Latency
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.quantize_model import QuantizeModel
@@ -332,3 +340,18 @@ def test_it_stops_between_candidates(bench: Bench) -> None:
     bench.run.should_stop = lambda: True
     with pytest.raises(Preempted):
         bench()
+
+
+def test_calibration_rows_are_spread_over_the_whole_file(tmp_path: Path, write_dataset) -> None:
+    info = DatasetInfo(features=["x", "name"], categorical=["name"])
+    frame = pd.DataFrame({"x": np.arange(150_000.0), "name": [f"n{i}" for i in range(150_000)]})
+    path = tmp_path / "rows.parquet"
+    write_dataset(path, frame, info)
+    feeds = list(parquet_feeds(path, features_of(info), 1000, 64))
+    assert max(len(feed["x"]) for feed in feeds) == 64
+    x = np.concatenate([feed["x"] for feed in feeds]).ravel()
+    assert (len(x), x[0], x[-1]) == (1000, 0, 149_999)
+    assert np.ptp(np.diff(x)) <= 1
+    assert feeds[0]["name"][1, 0] == f"n{int(x[1])}"
+    few = [value for feed in parquet_feeds(path, features_of(info), 3, 64) for value in feed["x"].ravel()]
+    assert few == [0, 74_999, 149_999]
