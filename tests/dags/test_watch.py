@@ -1,7 +1,10 @@
-"""The watch on a real Airflow: drift that a backfill sees starts nothing, unless it is told to act."""
+"""The watch: it shares its results with the retraining, and a backfill of it starts nothing unless it is told to act."""
 
 from __future__ import annotations
 
+import runpy
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,7 @@ from lepton_airflow.registry import Ledger
 from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalAirflow, LocalEndpoint
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
-
+DAGS = Path(__file__).parents[2] / "dags"
 WATCH, RETRAIN = "flights_watch", "flights_retrain"
 MONTH = "2013-11"
 WINDOW = {"start": "2013-11-01T00:00:00+00:00", "end": "2013-12-01T00:00:00+00:00"}
@@ -36,6 +38,16 @@ def _started_by_assets(airflow: LocalAirflow) -> list[str]:
     return [r["dag_run_id"] for r in airflow.runs(RETRAIN) if r["run_type"] == "asset_triggered"]
 
 
+@pytest.mark.parametrize("task", ["ingest", "prepare"])
+def test_watch_and_retraining_prepare_alike_so_that_they_share_results(task: str) -> None:
+    watch, retrain = (runpy.run_path(str(DAGS / f"{dag_id}.py"))[task] for dag_id in (WATCH, RETRAIN))
+    for field in fields(watch.stage):
+        mine, theirs = (getattr(operator, field.name) for operator in (watch, retrain))
+        assert str(mine).replace(WATCH, RETRAIN) == str(theirs), field.name
+
+
+@pytest.mark.airflow
+@pytest.mark.timeout(900)
 def test_drift_starts_a_retraining_over_its_month(airflow: LocalAirflow, endpoint: LocalEndpoint) -> None:
     airflow.wait_for_dag(WATCH)
     ledger = Ledger(Store(str(airflow.home / "store")), "flights_late")
