@@ -108,7 +108,8 @@ class Environment:
                 say(f"environment {self.name} was left half-built: building it again")
                 (home / "environment.json").unlink(missing_ok=True)
                 shutil.rmtree(home)
-            say(f"building environment {self.name} with {self.installer}: {', '.join(self.requirements)}")
+            shown = [_PASSWORD.sub("://***@", line) for line in self.requirements]
+            say(f"building environment {self.name} with {self.installer}: {', '.join(shown)}")
             started = time.monotonic()
             try:
                 self._install(home, lock, say)
@@ -117,7 +118,7 @@ class Environment:
                 raise
             seconds = round(time.monotonic() - started, 1)
             size = sum(f.lstat().st_size for f in home.rglob("*"))
-            record = asdict(self) | {"seconds": seconds, "bytes": size}
+            record = asdict(self) | {"requirements": shown, "seconds": seconds, "bytes": size}
             temporary = home / "environment.json.tmp"
             temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
             temporary.replace(home / "environment.json")
@@ -160,7 +161,9 @@ class Kept:
 def kept(root: Path) -> list[Kept]:
     """Every environment under the root, the one that was used longest ago first."""
     found = []
-    for home in (path for path in root.glob("*-*") if path.is_dir()):
+    # By its name and its lock: the root may be a folder in which other things lie, and prune removes what is found.
+    names = [file.stem for file in root.glob("*.lock") if _NAME.search(file.stem)]
+    for home in (root / name for name in names if (root / name).is_dir()):
         record = _record(home) or {}
         idle = "ready" if record else "half-built"
         busy = "in use" if record else "building"
@@ -174,6 +177,9 @@ def kept(root: Path) -> list[Kept]:
             )
         )
     return sorted(found, key=lambda k: k.used)
+
+
+_NAME = re.compile(r"-[0-9a-f]{16}$")
 
 
 def prune(root: Path, older_than_s: float) -> list[Kept]:

@@ -155,7 +155,7 @@ def test_what_cannot_be_built_says_why_and_whether_to_retry(
         environment.build(tmp_path, said.append)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
-    assert "hush" not in str(caught.value)
+    assert "hush" not in f"{caught.value}{said}"
     assert kept(tmp_path) == []
 
 
@@ -203,12 +203,15 @@ def test_what_installers_say_becomes_one_sentence(
         raise error
 
 
+DIGITS = "0123456789abcdef"
+
+
 def test_prune_takes_what_is_old_or_half_built_and_nothing_in_use(tmp_path: Path) -> None:
     for name, complete, age_s in (
-        ("old-1", True, 100),
-        ("new-2", True, 0),
-        ("used-3", True, 100),
-        ("half-4", False, 0),
+        (f"old-{DIGITS}", True, 100),
+        (f"new-{DIGITS}", True, 0),
+        (f"used-{DIGITS}", True, 100),
+        (f"half-{DIGITS}", False, 0),
     ):
         (tmp_path / name / "bin").mkdir(parents=True)
         if complete:
@@ -216,16 +219,21 @@ def test_prune_takes_what_is_old_or_half_built_and_nothing_in_use(tmp_path: Path
         lock = tmp_path / f"{name}.lock"
         lock.touch()
         os.utime(lock, (lock.stat().st_mtime - age_s,) * 2)
-    with (tmp_path / "used-3.lock").open() as lock:
+    (tmp_path / "not-ours").mkdir()
+    with (tmp_path / f"used-{DIGITS}.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         assert {e.name: e.state for e in kept(tmp_path)} == {
-            "old-1": "ready",
-            "new-2": "ready",
-            "used-3": "in use",
-            "half-4": "half-built",
+            f"old-{DIGITS}": "ready",
+            f"new-{DIGITS}": "ready",
+            f"used-{DIGITS}": "in use",
+            f"half-{DIGITS}": "half-built",
         }
-        assert {e.name for e in prune(tmp_path, 50)} == {"old-1", "half-4"}
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"new-2", "used-3"}
+        assert {e.name for e in prune(tmp_path, 50)} == {f"old-{DIGITS}", f"half-{DIGITS}"}
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {
+        "not-ours",
+        f"new-{DIGITS}",
+        f"used-{DIGITS}",
+    }
 
 
 def test_ls_and_prune_on_the_command_line(built: tuple[Path, str]) -> None:
