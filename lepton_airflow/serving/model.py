@@ -139,7 +139,8 @@ def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -
     if not difference <= model.desired.max_difference:
         raise BadInput(
             f"its answers to {len(rows)} golden requests differ by up to {difference:.3g}, the limit is "
-            f"max_difference={model.desired.max_difference:g}: it does not compute here what it computed for DeployModel."
+            f"max_difference={model.desired.max_difference:g}: it does not compute here what it computed for "
+            "DeployModel. Serve it on the same kind of CPU, or raise the limit."
         )
     times = sorted(_times(model, bodies, should_stop))
     return {
@@ -162,7 +163,9 @@ def over_budget(desired: Desired, numbers: dict[str, float]) -> LeptonError | No
         ("max_memory_mb", "the server's memory with it [MiB]", desired.max_memory_mb, "memory_mib"),
     ):
         if numbers[value] > limit:
-            return LeptonError(f"{what} is {numbers[value]:.3g}, the limit is {name}={limit:g}.")
+            return LeptonError(
+                f"{what} is {numbers[value]:.3g}, the limit is {name}={limit:g}. Raise it, or deploy a lighter model."
+            )
     return None
 
 

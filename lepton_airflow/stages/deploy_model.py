@@ -324,7 +324,7 @@ def _made_up(card: ModelCard, columns: Mapping[str, Any]) -> pd.DataFrame:
         else:
             values = column.get("quantiles") or [0.0, 1.0, -1.0]
         # Shifted, so that low values of one column meet high ones of another.
-        cells = [values[(row * (shift + 1) + shift) % len(values)] for row in range(_GOLDEN_ROWS - 1)]
+        cells = [values[(row + 3 * shift) % len(values)] for row in range(_GOLDEN_ROWS - 1)]
         made[feature.name] = [*cells, None]
     return pd.DataFrame(made)
 

@@ -117,10 +117,18 @@ def test_numbers_are_answered_as_the_package_answers(shelf: Any, run_at: RunInfo
             call(server.url + path)[0] for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/sugar")
         ]
         assert before == [200, 503, 503]
-        deploy(run_at, "sugar", shelf.diabetes.uri)
+        result = deploy(run_at, "sugar", shelf.diabetes.uri)
         answer = outputs(server.infer({"inputs": tensors(rows, package)}))
     np.testing.assert_allclose(answer["prediction"].ravel(), package.predict(rows), rtol=1e-6)
     assert endpoints.read_statuses(run_at.store, "sugar") == []  # it has ended, and says so
+    golden = json.loads(run_at.fetch(result.artifacts["golden"].uri).read_bytes())["rows"]
+    made_up = pd.DataFrame(golden[:-1])  # typical values, and then a row with nothing
+    assert golden[-1] == {"bp": None, "s5": None, "größe (mm)": None, "shade": ""}
+    assert set(made_up["shade"]) == {"hell", "dark"}
+    assert made_up["bp"].agg(["min", "max"]).tolist() == pytest.approx(
+        rows["bp"].agg(["min", "max"]).tolist()
+    )
+    assert len(made_up) == 31
 
 
 def test_the_protocol_describes_server_and_model(wine: LocalEndpoint, shelf: Any) -> None:
