@@ -407,7 +407,7 @@ def _failure(name: str, lines: list[str], code: int) -> LeptonError:
     what = f"environment {name} could not be built: {told}."
     suspects = [line for line in lines if line.startswith("WARNING:")] + [told]
     passing = next((line for line in suspects if _PASSING.search(line)), None)
-    if code < 0 or passing:
+    if code < 0 or (passing and "certificate" not in told):
         seen = "" if not passing or passing.strip() in told else f" Before that: {passing.strip()[:300]}."
         return RunnerError(
             f"{what}{seen} A retry may find the index, the network or the disk in order again."

@@ -98,9 +98,9 @@ class Venv(Subprocess):
     @contextmanager
     def _interpreter(self, stage: str, folder: str, supervised: bool) -> Iterator[Interpreter]:
         if self._given:
-            python = environments.find_python(self.python)
-            environments.facts(python)
-            yield _elsewhere(python, [])
+            given = environments.find_python(self.python)
+            environments.facts(given)
+            yield _elsewhere(given, [])
             return
         root, environment = settings.environments(), self._environment_of(stage)
         # The very code of this worker, whatever its version. Linked alone: beside it may lie all of Airflow.

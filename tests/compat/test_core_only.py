@@ -59,10 +59,11 @@ def environment(core_only: Path, tmp_path: Path) -> dict[str, str]:
         wheel.extractall(tmp_path / "package")
     (tmp_path / "dags").mkdir()
     shutil.copy(core_only / "airflow.db", tmp_path)
-    return {
+    # A machine's certificates and proxies stay; nothing of this Python or of another Airflow.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "PYTHON", "VIRTUAL_ENV"))}
+    return kept | {
         # The tests' own bin comes last, for uv.
         "PATH": os.pathsep.join([str(core_only / "bin"), os.defpath, str(Path(sys.executable).parent)]),
-        "HOME": os.environ["HOME"],
         "PYTHONPATH": str(tmp_path / "package"),
         "AIRFLOW_HOME": str(tmp_path),
         "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path / "dags"),
