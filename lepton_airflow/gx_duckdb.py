@@ -16,14 +16,19 @@ from typing import Any
 
 import duckdb
 import sqlalchemy as sa
+from great_expectations.core.metric_domain_types import MetricDomainTypes
 from great_expectations.core.metric_function_types import MetricPartialFunctionTypes
 from great_expectations.execution_engine import SqlAlchemyExecutionEngine
+from great_expectations.expectations.metrics.column_aggregate_metric_provider import (
+    ColumnAggregateMetricProvider,
+)
 from great_expectations.expectations.metrics.map_metric_provider import (
     ColumnMapMetricProvider,
     MulticolumnMapMetricProvider,
     column_condition_partial,
     multicolumn_condition_partial,
 )
+from great_expectations.expectations.metrics.metric_provider import metric_value
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.sql.compiler import GenericTypeCompiler, IdentifierPreparer, SQLCompiler
@@ -215,3 +220,25 @@ class _CompoundColumnsUnique(MulticolumnMapMetricProvider):
     )
     def _duckdb(cls, column_list: list[Any], _table: Any, **kwargs: Any) -> Any:
         return sa.not_(_duplicated(_table, column_list))
+
+
+class _ColumnQuantileValues(ColumnAggregateMetricProvider):
+    metric_name = "column.quantile_values"
+    value_keys = ("quantiles", "allow_relative_error")
+
+    @metric_value(engine=DuckDBExecutionEngine)
+    def _duckdb(
+        cls,
+        execution_engine: DuckDBExecutionEngine,
+        metric_domain_kwargs: dict[str, Any],
+        metric_value_kwargs: dict[str, Any],
+        **kwargs: Any,
+    ) -> list[Any]:
+        """All quantiles from one copy of the column; the original's percentile_disc holds a copy for each."""
+        selectable, _, accessor = execution_engine.get_compute_domain(
+            metric_domain_kwargs, domain_type=MetricDomainTypes.COLUMN
+        )
+        quantiles = [float(q) for q in metric_value_kwargs["quantiles"]]
+        found = sa.func.quantile_disc(sa.column(accessor["column"]), sa.literal_column(str(quantiles)))
+        row = execution_engine.execute_query(sa.select(found).select_from(selectable)).fetchone()
+        return list(row[0]) if row is not None and row[0] is not None else [None] * len(quantiles)

@@ -283,7 +283,11 @@ def test_the_log_says_nothing_of_the_library(january: str, tmp_path: Path) -> No
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=SUITES.parent
     )
     assert done.stdout == "january.parquet: all 1 expectations of suite 'test' hold on 27004 rows.\n"
-    assert done.stderr == ""
+    said = done.stderr.splitlines()
+    assert [line.partition(",")[0] for line in said] == [
+        "INFO:lepton_airflow.stages.validate_data:loading Great Expectations",
+        "INFO:lepton_airflow.stages.validate_data:checking 1 expectations of suite 'test' on duckdb",
+    ]
 
 
 def test_warn_goes_on_and_tells(january: str, run: RunInfo, caplog: pytest.LogCaptureFixture) -> None:
@@ -474,10 +478,33 @@ def test_a_wrong_suite_gets_one_sentence(
         ValidateData(dataset=january, suite=path).run(run)
 
 
+def test_progress_is_told_while_queries_run(
+    january: str, run: RunInfo, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lepton_airflow import gx_duckdb
+
+    monkeypatch.setattr(gx_duckdb, "_TELL_S", 0.0)
+    with caplog.at_level("INFO", logger="lepton_airflow"):
+        ValidateData(dataset=january, suite=FAILING, on_failure="warn").run(run)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "INFO"]
+    assert told[0].startswith("loading Great Expectations")
+    assert (
+        told[1]
+        == f"checking {len(FAILING['expectations'])} expectations of suite {FAILING['name']!r} on duckdb"
+    )
+    queries = [int(t.split()[1]) for t in told if re.fullmatch(r"query \d+ begins after \d+ s", t)]
+    assert queries == list(range(1, len(queries) + 1))
+    assert len(queries) >= 3
+
+
 def test_an_absent_suite_is_looked_for_by_name(january: str, run: RunInfo, tmp_path: Path) -> None:
     write(tmp_path / "flights.json", suite(expect("table_row_count_to_equal", value=1)))
     with pytest.raises(BadConfiguration, match=r"did you mean 'flights.json'\?"):
         ValidateData(dataset=january, suite=str(tmp_path / "flight.json")).run(run)
+    with pytest.raises(
+        BadConfiguration, match=r"suite='\./suites/a\.json' takes it from the DAG file's folder"
+    ):
+        ValidateData(dataset=january, suite="suites/a.json").run(run)
 
 
 def test_a_suite_from_the_store_is_fetched_by_its_pin(january: str, run: RunInfo) -> None:
