@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.contract import digest_of
@@ -43,23 +42,18 @@ def open_lake(source: Source, run: RunInfo) -> Lake:
     kind = {"delta": Delta, "iceberg": Iceberg}[str(source.format)]
     require(kind.library, f"source {source.name!r}", "lakes")
     connection = run.connection(source.connection) if source.connection else None
-    pin = _pin(source, run)
-    version = json.loads(pin.read_text())["version"] if pin.exists() else source.lake_version
+    version, _ = run.pins.get(source.name) or (source.lake_version, None)
     with _sentences(source, connection):
         lake = kind(source, connection, version, run)
-    pin.parent.mkdir(parents=True, exist_ok=True)
-    pin.write_text(json.dumps({"version": lake.version, "digest": lake.digest}))
+    run.pins[source.name] = lake.version, lake.digest
     return lake
 
 
 def lake_digest(source: Source, run: RunInfo) -> str:
     """The digest of a source's table at its version: the table is opened for it once a run."""
-    pin = _pin(source, run)
-    return str(json.loads(pin.read_text())["digest"]) if pin.exists() else open_lake(source, run).digest
-
-
-def _pin(source: Source, run: RunInfo) -> Path:
-    return run.workdir / "lakes" / f"{source.name}.json"
+    if source.name not in run.pins:
+        open_lake(source, run)
+    return str(run.pins[source.name][1])
 
 
 class Lake(ABC):
@@ -134,7 +128,7 @@ class Lake(ABC):
         kind = self._types[column]
         if pa.types.is_date(kind):
             utc = moment.astimezone(UTC)
-            # A date stands for its midnight: those from noon on, or before noon, are up to the next date's.
+            # A date stands for its midnight: a bound within a day moves to the midnight that lets the same dates through.
             later = sign in (">=", "<") and utc.time() != time.min
             return date.isoformat(utc.date() + timedelta(days=int(later)))
         if pa.types.is_timestamp(kind):

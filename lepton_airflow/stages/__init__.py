@@ -78,6 +78,7 @@ class RunInfo:
     cache_key: str | None = None
     refresh: bool = False  # the user asked that nothing finished earlier be reused
     should_stop: Callable[[], bool] = lambda: False  # True once SIGTERM came
+    pins: dict[str, Any] = field(default_factory=dict)  # what this run found to be current, by source
 
     @classmethod
     def local(cls, directory: str | Path, **overrides: Any) -> RunInfo:
