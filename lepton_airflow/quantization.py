@@ -11,6 +11,8 @@ import math
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -574,6 +576,7 @@ def _try(
         graph = inspect(made)
         content = made.SerializeToString(deterministic=True)
         if graph.lowered:
+            _open_elsewhere(content)
             predicted = np.asarray(work.predict(content), dtype=np.float64)
     except Exception as error:  # noqa: BLE001 - any kind of onnx, protobuf and onnxruntime
         return Candidate(method, "failed", f"it cannot be made or run: {first_line(error)[:200]}"), None
@@ -591,6 +594,30 @@ def _try(
     except BadInput as error:  # the original's predictions passed, so it is these: no probabilities any more
         return Candidate(method, "worse", str(error), size, graph, None, [], difference), content
     return Candidate(method, "", "", size, graph, quality, [], difference), content
+
+
+def _open_elsewhere(model: bytes) -> None:
+    """Open a model in a process of its own, and raise if that process is ended by a signal.
+
+    onnxruntime 1.31 dies of a segmentation fault when it opens a transformer encoder of torch's exporter in 16 bits, and
+    a candidate must not take the stage with it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(model)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _OPEN, str(path)], check=False, capture_output=True
+        )
+    if done.returncode < 0:
+        raise RuntimeError(f"onnxruntime dies of signal {-done.returncode} when it opens it")
+
+
+_OPEN = """
+import sys, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+"""
 
 
 def _judged(

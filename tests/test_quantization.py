@@ -276,6 +276,15 @@ def test_a_candidate_that_cannot_be_made_is_reported_beside_the_others(mlp: Trai
     assert found["dynamic_int8"].latency
 
 
+def test_a_format_that_kills_onnxruntime_is_reported(mlp: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_OPEN", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    found = mlp.compare(methods=["fp16"])
+    assert found.candidates[1].verdict == "failed"
+    assert found.reason.endswith(
+        "fp16: it cannot be made or run: onnxruntime dies of signal 11 when it opens it"
+    )
+
+
 def test_a_format_that_overflows_is_worse() -> None:
     feed = {"x0": np.linspace(1, 9, 40 * 256, dtype=np.float32).reshape(40, 256) * 20_000}
     original = products(2)
