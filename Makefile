@@ -27,5 +27,5 @@ lint: setup ## Check style, types and the layers of the architecture
 bench: setup ## Run every benchmark and write docs/benchmarks.md
 	@$(python) benchmarks/run.py
 
-bench-%: setup ## Run one benchmark (parse, pipeline); its last line is one JSON object
+bench-%: setup ## Run one benchmark (drift, parse, pipeline, quantize, validate); its last line is one JSON object
 	@$(python) benchmarks/run.py $*
