@@ -516,6 +516,7 @@ def _strip(model: onnx.ModelProto) -> None:
     model.producer_name, model.producer_version, model.doc_string, model.domain = "lepton_airflow", "", "", ""
     model.model_version = 0
     model.graph.name, model.graph.doc_string = "model", ""
+    model.opset_import.sort(key=lambda entry: entry.domain)  # skl2onnx's order changes with the hash seed
     for item in (*model.graph.node, *model.graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]
