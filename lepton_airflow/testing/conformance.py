@@ -43,6 +43,7 @@ from lepton_airflow.errors import (
 from lepton_airflow.runners import InProcess, Runner
 from lepton_airflow.stages import get_stage
 from lepton_airflow.store import Connection, Store
+from lepton_airflow.testing.local_endpoint import LocalEndpoint
 
 PROBES = "lepton_airflow.testing.probe_stages"
 
@@ -496,6 +497,11 @@ STAGES: dict[str, Callable[[Chain], dict[str, Any]]] = {
         "dataset": c.artifact("PrepareData", "test"),
         "tracking_uri": c.tracking_uri,
     },
+    "DeployModel": lambda c: {
+        "endpoint": _MODEL,
+        "name": c.value("RegisterModel", "name"),
+        "max_latency_ms": 10_000.0,  # whether this machine is quiet is not what is tested
+    },
 }
 
 
@@ -524,7 +530,7 @@ class StageConformance:
         assert all(store.present(artifact) for artifact in receipt.artifacts.values())
         assert _digests(receipt) == _digests(wanted)
         assert receipt.values.keys() == wanted.values.keys()
-        if get_stage(stage).measures_machine:
+        if get_stage(stage).measures_machine or stage == "DeployModel":  # which times its server
             assert receipt.metrics.keys() == wanted.metrics.keys()
         else:
             assert receipt.metrics == wanted.metrics
@@ -581,14 +587,16 @@ def _lived(runner: Runner, folder: Path) -> Chain:
     chain = Chain(folder)
     for name in ("tumours.csv", "mlflow.db"):
         shutil.copy(_beginning() / name, folder)
-    for stage, parameters in STAGES.items():
-        request = Request(
-            stage=stage,
-            parameters=parameters(chain),
-            store=str(chain.folder / "store"),
-            identity=RunIdentity(dag_id="conformance", task_id=stage),
-        )
-        chain.receipts[stage] = runner.run(request, [], {})
+    store = str(folder / "store")
+    with LocalEndpoint(_MODEL, store, folder / "endpoint"):
+        for stage, parameters in STAGES.items():
+            request = Request(
+                stage=stage,
+                parameters=parameters(chain),
+                store=store,
+                identity=RunIdentity(dag_id="conformance", task_id=stage),
+            )
+            chain.receipts[stage] = runner.run(request, [], {})
     return chain
 
 
