@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ DOOR = ("fsspec", "psutil")  # what the door itself imports; Airflow is not amon
 OLDEST_PYTHON = (3, 11)
 
 Say = Callable[[str], None]
+
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Environment:
         """
         interpreter = find_python(python)
         installer = installer or ("uv" if _uv() else "pip")
+        if constraints is not None and "://" not in constraints:  # whoever builds it stands in another folder
+            constraints = os.path.abspath(os.path.expanduser(constraints))
         names = tuple(sorted(set(extras)))
         lines = tuple(sorted({*extra_lines(names), *requirements}))
         key = digest_of([lines, installer, facts(interpreter), _digest_of_constraints(constraints)])[:16]
@@ -83,9 +87,20 @@ class Environment:
         return f"{'-'.join(self.extras) or 'own'}-{self.key}"
 
     @contextmanager
-    def held(self, root: Path) -> Iterator[str | None]:
-        """Its interpreter, which nobody removes meanwhile; None when it is not built."""
-        with _locked(root, self.name, fcntl.LOCK_SH) as lock:
+    def held(self, root: Path, say: Say | None = None) -> Iterator[str | None]:
+        """Its interpreter, which nobody removes meanwhile; None when it is not built.
+
+        :param say: is told when another process builds it, which is then waited for; None: it counts as not built.
+        """
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(_locked(root, self.name, fcntl.LOCK_SH | fcntl.LOCK_NB))
+            except BlockingIOError:
+                if say is None:
+                    yield None
+                    return
+                say(f"environment {self.name} is being built or removed by another process: waiting")
+                lock = stack.enter_context(_locked(root, self.name, fcntl.LOCK_SH))
             os.utime(lock.fileno())  # when it was last used
             python = root / self.name / "bin" / "python"
             yield str(python) if _complete(root / self.name) else None
@@ -96,14 +111,22 @@ class Environment:
         :raises BadConfiguration: there is no such package or version, or the interpreter cannot make environments.
         :raises RunnerError: the package index did not answer, or the disk is full: a retry may help.
         """
-        home = root / self.name
-        waiting = (
-            f"environment {self.name} is in use by another process, which most likely builds it: waiting"
-        )
-        with _locked(root, self.name, fcntl.LOCK_EX, lambda: say(waiting)) as lock:
-            if _complete(home):
-                say(f"environment {self.name} is there: {home}")
-                return home / "bin" / "python"
+        while True:
+            # Shared: whoever has waited for the lock alone would go on waiting until no stage uses what was built.
+            with self.held(root, say) as python:
+                if python:
+                    say(f"environment {self.name} is there: {root / self.name}")
+                    return Path(python)
+            with ExitStack() as stack:
+                try:
+                    lock = stack.enter_context(_locked(root, self.name, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                except BlockingIOError:
+                    time.sleep(_POLL_S)  # another one looks, or has begun to build it
+                    continue
+                return self._make(root / self.name, lock, say)
+
+    def _make(self, home: Path, lock: IO[str], say: Say) -> Path:
+        if not _complete(home):  # somebody may have built it just before the lock was taken
             if home.exists():
                 say(f"environment {self.name} was left half-built: building it again")
                 (home / "environment.json").unlink(missing_ok=True)
@@ -123,7 +146,7 @@ class Environment:
             temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
             temporary.replace(home / "environment.json")
             say(f"environment {self.name} built in {seconds} s, {size >> 20} MiB: {home}")
-            return home / "bin" / "python"
+        return home / "bin" / "python"
 
     def _install(self, home: Path, lock: IO[str], say: Say) -> None:
         uv = _uv() or "uv"
@@ -320,19 +343,13 @@ def _lock_file(root: Path, name: str) -> Path:
 
 
 @contextmanager
-def _locked(root: Path, name: str, how: int, waiting: Callable[[], None] = lambda: None) -> Iterator[IO[str]]:
+def _locked(root: Path, name: str, how: int) -> Iterator[IO[str]]:
     """Hold an environment's lock, which the kernel takes back from a process that dies.
 
     The file stays when the environment goes: another process may have it open and wait for it.
     """
     with _lock_file(root, name).open("r+") as lock:
-        try:
-            fcntl.flock(lock, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if how & fcntl.LOCK_NB:
-                raise
-            waiting()
-            fcntl.flock(lock, how)
+        fcntl.flock(lock, how)
         yield lock
 
 

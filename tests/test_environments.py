@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,54 @@ def test_many_ask_and_one_builds(built: tuple[Path, str]) -> None:
     assert "toolz" in entry.requirements
 
 
+def _as_built(environment: Environment, root: Path) -> str:
+    """What a finished environment looks like from outside; returns its interpreter."""
+    python = root / environment.name / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (root / environment.name / "environment.json").write_text("{}")
+    return str(python)
+
+
+def test_who_wants_it_waits_for_its_builder_and_says_so(tmp_path: Path) -> None:
+    environment, said, answers = Environment.of([], ["toolz"]), list[str](), list[Path]()
+    task = threading.Thread(
+        target=lambda: answers.append(environment.build(tmp_path, said.append)), daemon=True
+    )
+    with (tmp_path / f"{environment.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as its builder does
+        with environment.held(tmp_path) as interpreter:
+            assert interpreter is None
+        task.start()
+        until(lambda: said, "a word about the other builder")
+        assert "by another process: waiting" in said[0]
+        python = _as_built(environment, tmp_path)
+    task.join(30)
+    assert answers == [Path(python)]
+
+
+@pytest.mark.timeout(60)
+def test_nobody_waits_for_the_stages_that_use_it(tmp_path: Path) -> None:
+    environment, said = Environment.of([], ["toolz"]), list[str]()
+    python = _as_built(environment, tmp_path)
+    with environment.held(tmp_path) as interpreter:
+        assert interpreter == python
+        assert str(environment.build(tmp_path, said.append)) == python
+    assert [line.partition(":")[0] for line in said] == [f"environment {environment.name} is there"]
+
+
+def test_a_path_of_constraints_means_the_same_where_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pins.txt").write_text("toolz==1.0.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = {Environment.of([], constraints=text).constraints for text in ("pins.txt", "~/pins.txt")}
+    assert named == {str(tmp_path / "pins.txt")}
+    url = "https://example.org/pins-1.txt"
+    assert Environment.of([], constraints=url).constraints == url
+
+
 def test_it_is_named_by_what_is_in_it(tmp_path: Path) -> None:
     pins = tmp_path / "pins.txt"
     pins.write_text("toolz==1.0.0\n")
@@ -103,7 +152,8 @@ def test_a_half_built_one_is_built_again(tmp_path: Path, silent_index: str, kill
     assert [entry.state for entry in kept(tmp_path)] == ["building"]
     os.killpg(task.pid, killed)
     task.communicate(timeout=30)
-    assert [entry.state for entry in kept(tmp_path)] == ["half-built"]
+    # The installer holds the lock too, and may end a moment after the process that called it.
+    until(lambda: [entry.state for entry in kept(tmp_path)] == ["half-built"], "its lock to be free")
     environment = Environment.of([], ["toolz"], installer="uv")
     with environment.held(tmp_path) as interpreter:
         assert interpreter is None

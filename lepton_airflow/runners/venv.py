@@ -23,7 +23,7 @@ from lepton_airflow.errors import (
     RunnerError,
     did_you_mean,
 )
-from lepton_airflow.runners.subprocess import Interpreter, Subprocess, own_interpreter
+from lepton_airflow.runners.subprocess import Interpreter, Subprocess, log, own_interpreter
 from lepton_airflow.stages import get_stage
 
 # What an installer may see of the worker's environment besides what a stage may: where its packages come from.
@@ -107,12 +107,14 @@ class Venv(Subprocess):
         code = Path(folder, "code")
         code.mkdir()
         (code / "lepton_airflow").symlink_to(Path(lepton_airflow.__file__).parent)
-        for _ in range(2):
-            with environment.held(root) as python:
+        # One that another task builds is waited for in the process that would build it: it is logged, and can be stopped.
+        for say in (None, log.info):
+            with environment.held(root, say) as python:
                 if python:
                     yield _elsewhere(python, [str(code)])
                     return
-            self._build(environment, root, folder, supervised)
+            if say is None:
+                self._build(environment, root, folder, supervised)
         raise RunnerError(
             f"environment {environment.name} was built and is gone again: something else clears {root}; try again."
         )
