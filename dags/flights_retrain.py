@@ -6,8 +6,8 @@ Raw data lies in the folder that the Airflow Variable ``flights_raw`` names; MLf
 backfill registers models and moves nothing, unless ``on_backfill`` says ``full``.
 
 The data are of 2013; a run for a month without data is skipped. To run a month from the UI: Trigger, Backfill, and dates in
-2013. A single run needs a logical date in 2013 (it takes the month before), or no logical date and the params
-``window_start`` and ``window_end``.
+2013 (tick "Override parameters on existing runs", or Airflow sends none of the form's parameters). A single run needs a
+logical date in 2013 (it takes the month before), or no logical date and the params ``window_start`` and ``window_end``.
 """
 
 from datetime import UTC, datetime
