@@ -327,14 +327,29 @@ def check_lake(source: Source) -> None:
                 f"{what}: catalog[{key!r}] is a secret, which a DAG must not hold: put it into the extra of an Airflow "
                 f'Connection, as {{"iceberg": {{"{key}": …}}}}, and name that as connection.'
             )
+    if not isinstance(source.columns, (list, tuple)):
+        raise BadConfiguration(f"{what}: columns={source.columns!r}: expected a list of names.")
+    if not isinstance(source.filters, (list, tuple)):
+        raise BadConfiguration(
+            f"{what}: filters={source.filters!r}: expected a list of [column, sign, value]."
+        )
     for item in source.filters:
-        if not isinstance(item, (list, tuple)) or len(item) != 3 or item[1] not in SIGNS:
+        if (
+            not isinstance(item, (list, tuple))
+            or len(item) != 3
+            or not isinstance(item[0], str)
+            or item[1] not in SIGNS
+        ):
             raise BadConfiguration(
                 f"{what}: filters has {item!r}: expected [column, sign, value] with a sign of {' '.join(SIGNS)}."
             )
         if (item[1] == "in") != isinstance(item[2], (list, tuple)):
             raise BadConfiguration(
                 f"{what}: filters has {item!r}: a list of values goes with 'in', and only with it."
+            )
+        if item[2] in (None, [], ()) or (item[1] == "in" and None in item[2]):
+            raise BadConfiguration(
+                f"{what}: filters has {item!r}: no row compares with nothing: select missing values in the query."
             )
 
 

@@ -42,6 +42,14 @@ _COMPRESSED = (".gz", ".zst")
 _TYPE = re.compile(r"^[A-Za-z][A-Za-z0-9_ ]*(\(\s*\d+\s*(,\s*\d+\s*)?\))?(\[\])*$")
 _MISSING = "'na', 'n/a', '#n/a', 'nan', 'nil', 'none', 'null', 'missing', 'unknown', '?', '.', '-', '--'"
 _LAKE_ONLY = ("catalog", "table", "snapshot_id", "columns", "filters")
+# What each kind of source takes. An option that would do nothing is refused: ``version`` of an Iceberg table, which has
+# snapshots, would otherwise read the current one.
+_OPTIONS = {
+    "files": ("uri", "format", "connection", "types", "delimiter", "null_values", "date_format", "encoding", "union"),
+    "delta": ("format", "uri", "version", "columns", "filters", "types", "connection"),
+    "iceberg": ("format", "catalog", "table", "snapshot_id", "columns", "filters", "types", "connection"),
+    "a database": ("connection", "sql", "version", "types"),
+}  # fmt: skip
 _NAME = re.compile(r"^[A-Za-z_]\w*$")
 
 
@@ -125,6 +133,15 @@ class Source:
             raise BadConfiguration(
                 f"source {name!r} needs either a uri or a sql, and has {'both' if source.sql else 'none'}."
             )
+        kind = str(source.format) if source.format in FORMATS else "a database" if source.sql else "files"
+        unset = cls(name=name)
+        for option in spec:
+            value = getattr(source, option)
+            if option not in _OPTIONS[kind] and value is not None and value != getattr(unset, option):
+                raise BadConfiguration(
+                    f"source {name!r} has the option {option!r}, which a source of {kind} does not take; it takes "
+                    f"{', '.join(_OPTIONS[kind])}."
+                )
         if source.sql and not source.connection:
             raise BadConfiguration(
                 f"source {name!r} has a sql and no connection: say which Airflow Connection it is for."
