@@ -237,7 +237,7 @@ def watch(af: LocalAirflow) -> bool:
     """Have a later month watched; its drift starts a retraining, which is followed to its end."""
     print()
     _backfill(af, WATCH, [WATCHED[:7]])
-    (watched,) = _follow(af, WATCH, "backfill")
+    watched = next(run for run in _follow(af, WATCH, "backfill") if _month(af, run) == WATCHED[:7])
     if watched["state"] != "success":
         return False
     values = af.xcom(WATCH, watched["dag_run_id"], "check_drift")["values"]
@@ -274,8 +274,9 @@ def print_table(af: LocalAirflow, runs: list[dict[str, Any]]) -> None:
 
 def _row(month: str, run: dict[str, Any], tasks: dict[str, Any], receipts: dict[str, Any]) -> str:
     if "deploy" not in receipts:
-        bad = sorted(name for name, task in tasks.items() if task["state"] == "failed")
-        return f"{month:<8}{run['state']}: {', '.join(bad)} failed; see its log in the UI"
+        state = "skipped" if run["state"] == "success" else "failed"
+        names = sorted(name for name, task in tasks.items() if task["state"] == state)
+        return f"{month:<8}{run['state']}: {', '.join(names)} {state}; see its log in the UI"
     metrics = receipts["evaluate"]["metrics"]
     auc = "{roc_auc:.3f} [{roc_auc_low:.3f}, {roc_auc_high:.3f}]".format(**metrics)
     seconds = sum(task["duration"] or 0 for task in tasks.values())

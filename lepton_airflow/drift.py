@@ -13,6 +13,7 @@ become text, has drifted without any test.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,13 +24,9 @@ from lepton_airflow.profile import VERSION, count_rows, reference_counts, unseen
 if TYPE_CHECKING:
     import duckdb
 
-_NUMBERS = (
-    "INT",
-    "FLOAT",
-    "DOUBLE",
-    "DECIMAL",
-    "BOOLEAN",
-)  # how DuckDB's names of numeric types begin or end
+_NUMBERS = re.compile(
+    r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN"
+)  # in DuckDB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +52,11 @@ class ColumnVerdict:
     p_adjusted: float | None = None
     missing: list[float] = field(default_factory=list)
     unseen: dict[str, int] | None = None
+
+
+def is_number(kind: str) -> bool:
+    """Whether the values of a DuckDB type can be taken as numbers."""
+    return _NUMBERS.fullmatch(kind) is not None
 
 
 def check_profile(profile: Mapping[str, Any], where: str) -> None:
@@ -83,7 +85,7 @@ def judge_columns(
     """Judge every profiled column of a table, those that moved most first.
 
     :param table: a table or view of the current rows; a target that it does not have yet is passed over.
-    :param cluster_column: column that names dependent rows.
+    :param cluster_column: column that names dependent rows; without one, they are as dependent as the profile says.
     """
     from lepton_airflow.statistics.distances import holm
 
@@ -110,7 +112,7 @@ def _structural(column: Mapping[str, Any], kind: str | None) -> str:
     """Why a column cannot be compared at all, or nothing."""
     if kind is None:
         return "the column is gone"
-    if column["kind"] == "number" and not kind.startswith(_NUMBERS) and not kind.endswith("INT"):
+    if column["kind"] == "number" and not is_number(kind):
         return f"numbers have become {kind}"
     return ""
 
@@ -131,8 +133,8 @@ def _measured(
     known = [DesignEffect(**column["design_effect"])] if "design_effect" in column else []
     own = design_effect(counts) if cluster else None
     # With equal distributions both sides have the same; few current clusters say little about it, and a
-    # reference of smaller clusters says too little.
-    effect = max([*known, *([own] if own else [])], key=lambda e: e.mean, default=None) if cluster else None
+    # reference of smaller clusters says too little. Rows depend on one another also where no column says so.
+    effect = max([*known, *([own] if own else [])], key=lambda e: e.mean, default=None)
     test = stability_test(before, now, effect)
     missing = [round(float(counts[-1] / sum(counts)), 6) for counts in (before, now)]
     return ColumnVerdict(
@@ -165,6 +167,6 @@ def _decided(
         elif abs(now - before) >= 0.05:
             reason += f", missing {before:.1%} before and {now:.1%} now"
         if verdict.unseen:
-            names = ", ".join(repr(label) for label in list(verdict.unseen)[:3])
+            names = ", ".join(repr(label[:40]) for label in list(verdict.unseen)[:3])
             reason += f", values never seen before: {names}"
     return replace(verdict, drifted=far and sure, reason=reason, p_adjusted=p_adjusted)

@@ -135,7 +135,7 @@ def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -
     differences.append(_difference(_values(model, request_body(model.card.features, rows)), answers))
     difference = max(differences)
     if model.card.task == "regression":
-        difference /= max([1.0, *(abs(value) for answer in answers for value in answer if value is not None)])
+        difference /= scale_of(answers)
     if not difference <= model.desired.max_difference:
         raise BadInput(
             f"its answers to {len(rows)} golden requests differ by up to {difference:.3g}, the limit is "
@@ -189,6 +189,11 @@ def _difference(found: list[list[float | None]], wanted: list[list[float | None]
         (math.inf if (a is None) != (b is None) else abs((a or 0.0) - (b or 0.0)) for a, b in pairs),
         default=0.0,
     )
+
+
+def scale_of(answers: list[list[float | None]]) -> float:
+    """The largest absolute answer; 1 when there is none but 0."""
+    return max((abs(v) for answer in answers for v in answer if v is not None), default=0.0) or 1.0
 
 
 def _times(model: ServedModel, bodies: list[bytes], should_stop: Callable[[], bool]) -> Iterator[float]:

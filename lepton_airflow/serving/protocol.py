@@ -125,7 +125,8 @@ def render(
         {"name": name, "datatype": outputs[name].datatype, "shape": list(array.shape), "data": _plain(array)}
         for name, array in zip(inference.outputs, values, strict=True)
     ]
-    return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    # In ASCII: a client's id may be text that no UTF-8 spells.
+    return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
 
 
 def request_body(features: Sequence[Feature], rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -63,6 +63,10 @@ class Limits:
         for name in ("rows", "bytes", "in_flight"):
             if getattr(self, name) < 1:
                 raise BadConfiguration(f"the limit of {name} is {getattr(self, name)}: expected at least 1.")
+        if self.threads < 0:
+            raise BadConfiguration(
+                f"threads={self.threads}: expected at least 1, or 0 for as many as there are CPUs."
+            )
 
 
 class Metrics:
@@ -297,6 +301,8 @@ def serve(
 ) -> None:
     """Serve an endpoint until SIGTERM or SIGINT, then answer what was admitted and end."""
     check_endpoint_name(name)
+    if not poll_s > 0:
+        raise BadConfiguration(f"poll_s={poll_s:g}: expected a number of seconds above 0.")
     listener = _listen(host, port)
     port = listener.getsockname()[1]
     status = Status(server=f"{socket.gethostname()}-{port}", url=url or f"http://{_address(host)}:{port}")
@@ -336,7 +342,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise BadConfiguration(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Pass another --host or --port."
+            f"cannot listen on {host}:{port}: {reason}. Pass another --host or --port."
         ) from None

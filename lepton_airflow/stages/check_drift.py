@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import pin, split_pin
 from lepton_airflow.dataset import connect, interruptible, literal, quote, read_info
-from lepton_airflow.drift import ColumnVerdict, check_profile, judge_columns
+from lepton_airflow.drift import ColumnVerdict, check_profile, is_number, judge_columns
 from lepton_airflow.errors import (
     BadConfiguration,
     BadInput,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAMED = 20  # drifted columns that the receipt names; the verdict names all
+_REASON_BYTES = 1500  # it stands twice in a receipt of at most 8 KB
 _DRAWN = (
     50  # columns that the report shows, those that moved most; Evidently takes a second and 50 KB for each
 )
@@ -59,8 +60,9 @@ class CheckDrift(Stage):
         store has them.
     :param threshold: smallest population stability index that matters; 0.1 and 0.25 are the usual marks [nats].
     :param alpha: largest p-value, corrected for the number of columns, that counts as beyond chance [0 to 1].
-    :param min_columns: how many columns must have drifted to say that the data have.
-    :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names, if any.
+    :param min_columns: how many columns must have drifted to say that the data have [1 to all of the reference's].
+    :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names; if it names
+        none, the rows count for as dependent as the reference's were.
     :param sample_rows: how many rows of each side the report is drawn from [rows].
     :param seed: of these samples.
     :param on_backfill: in a backfill, ``register_only`` judges and starts nothing, ``skip`` does nothing, ``full`` acts.
@@ -150,7 +152,7 @@ class CheckDrift(Stage):
             values={
                 "drifted": drifted,
                 "retrain": retrain,
-                "columns": [v.name[:100] for v in moved[:_NAMED]],
+                "columns": [_cut(v.name, 100) for v in moved[:_NAMED]],
                 "reason": reason,
             },
             metrics={
@@ -245,6 +247,12 @@ class CheckDrift(Stage):
             raise BadInput(
                 f"{split_pin(self.dataset)[0]} has no rows: check that the data of this window have arrived."
             )
+        columns = len(reference.profile["columns"])
+        if self.min_columns > columns:
+            raise BadConfiguration(
+                f"min_columns={self.min_columns}: {reference.name} has {columns} columns, so this many can never drift; "
+                f"expected 1 to {columns}."
+            )
         return rows, judge_columns(
             con, "current_rows", reference.profile, cluster, self.threshold, self.alpha
         )
@@ -267,6 +275,10 @@ class CheckDrift(Stage):
         before = self._sample(con, rows_before, names) if rows_before else None
         sides = [now] if before is None else [now, before]
         shown = [n for n in names if all(n in side and side[n].notna().any() for side in sides)]
+        path = run.workdir / "report.html"
+        if not shown:
+            path.write_text(_NOTHING_SHOWN, encoding="utf-8")
+            return path
         numbers = [n for n in shown if all(side[n].dtype.kind == "f" for side in sides)]
         definition = DataDefinition(
             numerical_columns=numbers, categorical_columns=[n for n in shown if n not in numbers]
@@ -282,7 +294,6 @@ class CheckDrift(Stage):
             )
         )
         data = [Dataset.from_pandas(side[shown], definition) for side in sides]
-        path = run.workdir / "report.html"
         Report([preset]).run(*data, *([None] if before is None else [])).save_html(str(path))
         return path
 
@@ -290,14 +301,14 @@ class CheckDrift(Stage):
         """Some rows of a file, the same ones at any number of threads; numbers as float, all else as text."""
         scan = f"read_parquet({literal(path)}, file_row_number = true)"
         kinds = {n: k for n, k, *_ in con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()}
-        columns = ", ".join(
-            f"{quote(n)}::{'TEXT' if kinds[n] == 'VARCHAR' else 'DOUBLE'} AS {quote(n)}"
+        columns = [
+            f"{quote(n)}::{'DOUBLE' if is_number(kinds[n]) else 'TEXT'} AS {quote(n)}"
             for n in names
             if n in kinds
-        )
+        ]
         chosen = f"SELECT file_row_number AS n FROM {scan} ORDER BY hash(n, {int(self.seed)}), n LIMIT {int(self.sample_rows)}"
         return con.execute(
-            f"SELECT {columns} FROM {scan} WHERE file_row_number IN (SELECT n FROM ({chosen})) ORDER BY file_row_number"
+            f"SELECT {', '.join(columns) or 'file_row_number'} FROM {scan} WHERE file_row_number IN (SELECT n FROM ({chosen})) ORDER BY file_row_number"
         ).df()
 
     def _reason(self, verdicts: Sequence[ColumnVerdict], rows: int, reference: _Reference) -> str:
@@ -305,10 +316,22 @@ class CheckDrift(Stage):
         worst = "; ".join(f"{v.name}: {v.reason}" for v in (moved or verdicts)[:3])
         drifted = len(moved) >= self.min_columns
         needed = f" ({self.min_columns} needed)" if self.min_columns > 1 else ""
-        return (
+        return _cut(
             f"{'Drifted' if drifted else 'Not drifted'}: {len(moved)} of {len(verdicts)} columns{needed} moved away from "
-            f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}."
-        )[:1500]
+            f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}.",
+            _REASON_BYTES,
+        )
+
+
+_NOTHING_SHOWN = (
+    "<!doctype html><meta charset='utf-8'><title>Drift</title><p>No column of the reference has values on both sides, so "
+    "there is nothing to draw; the verdict names every column."
+)
+
+
+def _cut(text: str, most: int) -> str:
+    """The text, or as much of it as fits into so many bytes."""
+    return text.encode()[:most].decode(errors="ignore")
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,12 @@ class DeployModel(Stage):
             mine = desired.run_key == run.run_key
             if wanted.asks_as(desired) and (mine or desired is known[-1]):
                 verdict = endpoints.read_verdict(run.store, self.endpoint, desired.sequence)
-                return None if verdict and verdict.error else desired
+                if verdict and verdict.error:
+                    return None
+                # A server that could not load what was accepted before, as its bytes were damaged, tries a new record only.
+                statuses = endpoints.read_statuses(run.store, self.endpoint)
+                refused = any(s.alive and str(desired.sequence) in s.refused for s in statuses)
+                return None if refused else desired
         return None
 
     def _newer(self, run: RunInfo, known: Sequence[Desired], wanted: Desired) -> str | None:

@@ -132,6 +132,12 @@ def test_a_wrong_request_is_refused_in_one_sentence(body: bytes, status: int, wo
     assert len(str(refused.value)) < 300
 
 
+def test_what_a_client_calls_its_request_comes_back_even_when_it_is_no_utf_8() -> None:
+    inference = read(whole(id="\ud800", parameters={"é": "\udfff"}, outputs=[{"name": "label"}]))
+    answer = json.loads(render("late", "3", inference, {"label": Output("label", "INT64")}, [np.array([1])]))
+    assert (answer["id"], answer["parameters"]) == ("\ud800", {"é": "\udfff"})
+
+
 def test_an_answer_is_strict_json_with_what_was_asked_and_said() -> None:
     inference = read(
         whole(id="17", parameters={"who": "x"}, outputs=[{"name": "label"}, {"name": "probabilities"}])

@@ -14,6 +14,7 @@ import pytest
 from lepton_airflow import endpoints
 from lepton_airflow.contract import canonical_json, split_pin
 from lepton_airflow.endpoints import Desired, Status, Verdict
+from lepton_airflow.serving.model import scale_of
 from lepton_airflow.serving.reconcile import Reconciler
 from lepton_airflow.store import Store
 
@@ -347,3 +348,12 @@ def test_a_regression_is_compared_on_its_own_scale(bench: Bench, run_at: RunInfo
     server = bench.server()
     server.step()
     assert (server.status.state, server.status.serving) == ("rejected", 1)
+
+
+@pytest.mark.parametrize(
+    ("answers", "scale"), [([1e-5, -3e-5], 3e-5), ([0.0, None], 1.0), ([250.0, 1.0], 250.0)]
+)
+def test_a_difference_counts_in_shares_of_the_largest_answer(
+    answers: list[float | None], scale: float
+) -> None:
+    assert scale_of([[a] for a in answers]) == scale

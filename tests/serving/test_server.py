@@ -435,5 +435,11 @@ def test_a_port_that_is_taken_and_a_wrong_name_are_refused(wine: LocalEndpoint, 
         serve("wine", store, port=wine.port, **ways)
     with pytest.raises(BadConfiguration, match="cannot name an endpoint"):
         serve("../wine", store, port=0, **ways)
+    with pytest.raises(BadConfiguration, match=r"cannot listen on 127\.0\.0\.1:99999"):
+        serve("wine", store, port=99999, **ways)
+    with pytest.raises(BadConfiguration, match="poll_s=0: expected"):
+        serve("wine", store, port=0, **ways | {"poll_s": 0})
     with pytest.raises(BadConfiguration, match="in_flight is 0"):
         Limits(in_flight=0)
+    with pytest.raises(BadConfiguration, match="threads=-1: expected"):
+        Limits(threads=-1)

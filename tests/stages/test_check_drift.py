@@ -192,6 +192,38 @@ def test_columns_that_cannot_be_drawn_do_not_stop_the_report(bench: Bench) -> No
     assert result.artifacts["report"].bytes > 100_000
 
 
+def test_a_day_on_which_everything_broke_has_drifted(bench: Bench) -> None:
+    """All columns under other names, all columns empty, and a category that has become a time."""
+    package = bench.package().uri
+    renamed = rows(7).rename(columns=str.upper).rename(columns={"DAY": "day"})
+    empty = rows(7).assign(hour=np.nan, wind=np.nan, origin=None).drop(columns="late")
+    times = rows(7).assign(origin=pd.Timestamp(2013, 7, 1))
+    for frame, names in (
+        (renamed, ["hour", "origin", "wind"]),
+        (empty, ["hour", "origin", "wind"]),
+        (times, ["origin"]),
+    ):
+        result = bench.check(frame, reference=package)
+        assert sorted(result.values["columns"]) == names
+        assert result.artifacts["report"].bytes > 100
+    alone = bench.check(renamed, reference=bench.profile.uri)
+    assert "nothing to draw" in bench.read(alone.artifacts["report"])
+
+
+def test_the_receipt_stays_small_in_any_script(bench: Bench) -> None:
+    wide = rows(3)[["day", "late"]].assign(**{f"{i}" + "漂" * 90: "漂" for i in range(30)})
+    info = replace(INFO, features=list(wide)[2:], categorical=list(wide)[2:])
+    con = duckdb.connect()
+    con.register("train", wide)
+    profile = bench.run.save(
+        "wide.json", json.dumps(reference_profile(con, "train", replace(info, rows=len(wide)), None))
+    )
+    labels = np.array([c * 190 for c in "移流動"])[np.arange(len(wide)) % 3]
+    result = bench.check(wide.assign(**dict.fromkeys(info.features, labels)), reference=profile.uri)
+    assert result.metrics["drifted_columns"] == 30
+    assert receipt_of(result).to_json()
+
+
 def test_receipt_and_report_stay_small_however_many_columns_drift(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +265,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(bench: Bench) -> None:
             BadConfiguration,
             "min_columns=0: expected a number above 0",
         ),
+        ({"reference": profile, "min_columns": 5}, BadConfiguration, "has 4 columns, so this many can never"),
         ({"reference": profile, "cluster_column": "dya"}, BadConfiguration, "did you mean 'day'"),
         ({"reference": bare}, BadInput, "no reference profile: pass profile=prepare.output"),
         ({"reference": data}, BadInput, "is no reference profile: expected prepare.output"),

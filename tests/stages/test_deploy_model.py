@@ -391,6 +391,26 @@ def test_bytes_that_were_altered_on_the_way_to_the_server_fail_without_a_retry(d
     assert server.status.sha256 == split_pin(good)[1]
 
 
+def test_a_package_that_was_damaged_and_healed_is_deployed_again(desk: Desk) -> None:
+    package = desk.package(1.0)
+    with pytest.raises(LeptonError, match="no server"):
+        desk.deploy(model=package, timeout_s=0)
+    desk.server().step()  # accepted, and the server ends
+    path = Path(split_pin(package)[0].removeprefix("file://")) / "model.onnx"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\0")
+    again = desk.server()
+    again.step()
+    again.report()
+    assert again.status.state == "rejected"
+    path.write_bytes(content)
+    with pytest.raises(LeptonError, match=r"server here .* does not serve version 2"):
+        desk.deploy(model=package, timeout_s=0)
+    again.step()
+    assert desk.deploy(model=package).values["deployed"] is True
+    assert len(desk.asked()) == 2
+
+
 def _record(desk: Desk, package: str) -> Desired:
     """What DeployModel would ask for, taken from an endpoint that nobody serves."""
     with pytest.raises(LeptonError, match="no server reported"):
