@@ -238,6 +238,8 @@ class _ColumnQuantileValues(ColumnAggregateMetricProvider):
         selectable, _, accessor = execution_engine.get_compute_domain(
             metric_domain_kwargs, domain_type=MetricDomainTypes.COLUMN
         )
+        if isinstance(selectable, sa.Select):  # with a row_condition
+            selectable = selectable.subquery()
         quantiles = [float(q) for q in metric_value_kwargs["quantiles"]]
         found = sa.func.quantile_disc(sa.column(accessor["column"]), sa.literal_column(str(quantiles)))
         row = execution_engine.execute_query(sa.select(found).select_from(selectable)).fetchone()

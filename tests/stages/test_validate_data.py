@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lepton_airflow.errors import BadConfiguration, BadInput
@@ -197,6 +199,30 @@ def test_every_family_has_the_same_verdict_and_count_on_both_engines(
         if result["success"] != holds or (observed is not None and found != pytest.approx(observed)):
             wrong.append((expectation, result["success"], found, result["exception_info"]))
     assert not wrong
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_nan_is_missing_in_what_arrow_wrote_too(tmp_path: Path, run: RunInfo, engine: Any) -> None:
+    """Arrow's statistics leave NaN out, from which DuckDB concludes that nothing equals it."""
+    path = tmp_path / "arrow.parquet"
+    pq.write_table(pa.table({"x": [1.0, 2.0, float("nan"), None, 5.0], "id": [1, 2, 3, 4, 5]}), path)
+    spread = {"quantiles": [0.5, 1.0], "value_ranges": [[2, 2], [5, 5]]}
+    late = {"quantiles": [0.5, 1.0], "value_ranges": [[4, 4], [5, 5]]}
+    asked = suite(
+        expect("column_values_to_not_be_null", column="x"),
+        expect("column_max_to_be_between", column="x", min_value=5, max_value=5),
+        expect("column_quantile_values_to_be_between", column="x", quantile_ranges=spread),
+        expect(
+            "column_quantile_values_to_be_between",
+            column="id",
+            quantile_ranges=late,
+            row_condition='col("id") > 2',
+            condition_parser="great_expectations",
+        ),
+    )
+    results = full_result(run, ValidateData(dataset=str(path), suite=asked, engine=engine))
+    assert [r["success"] for r in results] == [False, True, True, True]
+    assert results[0]["result"]["unexpected_count"] == 2
 
 
 LIKE = expect("column_values_to_match_like_pattern", column="text", like_pattern="v_%")
