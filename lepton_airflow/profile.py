@@ -127,8 +127,10 @@ def _described(
 
 
 def _as_number(name: str) -> str:
-    # NaN counts as missing: pandas, sklearn and the ONNX model see no difference.
-    return f"nullif({quote(name)}::DOUBLE, 'nan'::DOUBLE)"
+    # NaN counts as missing: pandas, sklearn and the ONNX model see no difference. Not by nullif or isnan: DuckDB 2.0 answers
+    # these from a Parquet file's statistics, and those that Arrow writes leave NaN out.
+    value = f"{quote(name)}::DOUBLE"
+    return f"CASE WHEN isfinite({value}) OR isinf({value}) THEN {value} END"
 
 
 def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lepton_airflow.dataset import DatasetInfo
@@ -18,6 +19,7 @@ from lepton_airflow.profile import count_rows, reference_counts, reference_profi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     Judge = Callable[..., dict[str, ColumnVerdict]]
 
@@ -252,6 +254,21 @@ def test_the_profile_s_own_rows_fall_into_its_bins(con, profile_of) -> None:
         assert counts.sum(axis=0).tolist() == reference_counts(column), name
         assert counts.sum(axis=1).max() % 60 == 0  # whole days
         assert 80 <= len(counts) <= 90  # few of them share a group
+
+
+@pytest.mark.parametrize("nulls", [0, 5])
+def test_nan_is_missing_in_what_arrow_wrote_too(con, profile_of, tmp_path: Path, nulls: int) -> None:
+    rows = frame(0, 90)
+    rows.loc[::3, "hour"] = np.nan
+    hour = pa.array(rows["hour"].to_numpy(), mask=np.arange(len(rows)) < nulls)
+    path = tmp_path / "arrow.parquet"
+    pq.write_table(pa.table({"hour": hour, "day": rows["day"]}), path)
+    con.execute(f"CREATE VIEW written AS SELECT * FROM read_parquet('{path}')")
+    rows.loc[: nulls - 1, "hour"] = np.nan
+    wanted = profile_of(rows)["columns"]["hour"]
+    info = DatasetInfo(features=["hour"], cluster_column="day", rows=len(rows))
+    assert reference_profile(con, "written", info, None)["columns"]["hour"] == wanted
+    assert count_rows(con, "written", "hour", wanted, "day").sum(axis=0).tolist() == reference_counts(wanted)
 
 
 def test_more_categories_than_a_profile_names_are_counted_together(con, profile_of, judge: Judge) -> None:
