@@ -355,6 +355,13 @@ def check_lake(source: Source) -> None:
 
 _SECRET = re.compile(r"pass(word|wd)|secret|token|credential|access-key|api-key", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+# SQLAlchemy's and pyiceberg's, and what Rust's object store says, which reaches us as one of Arrow's errors.
+_PASSING_KINDS = frozenset({"InterfaceError", "OperationalError", "ServerError", "ServiceUnavailableError"})
+_PASSING = re.compile(
+    r"Generic \w+ error|timed? ?out|connection (refused|reset|closed|aborted)|error sending request"
+    r"|too many requests|slow ?down",
+    re.IGNORECASE,
+)
 
 
 @contextmanager
@@ -376,7 +383,8 @@ def _sentences(source: Source, connection: Connection | None) -> Iterator[None]:
                 f"or to the expiry of snapshots: read a newer one. ({text[-200:]})"
             ) from None
         # A store or a catalog that does not answer may answer the next try; anything else would fail the same way.
-        unreachable = isinstance(error, OSError)
+        passing = type(error).__name__ in _PASSING_KINDS or _PASSING.search(text)
+        unreachable = isinstance(error, OSError) or passing
         kind = LeptonError if unreachable else BadInput
         raise kind(
             f"source {source.name!r}: {source.format} table {where} cannot be read: {text[:400]}"

@@ -6,8 +6,10 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog import load_catalog
 
+from lepton_airflow import lakes
 from lepton_airflow.contract import Request, Window
 from lepton_airflow.door import perform
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
+from lepton_airflow.sources import Source
 from lepton_airflow.stages import Result, RunInfo, cache_key
 from lepton_airflow.stages.ingest_data import IngestData
 from lepton_airflow.store import Connection, Store
@@ -365,11 +369,49 @@ def test_an_unknown_iceberg_table_names_those_there_are(tmp_path: Path) -> None:
         ingest(tmp_path, lake.spec | {"table": "shop.new"})
 
 
-def test_a_catalog_that_does_not_answer_may_be_tried_again(tmp_path: Path) -> None:
-    spec = {"format": "iceberg", "table": "a.b", "catalog": {"type": "rest", "uri": "http://127.0.0.1:9"}}
-    with pytest.raises(LeptonError, match=r"iceberg table a\.b cannot be read: .*refused") as caught:
-        ingest(tmp_path, spec)
+@pytest.fixture
+def overloaded() -> Iterator[str]:
+    """The address of a service that is too busy to serve."""
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_catalog_that_does_not_answer_may_be_tried_again(tmp_path: Path, overloaded: str) -> None:
+    for kind, uri, said in (
+        ("rest", "http://127.0.0.1:9", "refused"),
+        ("rest", overloaded, "Unavailable"),
+        ("sql", "postgresql+psycopg2://me@127.0.0.1:9/lake", "refused"),
+    ):
+        spec = {"format": "iceberg", "table": "a.b", "catalog": {"type": kind, "uri": uri}}
+        with pytest.raises(LeptonError, match=rf"iceberg table a\.b cannot be read: .*{said}") as caught:
+            ingest(tmp_path, spec)
+        assert caught.value.exit_code == 1
+
+
+def test_a_store_that_goes_away_while_it_is_read_may_be_tried_again() -> None:
+    source = Source.parse("s", {"format": "delta", "uri": "s3://lake/orders"})
+    # As deltalake's stream says it, for a store that has stopped answering.
+    gone = (
+        "C Data interface error: External error: Object Store error: Generic S3 error: Error performing GET …"
+    )
+    with pytest.raises(LeptonError) as caught, lakes._sentences(source, None):
+        raise pa.ArrowInvalid(gone)
     assert caught.value.exit_code == 1
+    with pytest.raises(BadInput), lakes._sentences(source, None):
+        raise pa.ArrowInvalid("Could not convert 'x' with type str: tried to convert to int64")
 
 
 # -- S3 ---------------------------------------------------------------------------------------------------------------
