@@ -63,6 +63,22 @@ class Reconciler:
         """Have :meth:`run` return soon."""
         self._stop.set()
 
+    def recover(self) -> None:
+        """Reject the version that this server's former process did not survive loading, so that restarts come to an end.
+
+        A crash of ONNX Runtime or a lack of memory leaves no exception and no verdict, only a status that says "loading".
+        """
+        statuses = endpoints.read_statuses(self.store, self.endpoint)
+        former = next((s for s in statuses if s.server == self.status.server), None)
+        if former is None or former.state != "loading" or not former.desired:
+            return
+        if endpoints.read_verdict(self.store, self.endpoint, former.desired) is None:
+            error = LeptonError(
+                "the server was killed while it loaded this version; its log and the kernel's say why, such as too little "
+                "memory. Deploy a lighter model, or this one again."
+            )
+            self._decide(former.desired, error=endpoints.error_record(error))
+
     def step(self) -> None:
         """Serve what should be served now, if that is not what is served already."""
         fresh = endpoints.desired_after(self.store, self.endpoint, len(self._known))
@@ -120,14 +136,14 @@ class Reconciler:
             if error is not failure:
                 log.exception("endpoint %s: version %s", self.endpoint, desired.version)
             if verdict is None:
-                self._decide(desired, error=endpoints.error_record(error))
+                self._decide(desired.sequence, error=endpoints.error_record(error))
             return self._refuse(desired, error)
         if self._stop.is_set():  # measured in haste
             return False
         numbers = {"load_s": time.monotonic() - started} | numbers
         over = over_budget(desired, numbers)
         if verdict is None:
-            verdict = self._decide(desired, numbers, endpoints.error_record(over) if over else None)
+            verdict = self._decide(desired.sequence, numbers, endpoints.error_record(over) if over else None)
         if verdict.error:
             return self._refuse(desired, endpoints.error_of(verdict.error))
         if over:  # a budget decides about a change; what was let in before comes back on a slow day too
@@ -141,12 +157,12 @@ class Reconciler:
 
     def _decide(
         self,
-        desired: Desired,
+        sequence: int,
         numbers: dict[str, float] | None = None,
         error: dict[str, object] | None = None,
     ) -> Verdict:
         mine = Verdict(
-            sequence=desired.sequence,
+            sequence=sequence,
             accepted=error is None,
             server=self.status.server,
             numbers=numbers or {},

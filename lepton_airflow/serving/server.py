@@ -310,6 +310,7 @@ def serve(
     reconciler = Reconciler(store, name, status, endpoint.swap, poll_s)
     with suppress(StoreError):  # tidying can wait
         endpoints.forget_the_dead(store, name)
+        reconciler.recover()
     config = uvicorn.Config(
         create_app(endpoint, reconciler),
         log_config=None,

@@ -14,6 +14,7 @@ import pytest
 from lepton_airflow import endpoints
 from lepton_airflow.contract import canonical_json, split_pin
 from lepton_airflow.endpoints import Desired, Status, Verdict
+from lepton_airflow.serving import reconcile
 from lepton_airflow.serving.model import scale_of
 from lepton_airflow.serving.reconcile import Reconciler
 from lepton_airflow.store import Store
@@ -281,6 +282,44 @@ def test_a_server_that_starts_again_falls_back_when_the_newest_is_damaged(bench:
     assert (again.status.state, again.status.serving) == ("rejected", 1)
     assert "altered" in again.status.reason
     assert bench.verdict(2).accepted  # it was good when it was judged; this server cannot serve it
+
+
+def test_a_version_that_kills_the_server_is_tried_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        """Like a signal: nothing of this process comes after it."""
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    bench.ask_good()
+    bench.server().step()
+    bench.ask_other()
+    monkeypatch.setattr(reconcile, "measure", killed)
+    for _ in range(2):  # the second one as a new server would: it is killed too
+        with pytest.raises(Killed):
+            bench.server("elsewhere").step()
+    monkeypatch.undo()
+    again = bench.server("elsewhere")
+    again.recover()
+    again.step()
+    assert (again.status.state, again.status.serving) == ("rejected", 1)
+    assert "was killed while it loaded this version" in again.status.reason
+    again.recover()
+    assert bench.verdict(1).accepted
+
+
+def test_a_server_that_was_killed_on_its_way_back_rejects_nothing(bench: Bench) -> None:
+    bench.ask_good()
+    bench.server().step()
+    endpoints.write_status(
+        bench.store,
+        ENDPOINT,
+        Status(server="a", url="", state="loading", desired=1, beat=endpoints.precise_now()),
+    )
+    again = bench.server()
+    again.recover()
+    again.step()
+    assert (again.status.state, again.status.serving) == ("serving", 1)
 
 
 def test_a_budget_decides_about_a_change_and_not_about_a_restart(bench: Bench) -> None:
