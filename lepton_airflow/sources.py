@@ -605,6 +605,7 @@ def _query_database(source: Source, run: RunInfo) -> Iterator[pa.RecordBatch]:
     """The rows of a query in Arrow batches, first one without rows. A failure's message is scrubbed of the password."""
     import importlib
 
+    import pyarrow as pa
     from adbc_driver_manager import Error
 
     connection = run.connection(str(source.connection))
@@ -618,13 +619,25 @@ def _query_database(source: Source, run: RunInfo) -> Iterator[pa.RecordBatch]:
             reader = cursor.fetch_record_batch()
             yield _empty_batch(reader.schema)
             yield from reader
-    except Error as error:
+    except (Error, pa.ArrowException, OSError) as error:  # the latter two while rows arrive
         text = first_line(error)
         for secret in (connection.password, percent(connection.password or "", safe="")):
             text = text.replace(secret, "***") if secret else text
-        raise BadInput(
+        # A database that is away may be back at the next try; a wrong password or query stays wrong.
+        passing = str(getattr(error, "sqlstate", None))[:2] in _PASSING_STATES or _PASSING.search(str(error))
+        kind = LeptonError if passing else BadInput
+        raise kind(
             f"source {source.name!r}: Connection {connection.id!r} or its sql failed: {text}"
         ) from None
+
+
+# Classes of SQLSTATE: lost connection, rollback for another transaction's sake, out of resources, operator's intervention.
+_PASSING_STATES = frozenset({"08", "40", "53", "57"})
+_PASSING = re.compile(
+    r"connection refused|timed? ?out|timeout expired|closed the connection|reset by peer|no route to host|unreachable"
+    r"|temporary failure|starting up|shutting down|terminating connection|too many (clients|connections)|database is locked",
+    re.IGNORECASE,
+)
 
 
 def _empty_batch(schema: pa.Schema) -> pa.RecordBatch:

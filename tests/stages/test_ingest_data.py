@@ -341,7 +341,14 @@ def test_postgres_rows_of_many_types_join_a_file(postgres: Any, tmp_path: Path) 
     assert set(stage.input_digests(run) or {}) == {"orders", "names"}  # … unless the user names its state
 
 
-@pytest.mark.parametrize("sql", ["SELECT * FROM absent", "SELECT 1 / 0 AS x"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT * FROM absent",
+        "SELECT 1 / 0 AS x",
+        "SELECT 1 / (90000 - i) AS x FROM generate_series(1, 100000) i",  # while the rows arrive
+    ],
+)
 def test_a_failing_database_query_shows_no_secret(
     postgres: Any, tmp_path: Path, sql: str, caplog: Any
 ) -> None:
@@ -359,6 +366,21 @@ def test_a_failing_database_query_shows_no_secret(
     ) as caught:
         ingest(tmp_path, {"s": {"connection": "db", "sql": sql}}, connections={"db": connection})
     assert postgres["password"] not in str(caught.value) + repr(caught.value.__cause__) + caplog.text
+
+
+def test_a_database_that_is_away_may_be_tried_again(tmp_path: Path, postgres: Any) -> None:
+    away = Connection("db", "postgres", "127.0.0.1", "me", "hush", "shop", 9)
+    with pytest.raises(LeptonError, match=r"Connection 'db' or its sql failed: .*port 9") as caught:
+        ingest(tmp_path, {"s": {"connection": "db", "sql": "SELECT 1 AS x"}}, connections={"db": away})
+    assert caught.value.exit_code == 1
+    here = [postgres[key] for key in ("host", "user", "password", "dbname", "port")]
+    with pytest.raises(LeptonError, match="administrator command") as caught:
+        ingest(
+            tmp_path,
+            {"s": {"connection": "db", "sql": "SELECT pg_terminate_backend(pg_backend_pid())"}},
+            connections={"db": Connection("db", "postgres", *here)},
+        )
+    assert caught.value.exit_code == 1
 
 
 def test_a_wrong_password_shows_no_secret(postgres: Any, tmp_path: Path) -> None:
