@@ -344,9 +344,11 @@ class Store:
             if (stage is None or entry.stage == stage) and _created(entry) <= limit:
                 self.delete(key)
                 dropped += 1
-        freed = self._evict_runs(max(older_than_s, _GRACE_S), stage)
+        # A receipt that stays keeps what it names: a task that just had a hit names blobs that are old.
+        recent_s = max(older_than_s, _GRACE_S)
+        freed = self._evict_runs(recent_s, stage)
         naming = [key for prefix in _KEEPING for key in self.keys(prefix)]
-        naming += [key for key in self.keys("receipts") if self._age_s(key) < older_than_s]
+        naming += [key for key in self.keys("receipts") if self._age_s(key) < recent_s]
         kept = b"\n".join(self.read(key) or b"" for key in naming).decode(errors="replace")
         with self._errors("evicting artifacts"):
             for folder in self._folders("artifacts"):

@@ -267,8 +267,9 @@ def test_a_failure_is_not_cached(run: Bench, tmp_path: Path) -> None:
 
 
 def _age(store: Store, seconds: float = 7200) -> None:
-    for path in Path(store.root.removeprefix("file://"), "artifacts").rglob("*"):
-        os.utime(path, (time.time() - seconds,) * 2)
+    for prefix in ("artifacts", "receipts"):
+        for path in Path(store.root.removeprefix("file://"), prefix).rglob("*"):
+            os.utime(path, (time.time() - seconds,) * 2)
 
 
 def test_evict_keeps_what_is_young_or_named(run: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,6 +305,16 @@ def test_evict_spares_what_a_recent_run_made_without_the_cache(run: Bench) -> No
     assert run.blob(receipt).exists()
     run.store.cache_evict(older_than_s=0)
     assert not run.blob(receipt).exists()
+
+
+def test_evict_spares_what_a_task_just_took_from_the_cache(run: Bench) -> None:
+    run()
+    _age(run.store)
+    hit = run(run_id="2")  # the task after it is about to read it
+    assert hit.status == "cached"
+    assert run.store.cache_evict(older_than_s=0)[0] == 1
+    assert run.store.receipt(hit.run_key) == hit
+    assert run.blob(hit).exists()
 
 
 def test_evict_drops_old_receipts_and_given_up_checkpoints(run: Bench) -> None:
