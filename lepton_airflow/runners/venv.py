@@ -123,7 +123,7 @@ class Venv(Subprocess):
         extras = self.extras
         if not extras and ":" not in stage:
             extras = get_stage(stage).extra
-        elif not extras and not self.requirements:
+        if not extras and not self.requirements:
             raise BadConfiguration(
                 f"Venv(): what {stage} needs is not known; say it, such as Venv(requirements=['scikit-learn>=1.7'])."
             )

@@ -22,6 +22,7 @@ from lepton_airflow.contract import Request
 from lepton_airflow.environments import Environment
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, RunnerError
 from lepton_airflow.runners import Runner, Venv
+from lepton_airflow.stages import Stage
 from lepton_airflow.testing import LocalRunnerConformance, RunnerConformance, probe, until
 from lepton_airflow.testing.conformance import running
 
@@ -249,6 +250,15 @@ def test_a_stage_of_your_own_needs_a_word_about_its_libraries(root: Path, tmp_pa
         BadConfiguration, match=r"what .*:Copy needs is not known; say it, such as Venv\(requirements="
     ):
         Venv().run(probe("Copy", tmp_path), [], {})
+
+
+def test_so_does_one_that_a_package_brings(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lepton_airflow.runners.venv.get_stage", lambda name: Stage
+    )  # by its entry point: no extra of ours
+    with pytest.raises(BadConfiguration, match="what Theirs needs is not known; say it"):
+        Venv()._environment_of("Theirs")
+    assert "toolz" in Venv(requirements=["toolz"])._environment_of("Theirs").requirements
 
 
 def test_left_alone_it_has_the_extra_of_the_stage() -> None:
