@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
@@ -322,7 +322,7 @@ def check_lake(source: Source) -> None:
             "'table': 'db.orders', 'snapshot_id': …}."
         )
     for key, value in source.catalog.items():
-        if _SECRET.search(key) or _URL_PASSWORD.search(str(value)):
+        if _is_secret(key, value):
             raise BadConfiguration(
                 f"{what}: catalog[{key!r}] is a secret, which a DAG must not hold: put it into the extra of an Airflow "
                 f'Connection, as {{"iceberg": {{"{key}": …}}}}, and name that as connection.'
@@ -353,7 +353,16 @@ def check_lake(source: Source) -> None:
             )
 
 
-_SECRET = re.compile(r"pass(word|wd)|secret|token|credential|access-key|api-key", re.IGNORECASE)
+def _is_secret(key: str, value: Any) -> bool:
+    """Whether a property, or one inside it (``auth`` of a REST catalog), is called like a secret or is a URL with one."""
+    if isinstance(value, Mapping):
+        return any(_is_secret(inner, item) for inner, item in value.items())
+    return bool(_SECRET.search(key) or _URL_PASSWORD.search(str(value)))
+
+
+_SECRET = re.compile(
+    r"pass(word|wd)|secret|token|credential|(access|account|api|private)-key|connection-string", re.IGNORECASE
+)
 _URL_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 # SQLAlchemy's and pyiceberg's, and what Rust's object store says, which reaches us as one of Arrow's errors.
 _PASSING_KINDS = frozenset({"InterfaceError", "OperationalError", "ServerError", "ServiceUnavailableError"})

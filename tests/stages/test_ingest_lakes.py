@@ -342,6 +342,14 @@ def test_unknown_versions_columns_and_windows_are_named(lake: Lake, tmp_path: Pa
             r"catalog\['token'\] is a secret, which a DAG must not hold",
         ),
         (
+            {"format": "iceberg", "table": "a.b", "catalog": {"type": "sql", "adls.account-key": "hunter2"}},
+            r"catalog\['adls.account-key'\] is a secret, which a DAG must not hold",
+        ),
+        (
+            {"format": "iceberg", "table": "a.b", "catalog": {"auth": {"type": "basic", "basic": {"password": "hunter2"}}}},
+            r"catalog\['auth'\] is a secret, which a DAG must not hold",
+        ),
+        (
             {"format": "iceberg", "table": "a.b", "catalog": {"uri": "postgresql://me:hunter2@db/lake"}},
             r"catalog\['uri'\] is a secret, which a DAG must not hold",
         ),
