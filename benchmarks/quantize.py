@@ -2,7 +2,8 @@
 
 Per model the candidates are measured as the stage measures them, on rows that choosing may use; then what was shipped is
 checked against fp32 in fresh rounds and on held-out rows. `shipped_slower_or_worse` counts the models whose shipped form
-is slower there (median ratio below 1 at some batch size) or worse (metric lower by more than the margin). One thread.
+is slower there (median ratio below 0.97 at some batch size, the stage's own margin) or worse (metric lower by more than
+its margin). One thread.
 `speedup_…` is the shipped form's at the largest batch in the check, `size_…` its share of fp32's bytes.
 """
 
@@ -114,7 +115,7 @@ def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bo
     )["shipped"]
     original, predicted = (case.predict(m, case.check) for m in pair.values())
     fresh = replace(judge, y=case.y[case.check]).compare(original, predicted)
-    slower, worse = min(t.speedup for t in again) < 1, fresh.difference < -MAX_LOSS
+    slower, worse = min(t.speedup for t in again) < 0.97, fresh.difference < -MAX_LOSS
     print(
         f"  checked on {len(case.y[case.check]):,} held-out rows: "
         + ", ".join(f"{t.speedup:.2f} times as fast at batch {t.batch}" for t in again)

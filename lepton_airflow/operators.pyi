@@ -258,6 +258,7 @@ class QuantizeModelOperator(StageOperator):
         metric: str | XComArg | None = ...,
         max_loss: float | str | XComArg | None = ...,
         min_speedup: float | str | XComArg = ...,
+        max_slowdown: float | str | XComArg = ...,
         min_shrink: float | str | XComArg = ...,
         calibration_rows: int | str | XComArg = ...,
         batch_rows: Sequence[int] | str | XComArg = ...,

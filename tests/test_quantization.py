@@ -277,12 +277,20 @@ def test_a_candidate_that_cannot_be_made_is_reported_beside_the_others(mlp: Trai
 
 
 def test_a_format_that_kills_onnxruntime_is_reported(mlp: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "_OPEN", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(quantization, "_TRY", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     found = mlp.compare(methods=["fp16"])
     assert found.candidates[1].verdict == "failed"
     assert found.reason.endswith(
-        "fp16: it cannot be made or run: onnxruntime dies of signal 11 when it opens it"
+        "fp16: it cannot be made or run: onnxruntime dies of signal 11 when it opens or runs it"
     )
+
+
+def test_a_format_that_hangs_onnxruntime_is_reported(mlp: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_TRY", "import signal; signal.pause()")
+    monkeypatch.setattr(quantization, "_TRY_S", 1)
+    found = mlp.compare(methods=["fp16"])
+    assert found.candidates[1].verdict == "failed"
+    assert found.reason.endswith("onnxruntime has not run one batch of it within 1 s")
 
 
 def test_a_format_that_overflows_is_worse() -> None:
@@ -317,12 +325,12 @@ def quality(low: float) -> Quality:
         (-0.005, [(1.2, 1.5), (1.0, 1.1)], 90, "better"),  # faster at one, nowhere slower
         (
             -0.005,
-            [(1.2, 1.5), (0.99, 1.1)],
+            [(1.2, 1.5), (0.94, 1.1)],
             25,
             "no gain",
         ),  # smaller and faster, but perhaps slower at the other
         (-0.005, [(1.2, 1.5), (0.5, 0.9)], 25, "slower"),
-        (-0.005, [(1.0, 1.1), (1.0, 1.1)], 50, "better"),  # no faster, but half the size
+        (-0.005, [(0.96, 1.1), (1.0, 1.1)], 50, "better"),  # no faster, but half the size
         (-0.005, [(1.0, 1.1), (1.0, 1.1)], 51, "no gain"),
         (-0.011, [(3.0, 4.0), (3.0, 4.0)], 25, "worse"),
         (-0.01, [(3.0, 4.0), (3.0, 4.0)], 25, "worse"),  # at the margin is not above it
@@ -331,7 +339,7 @@ def quality(low: float) -> Quality:
 def test_verdicts(low: float, speedups: list[tuple[float, float]], size: int, verdict: str) -> None:
     latency = [Latency(b, 1.0, 1.0, (s + t) / 2, s, t) for b, (s, t) in zip((1, 64), speedups, strict=True)]
     found = Candidate("static_int8", "", "", size, None, quality(low))
-    judged = quantization._judged(found, latency, 100, JUDGE, 1.2, 2.0)
+    judged = quantization._judged(found, latency, 100, JUDGE, 1.2, 0.05, 2.0)
     assert judged.verdict == verdict
     assert judged.reason
     assert judged.latency == latency

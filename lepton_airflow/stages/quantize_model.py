@@ -49,7 +49,8 @@ class QuantizeModel(Stage):
     Candidates: ``dynamic_int8`` (8-bit weights), ``static_int8`` (8-bit weights per channel and activations, whose ranges
     come from ``calibration``) and ``fp16``. Each is timed beside the original, call by call in turns, and scored on
     ``dataset``. One is taken when its metric is not worse by more than ``max_loss`` (the whole interval of the paired
-    difference says so), it is at no batch size slower, and it is faster by ``min_speedup`` or smaller by ``min_shrink``.
+    difference says so), it is at no batch size slower by more than ``max_slowdown``, and it is faster by ``min_speedup`` or
+    smaller by ``min_shrink``.
     Otherwise the model stays as it is, and the summary says why: trees and linear models have nothing to quantize.
 
     Returns the artifacts ``model`` (a model package: a new one, or the very one that was given) and ``report`` (a
@@ -65,6 +66,7 @@ class QuantizeModel(Stage):
     :param max_loss: how much of the metric may be lost [of the metric]; None: 0.005, and for MAE and RMSE 0.5% of the
         original's.
     :param min_speedup: how many times as fast a candidate must be, with its whole interval [times].
+    :param max_slowdown: how much slower a candidate may be at any batch size, with its whole interval [share, 0 to 1].
     :param min_shrink: how many times smaller a candidate must be that is no faster [times].
     :param calibration_rows: how many rows to calibrate with, spread over all of them [rows].
     :param batch_rows: batch sizes to time [rows].
@@ -92,6 +94,7 @@ class QuantizeModel(Stage):
     metric: str | None = None
     max_loss: float | None = None
     min_speedup: float = 1.1
+    max_slowdown: float = 0.03
     min_shrink: float = 2.0
     calibration_rows: int = 1024
     batch_rows: list[int] = field(default_factory=lambda: [1, 256])
@@ -137,6 +140,7 @@ class QuantizeModel(Stage):
             judge,
             self.candidates,
             min_speedup=self.min_speedup,
+            max_slowdown=self.max_slowdown,
             min_shrink=self.min_shrink,
             rounds=self.rounds,
             seconds=self.seconds,
@@ -161,7 +165,9 @@ class QuantizeModel(Stage):
         bounds = {
             "max_loss": (0.0 if self.max_loss is None else self.max_loss, 0, "at least 0"),
             "min_speedup": (self.min_speedup, 1, "at least 1"),
+            "max_slowdown": (self.max_slowdown, 0, "at least 0"),
             "min_shrink": (self.min_shrink, 1, "at least 1"),
+            "seconds": (self.seconds, 0, "at least 0"),
             "calibration_rows": (self.calibration_rows, 1, "at least 1"),
             "batch_rows": (
                 min(self.batch_rows, default=0),
@@ -296,6 +302,7 @@ class QuantizeModel(Stage):
                 "metric": judge.metric,
                 "max_loss": judge.max_loss,
                 "min_speedup": self.min_speedup,
+                "max_slowdown": self.max_slowdown,
                 "min_shrink": self.min_shrink,
             },
             "machine": {
@@ -386,7 +393,7 @@ def _page(record: Mapping[str, Any], found: Comparison, judge: Judge) -> str:
         "CPU": f"{machine['cpu']} ({' '.join(machine['flags']) or 'flags not known'})",
         "Timing": f"{machine['threads']} thread(s), {machine['rounds']} rounds of fresh sessions, calls in turns; speedups "
         "are medians over rounds of the ratio of the fastest calls, with 95% intervals",
-        "Required": f"{rules['metric']} not worse by {rules['max_loss']:.4g} (whole interval), nowhere slower, and "
+        "Required": f"{rules['metric']} not worse by {rules['max_loss']:.4g} (whole interval), nowhere slower by {100 * rules['max_slowdown']:g}%, and "
         f"{rules['min_speedup']:g} times as fast or {rules['min_shrink']:g} times smaller",
         "Judged on": f"{data['rows']:,} rows"
         + (f", {' to '.join(data['time_range'])}" if data["time_range"] else "")
