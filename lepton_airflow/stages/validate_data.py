@@ -200,8 +200,10 @@ def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
             f"{path.name} cannot be read as Parquet: {reason}. Run the task that wrote it again."
         ) from None
     floats = [quote(name) for name, kind in columns.items() if kind in ("FLOAT", "DOUBLE")]
-    # Not nullif(…, 'NaN'): DuckDB answers = from the file's statistics, and those that Arrow writes leave NaN out.
-    replaced = ", ".join(f"CASE WHEN isnan({name}) THEN NULL ELSE {name} END AS {name}" for name in floats)
+    # Not nullif or isnan: DuckDB answers them from the file's statistics, and those that Arrow writes leave NaN out.
+    replaced = ", ".join(
+        f"CASE WHEN isfinite({name}) OR isinf({name}) THEN {name} END AS {name}" for name in floats
+    )
     con.execute(f"CREATE VIEW dataset AS SELECT *{f' REPLACE ({replaced})' if floats else ''} FROM {parquet}")
     return columns
 

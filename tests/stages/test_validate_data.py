@@ -201,11 +201,14 @@ def test_every_family_has_the_same_verdict_and_count_on_both_engines(
     assert not wrong
 
 
+@pytest.mark.parametrize("missing", [None, float("nan")], ids=["a null too", "no null"])
 @pytest.mark.parametrize("engine", ["duckdb", "pandas"])
-def test_nan_is_missing_in_what_arrow_wrote_too(tmp_path: Path, run: RunInfo, engine: Any) -> None:
-    """Arrow's statistics leave NaN out, from which DuckDB concludes that nothing equals it."""
+def test_nan_is_missing_in_what_arrow_wrote_too(
+    tmp_path: Path, run: RunInfo, engine: Any, missing: float | None
+) -> None:
+    """Arrow's statistics leave NaN out, from which DuckDB concludes that nothing is NaN."""
     path = tmp_path / "arrow.parquet"
-    pq.write_table(pa.table({"x": [1.0, 2.0, float("nan"), None, 5.0], "id": [1, 2, 3, 4, 5]}), path)
+    pq.write_table(pa.table({"x": [1.0, 2.0, float("nan"), missing, 5.0], "id": [1, 2, 3, 4, 5]}), path)
     spread = {"quantiles": [0.5, 1.0], "value_ranges": [[2, 2], [5, 5]]}
     late = {"quantiles": [0.5, 1.0], "value_ranges": [[4, 4], [5, 5]]}
     asked = suite(
