@@ -24,7 +24,7 @@ lint: setup ## Check style, types and the layers of the architecture
 	$(python) -m mypy
 	.venv/bin/lint-imports --no-logo
 
-bench: setup ## Run every benchmark and write docs/benchmarks.md
+bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py
 
 bench-%: setup ## Run one benchmark (drift, parse, pipeline, quantize, validate); its last line is one JSON object

@@ -22,7 +22,7 @@ DAG, MONTH, NEXT = "flights_retrain", "2013-05-01T00:00:00+00:00", "2013-06-01T0
 
 def measure() -> dict[str, float]:
     """Seconds of the plain script, of the first and of the second run."""
-    from lepton_airflow.testing import LocalAirflow, LocalMlflow
+    from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow
 
     sys.path.insert(0, str(ROOT / "demo"))
     from flights import land
@@ -33,7 +33,11 @@ def measure() -> dict[str, float]:
         env = {"AIRFLOW__LEPTON__STORE": str(home / "store"), "AIRFLOW_VAR_FLIGHTS_RAW": str(raw)}
         with LocalMlflow(home / "mlflow") as mlflow:
             env["AIRFLOW_CONN_MLFLOW_DEFAULT"] = mlflow.connection
-            with LocalAirflow(home / "airflow", ROOT / "dags", env=env) as airflow:
+            with (
+                LocalAirflow(home / "airflow", ROOT / "dags", env=env) as airflow,
+                LocalEndpoint("flights-late", str(home / "store"), home / "endpoint"),
+                LocalEndpoint("plain", str(home / "plain" / "store"), home / "plain endpoint"),
+            ):
                 airflow.wait_for_dag(DAG)
                 plain = _plain_seconds(raw, home / "plain", mlflow.url)
                 first = _backfill(airflow, "none")
@@ -69,7 +73,7 @@ def _backfill(airflow: Any, reprocess: str) -> dict[str, float]:
     """Backfill the month through Airflow; the duration of each task in seconds."""
     backfill = airflow.backfill(DAG, MONTH[:10], MONTH[:10], {"on_backfill": "full"}, reprocess=reprocess)
     airflow.wait_for_backfill(backfill, 900)
-    (run,) = airflow.runs(DAG)
+    (run,) = (run for run in airflow.runs(DAG) if run["run_type"] == "backfill")
     tasks = airflow.tasks(DAG, run["dag_run_id"])
     assert {t["state"] for t in tasks.values()} == {"success"}, {n: t["state"] for n, t in tasks.items()}
     return {
@@ -81,10 +85,12 @@ def plain_script(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]:
     """The chain of dags/flights_retrain.py as a script without Airflow; seconds by stage."""
     from lepton_airflow.contract import Window
     from lepton_airflow.stages import RunInfo, Stage
+    from lepton_airflow.stages.deploy_model import DeployModel
     from lepton_airflow.stages.evaluate_model import EvaluateModel
     from lepton_airflow.stages.ingest_data import IngestData
     from lepton_airflow.stages.prepare_data import PrepareData
     from lepton_airflow.stages.promote_model import PromoteModel
+    from lepton_airflow.stages.quantize_model import QuantizeModel
     from lepton_airflow.stages.register_model import RegisterModel
     from lepton_airflow.stages.train_model import TrainModel
     from lepton_airflow.stages.tune_model import TuneModel
@@ -136,7 +142,11 @@ def plain_script(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]:
             profile=prepared.artifacts["profile"].uri,
         ),
     )
-    model = trained.artifacts["model"].uri
+    quantized = call(
+        "quantize",
+        QuantizeModel(model=trained.artifacts["model"].uri, calibration=train, dataset=valid),
+    )
+    model = quantized.artifacts["model"].uri
     evaluated = call("evaluate", EvaluateModel(model=model, dataset=test, slices=["origin"]))
     registered = call(
         "register",
@@ -152,6 +162,7 @@ def plain_script(raw: Path, folder: Path, mlflow_url: str) -> dict[str, float]:
             tracking_uri=mlflow_url,
         ),
     )
+    call("deploy", DeployModel(endpoint="plain", name="plain", golden=test))
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Measure: ``make bench-NAME`` runs one benchmark, ``make bench`` all of them and writes docs/benchmarks.md.
+"""Measure: ``make bench-NAME`` runs one benchmark, ``make bench`` all of them; each writes its part of docs/benchmarks.md.
 
 A benchmark is a file here with ``GOALS`` and ``measure() -> dict``; it measures both sides of each ratio in one run.
 The last line printed is one JSON object of its numbers.
@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -27,39 +28,33 @@ def main(names: list[str]) -> int:
         if name not in known:
             print(f"bench: there is no benchmark {name!r}; known: {', '.join(known)}", file=sys.stderr)
             return 2
-    results = {}
     for name in names or known:
         module = importlib.import_module(name)
         print(f"== {name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
-        results[name] = (module, module.measure())
-        print(json.dumps(results[name][1]), flush=True)
-    if not names:
-        page = HERE.parent / "docs" / "benchmarks.md"
-        page.write_text(_page(results))
-        print(f"wrote {page.relative_to(HERE.parent)}")
+        numbers = module.measure()
+        _write(name, _part(module, numbers), known)
+        print(json.dumps(numbers), flush=True)
     return 0
 
 
-def _page(results: dict[str, tuple[ModuleType, dict[str, float]]]) -> str:
-    lines = [
-        "# Benchmarks",
-        "",
-        f"Written by `make bench` on {_machine()}. Both sides of each ratio were measured in the same run.",
-        f"Versions: {', '.join(f'{p} {version(p)}' for p in ('apache-airflow', 'duckdb', 'scikit-learn', 'optuna'))}.",
-        "",
-    ]
-    for name, (module, numbers) in results.items():
-        lines += [
-            f"## {name}",
-            "",
-            (module.__doc__ or "").strip(),
-            "",
-            "| number | value | goal |",
-            "|---|---|---|",
-        ]
-        lines += [f"| `{key}` | {value} | {module.GOALS.get(key, '')} |" for key, value in numbers.items()]
-        lines.append("")
-    return "\n".join(lines)
+_HEAD = """# Benchmarks
+
+Written by `make bench` (all) and `make bench-NAME` (one). Both sides of each ratio were measured in the same run.
+"""
+
+
+def _write(name: str, part: str, known: list[str]) -> None:
+    """Put a benchmark's part into the page, in place of its former one."""
+    page = HERE.parent / "docs" / "benchmarks.md"
+    _, *parts = re.split(r"^## ", page.read_text(), flags=re.MULTILINE) if page.exists() else [""]
+    kept = {text.partition("\n")[0]: text.partition("\n")[2].strip() for text in parts} | {name: part}
+    page.write_text("\n".join([_HEAD, *(f"## {n}\n\n{kept[n]}\n" for n in known if n in kept)]))
+
+
+def _part(module: ModuleType, numbers: dict[str, float]) -> str:
+    rows = [f"| `{key}` | {value} | {module.GOALS.get(key, '')} |" for key, value in numbers.items()]
+    table = "\n".join(["| number | value | goal |", "|---|---|---|", *rows])
+    return f"{(module.__doc__ or '').strip()}\n\n{_machine()}.\n\n{table}"
 
 
 def _machine() -> str:
@@ -76,7 +71,13 @@ def _machine() -> str:
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], check=True, cwd=HERE, capture_output=True, text=True
     ).stdout
-    return f"{os.cpu_count()} cores of {cpu}, {memory_gib:.0f} GiB, Python {platform.python_version()}, at {revision.strip()}"
+    versions = ", ".join(
+        f"{p} {version(p)}" for p in ("apache-airflow", "duckdb", "onnxruntime", "scikit-learn")
+    )
+    return (
+        f"Measured on {os.cpu_count()} cores of {cpu}, {memory_gib:.0f} GiB, with Python {platform.python_version()}, {versions}, "
+        f"at {revision.strip()}"
+    )
 
 
 if __name__ == "__main__":
