@@ -255,7 +255,10 @@ def _store(args: argparse.Namespace) -> Store:
 
 
 def _cache_ls(args: argparse.Namespace) -> int:
-    for _, entry in _store(args).cache_entries():
+    found = _store(args).cache_entries()
+    if not found:
+        print(f"nothing is cached in {args.store}", file=sys.stderr)
+    for _, entry in found:
         if args.stage in (None, entry.stage):
             size = sum(a.bytes for a in entry.artifacts.values())
             print(

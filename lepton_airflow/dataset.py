@@ -72,7 +72,7 @@ def read_info(path: Path) -> DatasetInfo:
     if _KEY not in metadata:
         raise BadInput(
             f"{path.name} does not say what its target and features are: expected a split made by PrepareData; "
-            "pass prepare.output['train'] or the like."
+            "pass prepare.output['train'], ['valid'] or ['test']."
         )
     known = {f.name for f in fields(DatasetInfo)}
     return DatasetInfo(**{k: v for k, v in json.loads(metadata[_KEY]).items() if k in known})

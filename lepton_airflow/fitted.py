@@ -516,7 +516,11 @@ def _strip(model: onnx.ModelProto) -> None:
     model.producer_name, model.producer_version, model.doc_string, model.domain = "lepton_airflow", "", "", ""
     model.model_version = 0
     model.graph.name, model.graph.doc_string = "model", ""
-    model.opset_import.sort(key=lambda entry: entry.domain)  # skl2onnx's order changes with the hash seed
+    # Once each, and sorted: merging lists some twice, and skl2onnx's order changes with the hash seed.
+    versions = {entry.domain: entry.version for entry in sorted(model.opset_import, key=lambda e: e.version)}
+    del model.opset_import[:]
+    for domain in sorted(versions):
+        model.opset_import.add(domain=domain, version=versions[domain])
     for item in (*model.graph.node, *model.graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]

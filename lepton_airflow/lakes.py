@@ -42,18 +42,21 @@ def open_lake(source: Source, run: RunInfo) -> Lake:
     kind = {"delta": Delta, "iceberg": Iceberg}[str(source.format)]
     require(kind.library, f"source {source.name!r}", "lakes")
     connection = run.connection(source.connection) if source.connection else None
-    version, _ = run.pins.get(source.name) or (source.lake_version, None)
+    version, _ = run.pins.get(repr(source)) or (source.lake_version, None)
     with _sentences(source, connection):
         lake = kind(source, connection, version, run)
-    run.pins[source.name] = lake.version, lake.digest
+    run.pins[repr(source)] = (
+        lake.version,
+        lake.digest,
+    )  # in a notebook, one run may see other sources of this name
     return lake
 
 
 def lake_digest(source: Source, run: RunInfo) -> str:
     """The digest of a source's table at its version: the table is opened for it once a run."""
-    if source.name not in run.pins:
+    if repr(source) not in run.pins:
         open_lake(source, run)
-    return str(run.pins[source.name][1])
+    return str(run.pins[repr(source)][1])
 
 
 class Lake(ABC):

@@ -263,7 +263,7 @@ class QuantizeModelOperator(StageOperator):
         calibration_rows: int | str | XComArg = ...,
         batch_rows: Sequence[int] | str | XComArg = ...,
         rounds: int | str | XComArg = ...,
-        seconds: float | str | XComArg = ...,
+        timing_s: float | str | XComArg = ...,
         threads: int | str | XComArg = ...,
         cluster_column: str | XComArg | None = ...,
         threshold: float | str | XComArg = ...,

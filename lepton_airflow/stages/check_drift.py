@@ -121,7 +121,11 @@ class CheckDrift(Stage):
         if drifted and not retrain:
             reason += " Nothing is started: this is a backfill and on_backfill='register_only'."
         if not rows_before:
-            reason += " The report shows the current rows only: those of the reference are not in the store."
+            reason += " The report shows the current rows only: " + (
+                "those of the reference are not in the store."
+                if reference.card
+                else "pass reference_rows, too."
+            )
         verdict = {
             "drifted": drifted,
             "retrain": retrain,

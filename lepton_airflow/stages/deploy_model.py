@@ -47,7 +47,7 @@ class DeployModel(Stage):
     :param name: name of a registered model: its champion, as the ledger has it when this stage runs, is deployed.
     :param model: instead of ``name`` a package, such as ``train.output["model"]``: this one is deployed.
     :param golden: rows for the golden requests, such as ``prepare.output["test"]``; None: rows made from the profile
-        that the package holds.
+        that the package holds, and of zeros, ones and missing values where it holds none.
     :param max_difference: of a server's answer from the golden one [probability; for regression a share of the largest
         golden answer].
     :param max_latency_ms: 95th percentile of a one-row request inside the server [milliseconds].

@@ -71,7 +71,7 @@ class QuantizeModel(Stage):
     :param calibration_rows: how many rows to calibrate with, spread over all of them [rows].
     :param batch_rows: batch sizes to time [rows].
     :param rounds: how often to open fresh sessions and time all of them, at least 6; the intervals count these.
-    :param seconds: about how long to time [s].
+    :param timing_s: about how long to time [seconds].
     :param threads: CPU threads of a session [threads].
     :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names, if any.
     :param threshold: probability from which on the second class is predicted, for accuracy, precision, recall and F1.
@@ -99,7 +99,7 @@ class QuantizeModel(Stage):
     calibration_rows: int = 1024
     batch_rows: list[int] = field(default_factory=lambda: [1, 256])
     rounds: int = 12
-    seconds: float = 30.0
+    timing_s: float = 30.0
     threads: int = 1
     cluster_column: str | None = None
     threshold: float = 0.5
@@ -143,7 +143,7 @@ class QuantizeModel(Stage):
             max_slowdown=self.max_slowdown,
             min_shrink=self.min_shrink,
             rounds=self.rounds,
-            seconds=self.seconds,
+            seconds=self.timing_s,
             threads=self.threads,
             seed=self.seed,
             check_stop=run.check_stop,
@@ -167,7 +167,7 @@ class QuantizeModel(Stage):
             "min_speedup": (self.min_speedup, 1, "at least 1"),
             "max_slowdown": (self.max_slowdown, 0, "at least 0"),
             "min_shrink": (self.min_shrink, 1, "at least 1"),
-            "seconds": (self.seconds, 0, "at least 0"),
+            "timing_s": (self.timing_s, 0, "at least 0"),
             "calibration_rows": (self.calibration_rows, 1, "at least 1"),
             "batch_rows": (
                 min(self.batch_rows, default=0),
@@ -310,7 +310,7 @@ class QuantizeModel(Stage):
                 "flags": cpu_flags(),
                 "threads": self.threads,
                 "rounds": self.rounds,
-                "seconds": self.seconds,
+                "timing_s": self.timing_s,
             },
             "model": {"sha256": _sha256(run, self.model)},
             "calibration": {"sha256": _sha256(run, self.calibration), "rows": self.calibration_rows},

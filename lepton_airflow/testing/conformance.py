@@ -478,7 +478,7 @@ STAGES: dict[str, Callable[[Chain], dict[str, Any]]] = {
         "dataset": c.artifact("PrepareData", "valid"),
         "candidates": ["dynamic_int8"],
         "rounds": 6,
-        "seconds": 1.0,
+        "timing_s": 1.0,
     },
     "EvaluateModel": lambda c: {
         "model": c.artifact("TrainModel", "model"),

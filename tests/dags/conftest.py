@@ -1,4 +1,4 @@
-"""One real Airflow for all tests here: the project's DAGs and the drills' DAGs, with real MLflow beside it."""
+"""One real Airflow for each file here: the project's DAGs and the drills' DAGs, with real MLflow beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 BUNDLES = {"project": ROOT / "dags", "drills": Path(__file__).parent / "bundle"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMlflow]:
     """A real MLflow server on sqlite."""
     with LocalMlflow(tmp_path_factory.mktemp("mlflow")) as server:
@@ -68,7 +68,7 @@ def make_airflow(
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def airflow(make_airflow: Callable[..., LocalAirflow], mlflow: LocalMlflow) -> Iterator[LocalAirflow]:
     """A running Airflow with the project's DAGs and those of the drills."""
     with make_airflow("project", "drills", env={"AIRFLOW_CONN_MLFLOW_DEFAULT": mlflow.connection}) as running:
@@ -77,7 +77,7 @@ def airflow(make_airflow: Callable[..., LocalAirflow], mlflow: LocalMlflow) -> I
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def endpoint(airflow: LocalAirflow) -> Iterator[LocalEndpoint]:
     """The model server of flights_retrain, for backfills that deploy."""
     with LocalEndpoint("flights-late", str(airflow.home / "store"), airflow.home / "endpoint") as server:

@@ -78,7 +78,7 @@ class Bench:
         self.write_dataset = write_dataset
         self.fields: dict[str, Any] = {
             "rounds": 6,
-            "seconds": 0.3,
+            "timing_s": 0.3,
             "batch_rows": [1, 64],
             "calibration_rows": 300,
         }
