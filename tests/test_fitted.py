@@ -7,6 +7,10 @@ import subprocess
 import sys
 import textwrap
 
+from onnx import TensorProto, helper
+
+from lepton_airflow import fitted
+
 _CONVERT = textwrap.dedent(
     """
     import hashlib
@@ -42,3 +46,14 @@ def test_the_bytes_do_not_depend_on_the_hash_seed() -> None:
         for seed in ("1", "20")  # with which a set of operator sets has another order
     }
     assert len(digests) == 1
+
+
+def test_operator_sets_are_declared_once() -> None:
+    identity = helper.make_node("Identity", ["x"], ["y"])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 1]) for name in "xy")
+    sets = [
+        helper.make_opsetid(domain, version) for domain, version in (("", 18), ("ai.onnx.ml", 1), ("", 17))
+    ]
+    model = helper.make_model(helper.make_graph([identity], "g", [x], [y]), opset_imports=sets)
+    fitted._strip(model)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18), ("ai.onnx.ml", 1)]

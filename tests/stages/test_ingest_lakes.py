@@ -131,6 +131,15 @@ def test_every_version_can_be_read_and_the_current_one_is_the_default(lake: Lake
     assert set(rows.country) == {"DE", "o'land", "FR"}
 
 
+def test_a_run_used_twice_reads_the_version_that_is_asked_for(lake: Lake, tmp_path: Path) -> None:
+    run, rows = RunInfo.local(tmp_path / "notebook"), []
+    for version in (None, *lake.versions):
+        spec = lake.spec | ({lake.option: version} if version is not None else {})
+        stage = IngestData(sources={"s": spec}, query="SELECT * FROM s", order_by=["id"])
+        rows.append(stage.run(run).values["rows"])
+    assert rows == [59, 30, 60, 59]
+
+
 def test_equal_versions_are_cached_and_a_write_is_a_miss(lake: Lake, tmp_path: Path) -> None:
     def run() -> tuple[str, Any]:
         given = {"sources": {"s": lake.spec}, "query": "SELECT * FROM s"}
