@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lepton_airflow.errors import (
     OutOfMemory,
     Preempted,
 )
-from lepton_airflow.stages import Result, RunInfo, Stage, build, cache_key, get_stage, versions
+from lepton_airflow.stages import Result, RunInfo, Stage, build, cache_key, versions
 from lepton_airflow.store import Connection, Store, now
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,32 @@ def perform(
     return receipt
 
 
-def _perform(
+def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt | None:
+    """The receipt of an equal earlier run, kept as this one's too; None when the stage has to run.
+
+    For a runner whose stages run in this very interpreter: a cached task then need not start one. Asked only where all
+    inputs are pinned, since other inputs are read whole to know their digest, which a miss would do twice. Whatever goes
+    wrong is left to :func:`perform`, which meets it again and says it.
+    """
+    try:
+        stage = build(request.stage, request.parameters)
+        if request.cache != "use" or not stage.cacheable or not stage.all_pinned():
+            return None
+        store = Store(request.store, connections.get(request.store_connection or ""))
+        with _prepared(request, store, connections, lambda: False) as (_, _, hit):
+            if hit is not None:
+                store.record(hit)
+            return hit
+    except Exception as error:  # noqa: BLE001 - see above
+        log.debug("the cache was not asked in advance: %s", redact(repr(error), connections))
+        return None
+
+
+@contextmanager
+def _prepared(
     request: Request, store: Store, connections: Mapping[str, Connection], should_stop: Callable[[], bool]
-) -> Receipt:
-    kind = get_stage(request.stage)
+) -> Iterator[tuple[Stage, RunInfo, Receipt | None]]:
+    """The stage and what it may know of its run, with scratch space; and the receipt when the cache has it."""
     stage = build(request.stage, request.parameters)
     with tempfile.TemporaryDirectory(prefix="lepton-") as scratch:
         run = RunInfo(
@@ -87,17 +110,24 @@ def _perform(
             refresh=request.cache == "refresh",
             should_stop=should_stop,
         )
-        key = cache_key(stage, run)
-        run.cache_key = key
-        if kind.cacheable and key and request.cache == "use":
-            hit, why = store.cache_lookup(request.stage, key, request.cache_ttl_s)
+        run.cache_key = cache_key(stage, run)
+        hit: Receipt | None = None
+        if type(stage).cacheable and run.cache_key and request.cache == "use":
+            hit, why = store.cache_lookup(request.stage, run.cache_key, request.cache_ttl_s)
             log.info("cache %s", why)
-            if hit is not None:
-                return replace(hit, run_key=request.run_key, status="cached")
-        elif kind.cacheable:
-            log.info(
-                "cache not used: %s", "an input has no digest" if not key else f"cache={request.cache!r}"
-            )
+        elif type(stage).cacheable:
+            reason = f"cache={request.cache!r}" if run.cache_key else "an input has no digest"
+            log.info("cache not used: %s", reason)
+        yield stage, run, hit and replace(hit, run_key=request.run_key, status="cached")
+
+
+def _perform(
+    request: Request, store: Store, connections: Mapping[str, Connection], should_stop: Callable[[], bool]
+) -> Receipt:
+    with _prepared(request, store, connections, should_stop) as (stage, run, hit):
+        if hit is not None:
+            return hit
+        kind, key = type(stage), run.cache_key
         started = time.monotonic()
         result = _run(kind, stage, run)
         receipt = Receipt(

@@ -15,7 +15,7 @@ import pytest
 from lepton_airflow import stages
 from lepton_airflow.__main__ import main
 from lepton_airflow.contract import Receipt, Request, RunIdentity, Window, split_pin
-from lepton_airflow.door import perform
+from lepton_airflow.door import perform, recall
 from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage, cache_key
 from lepton_airflow.stages.prepare_data import PrepareData
 from lepton_airflow.stages.validate_data import ValidateData
@@ -99,6 +99,28 @@ class Bench:
 @pytest.fixture
 def run(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
+
+
+def test_a_hit_on_pinned_inputs_is_known_before_anything_is_started(run: Bench) -> None:
+    def asked(text: str = run.text, cache: str = "use", stage: str = "Shout") -> Receipt | None:
+        identity = RunIdentity(run_id="two")
+        request = Request(stage, {"text": text}, run.store.root, identity, cache=cache)
+        receipt = recall(request, {})
+        assert receipt is None or run.store.receipt(request.run_key) == receipt
+        return receipt
+
+    assert asked() is None  # nothing was computed yet, and nothing is computed here
+    assert Shout.calls == 0
+    first = run()
+    known = asked()
+    assert known is not None
+    assert (known.status, known.artifacts) == ("cached", first.artifacts)
+    assert asked(text=split_pin(run.text)[0]) is None  # its bytes would have to be read
+    assert asked(cache="refresh") is None
+    assert asked(stage="Announce") is None
+    assert asked(stage="Shuot") is None  # for the door to say
+    run.blob(first).write_text("altered")
+    assert asked() is None
 
 
 def test_an_equal_run_is_a_hit_with_the_same_outputs(run: Bench) -> None:

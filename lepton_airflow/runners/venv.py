@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lepton_airflow
 from lepton_airflow import environments, settings
@@ -60,6 +60,7 @@ class Venv(Subprocess):
     requirements: list[str] = field(default_factory=list)
     constraints: str | None = None
     installer: Literal["uv", "pip"] | None = None
+    _same_interpreter: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -169,6 +169,17 @@ class Stage:
                     digests[key] = code_digest(value)
         return digests
 
+    def all_pinned(self) -> bool:
+        """Whether the stage has artifacts among its fields, and each carries its digest."""
+        found = [
+            value
+            for name, marker in markers(type(self)).items()
+            if marker == "artifact"
+            for value in _flat(getattr(self, name))
+            if not is_inline(value)
+        ]
+        return bool(found) and all(split_pin(value)[1] for value in found)
+
     def connection_ids(self) -> list[str]:
         """Ids of the Airflow Connections this stage needs: the fields of type ConnectionId that are set."""
         return [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow import endpoints
-from lepton_airflow.contract import Artifact, canonical_json, pin, split_pin
+from lepton_airflow.contract import Artifact, Receipt, canonical_json, digest_of, pin, split_pin
 from lepton_airflow.endpoints import Desired, Status, check_endpoint_name
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped, require
 from lepton_airflow.package import ModelCard, ModelPackage, feature_frame
@@ -262,7 +262,36 @@ class _Wanted:
         return pin(plain, sha256 or self.run.store.digest(plain))
 
     def _prepare(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
-        """Compute the golden answers of a package; also its data window."""
+        """The golden answers of a package, and its data window; those of an equal earlier run where the cache has them.
+
+        The stage itself is never reused, for the endpoint may have moved on; what it computes may be.
+        """
+        run = self.run
+        key = run.cache_key and digest_of([run.cache_key, split_pin(package)[1]])
+        if key and not run.refresh:
+            known, why = run.store.cache_lookup("DeployModel", key)
+            log.info("golden answers: cache %s", why)
+            if known:
+                return known.artifacts["golden"], known.values["window"]
+        started = time.monotonic()
+        golden, window = self._computed(package)
+        if key:
+            run.store.cache_record(
+                Receipt(
+                    stage="DeployModel",
+                    run_key=run.run_key,
+                    cache_key=key,
+                    status="done",
+                    summary=f"golden answers of {split_pin(package)[0]}",
+                    artifacts={"golden": golden},
+                    values={"window": window},
+                    seconds=round(time.monotonic() - started, 3),
+                    created=now(),
+                )
+            )
+        return golden, window
+
+    def _computed(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
         model = ModelPackage.open(self.run.fetch(package))
         rows = feature_frame(self._rows(model), model.card.features)
         answers = model.predict(rows).reshape(len(rows), -1)

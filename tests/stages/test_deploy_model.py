@@ -22,7 +22,7 @@ from lepton_airflow.package import ModelPackage
 from lepton_airflow.registry import Ledger, LedgerEntry
 from lepton_airflow.serving.reconcile import Reconciler
 from lepton_airflow.stages import RunInfo
-from lepton_airflow.stages.deploy_model import DeployModel
+from lepton_airflow.stages.deploy_model import DeployModel, _Wanted
 from lepton_airflow.testing import LocalEndpoint
 
 if TYPE_CHECKING:
@@ -241,6 +241,26 @@ def test_a_package_from_outside_the_store_is_copied_into_it(
     result = desk.deploy(model=str(outside))
     assert result.values["deployed"] is True
     assert desk.asked()[0].package.startswith(desk.run.store.root + "/artifacts/")
+
+
+def test_golden_answers_are_computed_once_a_package(
+    desk: Desk, following: Reconciler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+    compute = _Wanted._computed
+    monkeypatch.setattr(_Wanted, "_computed", lambda self, p: (computed.append(p), compute(self, p))[1])
+    first, second = desk.package(1.0), desk.package(2.0)
+
+    def deploy(package: str, key: str, **more: Any) -> Artifact:
+        info = desk.info(key, cache_key="0" * 64, **more)
+        return desk.stage(model=package).run(info).artifacts["golden"]
+
+    golden = deploy(first, "one")
+    assert deploy(first, "two") == golden
+    assert deploy(second, "three") != golden
+    assert computed == [first, second]
+    deploy(second, "four", refresh=True)
+    assert computed == [first, second, second]
 
 
 def test_golden_rows_come_from_all_over_a_dataset(
