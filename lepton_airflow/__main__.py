@@ -40,6 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         "--connections-fd", type=int, help="inherited pipe from which the Connections are read, as JSON"
     )
     run.add_argument(
+        "--connections-file", type=Path, help="file from which the Connections are read, as JSON"
+    )
+    run.add_argument(
+        "--termination-message", type=Path, help="file that gets the receipt in at most 4096 bytes"
+    )
+    run.add_argument(
         "--parent-fd", type=int, help="inherited pipe; when its other end closes, the stage ends"
     )
     run.add_argument(
@@ -146,24 +152,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from lepton_airflow.contract import Request
-    from lepton_airflow.door import perform, redactor, stop_on_sigterm
+    from lepton_airflow.door import in_brief, perform, redactor, stop_on_sigterm
     from lepton_airflow.processes import end_with_parent
 
     if args.parent_fd is not None:
         end_with_parent(args.parent_fd, args.scratch)
-    text = ""
+    text: str | bytes = ""
     if args.connections_fd is not None:
         with open(args.connections_fd, encoding="utf-8") as pipe:
             text = pipe.read()
+    elif args.connections_file is not None:
+        text = _read(args.connections_file, "file of Connections")
     connections = connections_from_json(text)
     sys.path += [folder for folder in args.search_path.split(os.pathsep) if folder and folder not in sys.path]
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines(redactor(connections)))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    try:
-        request = Request.from_json(args.request.read_bytes())
-    except OSError as error:
-        raise ContractError(f"the request {args.request} cannot be read: {error.strerror}.") from None
+    request = Request.from_json(_read(args.request, "request"))
     try:
         kind = get_stage(request.stage)
     except Exception:  # noqa: BLE001 - whatever importing a user's module raises: perform meets it again and says it
@@ -173,6 +178,8 @@ def _run(args: argparse.Namespace) -> int:
         temporary = args.receipt.with_name(args.receipt.name + ".tmp")
         temporary.write_text(receipt.to_json(), encoding="utf-8")
         temporary.replace(args.receipt)
+        if args.termination_message:
+            args.termination_message.write_text(in_brief(receipt), encoding="utf-8")
     except OSError as error:
         raise StoreError(f"the receipt {args.receipt} cannot be written: {error.strerror}.") from None
     level = logging.ERROR if receipt.error else logging.INFO
@@ -180,6 +187,13 @@ def _run(args: argparse.Namespace) -> int:
         level, "%s %s: %s", receipt.stage, receipt.status, receipt.summary
     )
     return int(receipt.error["exit_code"]) if receipt.error else 0
+
+
+def _read(file: Path, what: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ContractError(f"the {what} {file} cannot be read: {error.strerror}.") from None
 
 
 class _Lines(logging.Formatter):

@@ -104,6 +104,7 @@ class Request:
     cache_ttl_s: float | None = None  # a hit older than this is a miss; None: entries do not age
     store_connection: str | None = None  # id of the Connection that opens the store; None: ambient identity
     connections: tuple[str, ...] = ()  # ids of all Connections this request needs; never their contents
+    nonce: str = ""  # drawn anew whenever the stage is started; the receipt repeats it, so that none other is taken for it
     protocol: int = PROTOCOL
 
     @property
@@ -153,6 +154,7 @@ class Receipt:
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""  # ISO 8601, UTC
     error: dict[str, Any] | None = None  # {"kind", "message", "exit_code"}
+    nonce: str = ""  # that of the request this answers
     protocol: int = PROTOCOL
 
     def to_json(self) -> str:
@@ -207,6 +209,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {
     "window": (Window, type(None)),
     "connections": (tuple,),
     "run_key": (str,),
+    "nonce": (str,),
     "artifacts": (dict,),
     "values": (dict,),
     "error": (dict, type(None)),

@@ -63,11 +63,13 @@ def perform(
         receipt = _failed(request, error, connections)
     if receipt.status not in ("done", "cached"):
         receipt = replace(receipt, seconds=round(time.monotonic() - started, 3))
+    receipt = replace(receipt, nonce=request.nonce)  # not before: cache entries answer any request
     if store is not None:
         try:
             store.record(receipt)
         except LeptonError as error:  # a receipt that cannot be kept is no proof
-            return receipt if receipt.error else _failed(request, error, connections)
+            if not receipt.error:
+                return replace(_failed(request, error, connections), nonce=request.nonce)
     return receipt
 
 
@@ -222,18 +224,32 @@ def _failed(
 _MAX_MESSAGE_BYTES = 3000  # as JSON: the message stands twice in a receipt of at most 8 KB
 
 
-def _clipped(text: str) -> str:
-    """The text, or as much of its beginning as a receipt can carry."""
+def _clipped(text: str, limit: int = _MAX_MESSAGE_BYTES) -> str:
+    """The text, or as much of its beginning as a receipt can carry; ``limit`` counts it as JSON [bytes]."""
     text = text.encode("utf-8", "backslashreplace").decode()
 
     def room(end: int) -> bool:
-        return len(json.dumps(text[:end], ensure_ascii=False).encode()) <= _MAX_MESSAGE_BYTES
+        return len(json.dumps(text[:end], ensure_ascii=False).encode()) <= limit
 
     if room(len(text)):
         return text
-    return (
-        text[: bisect.bisect_left(range(_MAX_MESSAGE_BYTES), True, key=lambda end: not room(end)) - 1] + "…"
-    )
+    return text[: bisect.bisect_left(range(limit), True, key=lambda end: not room(end)) - 1] + "…"
+
+
+MAX_TERMINATION_BYTES = 4096  # Kubernetes cuts a container's termination message there
+
+
+def in_brief(receipt: Receipt) -> str:
+    """The receipt as JSON of at most 4096 bytes, for a container's termination message.
+
+    What it can do without goes first: the whole receipt is in the store. How the stage ended always stays.
+    """
+    for spare in ({}, {"metrics": {}}, {"versions": {}}, {"links": {}}, {"values": {}}, {"artifacts": {}}):
+        receipt = replace(receipt, **spare)
+        if len(text := receipt.to_json().encode()) <= MAX_TERMINATION_BYTES:
+            return text.decode()
+    error = receipt.error and receipt.error | {"message": _clipped(receipt.error["message"], 2000)}
+    return replace(receipt, summary=_clipped(receipt.summary, 1000), error=error).to_json()
 
 
 def redact(text: str, connections: Mapping[str, Connection]) -> str:
