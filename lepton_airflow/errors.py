@@ -10,7 +10,8 @@
     ├── IntegrityError            80   bytes do not have the digest they are pinned to
     ├── StoreError                 1   the artifact store did not answer, is full or is read-only
     ├── RunnerError                1   the place where the stage ran failed it, not the stage
-    │   └── OutOfMemory            1   the stage went over its memory limit, or the kernel's
+    │   ├── OutOfMemory            1   the stage went over its memory limit, or the kernel's
+    │   └── PodFailed              1   its pod was refused, lost or killed; 80 where a retry would fail the same way
     ├── Preempted                 75   asked to stop; what is finished is kept, a retry resumes
     └── Skipped                   99   there is nothing to do for this run
 
@@ -75,6 +76,19 @@ class RunnerError(LeptonError):
 
 class OutOfMemory(RunnerError):
     """The stage used more memory than it was given."""
+
+
+class PodFailed(RunnerError):
+    """A stage's pod did not start, was taken away, or ended badly.
+
+    :param reason: one word for it, such as ``ImagePull`` or ``Unschedulable``: see docs/pods.md.
+    :param exit_code: whether a retry may help.
+    """
+
+    def __init__(self, sentence: str, reason: str = "", exit_code: int = FAILED) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+        self.exit_code = exit_code
 
 
 class Preempted(LeptonError):
