@@ -1,0 +1,58 @@
+# An image in which stages run: the door, and what the extras of one stage (or of several) need. No Airflow.
+#
+#   make images                                     localhost/lepton-stage:all
+#   EXTRAS="validate train,torch,s3" make images    localhost/lepton-stage:validate and …:train-torch-s3
+#
+# or by hand, with docker or podman, in the repository's root:
+#
+#   docker build -f images/stage.Dockerfile --build-arg EXTRAS=validate -t lepton-stage:validate .
+ARG BASE=docker.io/library/python:3.11-slim
+
+# -- what the extras need: a layer of its own, made again only when pyproject.toml or constraints.txt changes ---------------
+FROM ${BASE} AS dependencies
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN python -m venv --without-pip /opt/venv
+WORKDIR /build
+COPY pyproject.toml constraints.txt images/requirements.py ./
+# Extras of pyproject.toml, separated by commas.
+ARG EXTRAS=all
+# Which build of torch: a folder of download.pytorch.org/whl such as cpu or cu130; "default" takes the package index's own,
+# which on Linux is a CUDA one of several GB.
+ARG TORCH=cpu
+RUN python requirements.py "${EXTRAS}" < pyproject.toml > requirements.txt \
+ && if [ "${TORCH}" != default ] && grep -q '^torch[^a-z]' requirements.txt; then \
+      python -m pip --python /opt/venv install --no-deps --retries 1 --timeout 30 \
+        --extra-index-url "https://download.pytorch.org/whl/${TORCH}" "$(grep '^torch==' constraints.txt)"; \
+    fi \
+ && python -m pip --python /opt/venv install -c constraints.txt -r requirements.txt
+
+# -- the package: seconds ---------------------------------------------------------------------------------------------------
+FROM dependencies AS package
+RUN python -m venv /opt/build && /opt/build/bin/python -m pip install -c constraints.txt hatchling
+COPY README.md LICENSE ./
+COPY lepton_airflow ./lepton_airflow
+RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir wheels . \
+ && python -m pip --python /opt/venv install --no-deps --root /package wheels/*.whl
+
+# -- the image --------------------------------------------------------------------------------------------------------------
+FROM ${BASE}
+# A name for the user, which some libraries ask for; numbers, which any base image takes.
+RUN echo 'stage:x:10001:10001::/work:/usr/sbin/nologin' >> /etc/passwd && echo 'stage:x:10001:' >> /etc/group \
+ && mkdir /work && chown 10001:10001 /work
+COPY --from=dependencies /opt/venv /opt/venv
+COPY --from=package /package/ /
+ENV PATH=/opt/venv/bin:${PATH} HOME=/work PYTHONUNBUFFERED=1
+WORKDIR /work
+USER 10001:10001
+# Last, so that another commit makes no layer anew.
+ARG EXTRAS=all
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="lepton-stage" \
+      org.opencontainers.image.description="Runs stages of lepton-airflow with the extras: ${EXTRAS}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      lepton-airflow.extras="${EXTRAS}"
+ENTRYPOINT ["python", "-m", "lepton_airflow"]
+CMD ["stages"]
