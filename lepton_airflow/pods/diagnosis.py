@@ -83,7 +83,7 @@ def refused(status: int, body: Mapping[str, Any] | str, doing: str) -> Diagnosis
             "refuse",
         )
     if status == 409:
-        return Diagnosis("Conflict", f"Somebody was faster ({doing}): {_clip(message)}", "wait")
+        return Diagnosis("Conflict", f"Somebody was faster (tried: {doing}): {_clip(message)}.", "wait")
     if status == 404 and re.search(r'namespaces? "', message):
         name = _quoted(message)
         return Diagnosis(
@@ -142,7 +142,7 @@ def quantity(text: str) -> float:
     if match is None:
         raise ValueError(text)
     suffix = match[2] or ""
-    power = {"n": -3, "u": -2, "m": -1, "k": 1}.get(suffix, " KMGTPE".index(suffix[0]) if suffix else 0)
+    power = "num kMGTPE".index(suffix[0]) - 3 if suffix else 0
     return float(match[1]) * (1024.0 if suffix.endswith("i") else 1000.0) ** power
 
 
