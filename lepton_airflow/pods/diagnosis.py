@@ -288,15 +288,15 @@ def _disrupted(seen: _Seen) -> Diagnosis | None:
     target = seen.condition("DisruptionTarget", "True")
     workload = seen.condition("TerminationTarget", "True")  # Kueue stops a pod that is to make room
     event = seen.event(*_BY_EVENT)
-    if target:
+    if seen.reason in _BY_REASON:  # the kubelet's own word; its condition is the same for all that it ends
+        reason, message = _BY_REASON[seen.reason], seen.message
+    elif target:
         reason, message = (
             _BY_CONDITION.get(target.get("reason") or "", "Evicted"),
             target.get("message") or "",
         )
     elif workload:
         reason, message = "Preempted", workload.get("message") or ""
-    elif seen.reason in _BY_REASON:
-        reason, message = _BY_REASON[seen.reason], seen.message
     elif event and (seen.deleted or not seen.exists):
         reason, message = _BY_EVENT[event["reason"]], event.get("message") or ""
     elif (seen.ended or {}).get("reason") == "ContainerStatusUnknown" and not seen.deleted:
@@ -410,7 +410,7 @@ def _cannot_begin(seen: _Seen, ended: Mapping[str, Any]) -> Diagnosis | None:
     else:
         return None
     return Diagnosis(
-        "CreateConfig", f"{seen.stage} did not begin in pod {seen.name}: {fix}{_last_words(ended)}.", "refuse"
+        "CreateConfig", f"{seen.stage} did not begin in pod {seen.name}{_last_words(ended)}: {fix}.", "refuse"
     )
 
 
@@ -478,7 +478,7 @@ def _waits(seen: _Seen, reason: str, message: str) -> Diagnosis | None:
             ),
             "",
         )
-        why = pull.rpartition("rpc error: ")[2] or message
+        why = pull.rpartition(" desc = ")[2] or message
         lost = _NO_SUCH_IMAGE.search(why) or reason == "SignatureValidationFailed"
         return Diagnosis(
             "ImagePull",
@@ -649,7 +649,7 @@ def _amounts(text: str) -> dict[str, float]:
 
 # Words ------------------------------------------------------------------------------------------------------------------
 
-_LONGEST = 400  # characters of somebody else's message in one of our sentences
+_LONGEST = 600  # characters of somebody else's message in one of our sentences
 
 
 def _clip(text: str) -> str:
