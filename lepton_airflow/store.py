@@ -225,8 +225,8 @@ class Store:
             except FileNotFoundError:
                 return None
 
-    def write(self, key: str, content: bytes) -> None:
-        """Write bytes to a key; readers see the old ones or the new ones, never a part."""
+    def write(self, key: str, content: bytes | Path) -> None:
+        """Write bytes, or a file's, to a key; readers see the old ones or the new ones, never a part."""
         with self._errors(f"writing {key}"):
             self._write(key, content)
 
