@@ -100,7 +100,6 @@ class Scorer:
     seed: int
     threads: int
     max_rows: int | None
-    workdir: Path
 
     @cached_property
     def rows(self) -> Rows:
@@ -115,7 +114,6 @@ class Scorer:
     def __call__(
         self,
         hyperparameters: Mapping[str, Any],
-        trial: int,
         fold: int,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> float:
@@ -129,7 +127,6 @@ class Scorer:
             subset=train,
             seed=self.seed,
             threads=self.threads,
-            checkpoint=self.workdir / f"trial-{trial}-fold-{fold}",
             should_stop=should_stop,
         )
         value = score(self.rows.schema, self.rows.y[held_out], model.predict(self.rows.take(held_out)))[
@@ -161,9 +158,9 @@ def _start_worker(scorer: Scorer, stop: Event, parent: int) -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
-def _score(hyperparameters: Mapping[str, Any], trial: int, fold: int) -> float:
+def _score(hyperparameters: Mapping[str, Any], fold: int) -> float:
     assert _scorer is not None
-    return _scorer(hyperparameters, trial, fold)
+    return _scorer(hyperparameters, fold)
 
 
 class Workers:
@@ -193,13 +190,13 @@ class Workers:
             self._stop.set()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, hyperparameters: Mapping[str, Any], trial: int, fold: int) -> Future[float]:
+    def submit(self, hyperparameters: Mapping[str, Any], fold: int) -> Future[float]:
         """Score; the future is done already when this process did the work."""
         if self._pool is not None:
-            return self._pool.submit(_score, hyperparameters, trial, fold)
+            return self._pool.submit(_score, hyperparameters, fold)
         future: Future[float] = Future()
         try:
-            future.set_result(self._scorer(hyperparameters, trial, fold, self._should_stop))
+            future.set_result(self._scorer(hyperparameters, fold, self._should_stop))
         except Exception as error:  # noqa: BLE001  as a pool does; the caller raises it from the future
             future.set_exception(error)
         return future

@@ -7,34 +7,49 @@ over the raw feature columns, a torch module with an example input, or an ``onnx
                        float64 rounded to float32 (what ONNX will get) with NaN for missing; categories are text with
                        ``""`` for missing. A class target holds the numbers 0..k-1 of ``run.classes``.
 ``hyperparameters``    the dict given to the stage
-``run``                the :class:`TrainerRun`
+``run``                the :class:`TrainerRun`: seed, threads, checkpoints, progress
 
 A scikit-learn Pipeline over numbers and categories starts with a ``ColumnTransformer`` that names its columns. A torch
 module reads a float32 tensor [rows, columns] and gives *probabilities* [rows, classes] (or [rows, 1] for the second of
 two classes), or numbers [rows, 1]; it comes as ``(module, example)``, with an attribute ``example_input``, or as
 ``(fitted transformer of the raw columns, module)``. A module of trainers may set ``SEARCH_SPACE`` for TuneModel; a
 ``fit`` that cannot give equal weights for equal inputs says why in ``fit.nondeterministic = "…"``.
+
+A fit that takes longer than you would like to lose asks ``run.latest_checkpoint()`` once, before its loop, and offers
+``run.save_checkpoint(step, write)`` after every step of it; :func:`lepton_airflow.models.fit_torch` does that for torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import os
+import re
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lepton_airflow import models
+from lepton_airflow.checkpoints import Checkpoint, Checkpoints
 from lepton_airflow.contract import digest_of
 from lepton_airflow.dataset import DatasetInfo, load_frame, read_info
-from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, did_you_mean
+from lepton_airflow.errors import (
+    BadConfiguration,
+    BadInput,
+    LeptonError,
+    OutOfMemory,
+    Preempted,
+    did_you_mean,
+)
 from lepton_airflow.fitted import Fitted, Schema, as_fitted
 from lepton_airflow.package import feature_frame, features_of
 from lepton_airflow.stages import code_digest, is_code, load_code
-from lepton_airflow.store import Store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,20 +67,43 @@ FoldBy = Literal["row", "time"]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _unheard(_step: int, _metrics: Mapping[str, float]) -> None:
-    """Report to nobody."""
+@dataclass
+class Curves:
+    """What a trainer reported, over all tries.
+
+    :ivar unit: what a step is: ``epoch``, ``step``, …
+    :ivar points: one dict a report: ``step`` and the metrics.
+    :ivar resumed: the steps at which a later try went on.
+    """
+
+    unit: str = "step"
+    points: list[dict[str, float]] = field(default_factory=list)
+    resumed: list[float] = field(default_factory=list)
+
+    def add(self, step: float, metrics: Mapping[str, float]) -> None:
+        """Take up a report. Of very many, every second is let go: no picture shows thousands."""
+        self.points.append({"step": float(step), **{name: float(value) for name, value in metrics.items()}})
+        if len(self.points) >= _MOST_POINTS:
+            del self.points[1:-1:2]
+
+
+_MOST_POINTS = 4000
+
+
+def _silent(_text: str) -> None:
+    """Say it to nobody."""
 
 
 @dataclass
 class TrainerRun:
-    """What a trainer may know about its run.
+    """What a trainer may know about its run, and what it calls to be resumable.
 
     :ivar info: the description of the training dataset.
     :ivar classes: the classes in the order of their numbers; empty for regression.
-    :ivar checkpoint: a directory; what a trainer writes there before :meth:`report` comes back when a killed run is
-        tried again with the same data, code and hyperparameters.
     :ivar seed: draw all randomness from it.
     :ivar threads: CPU threads to use; numerical libraries are limited to it already.
+    :ivar device: ``auto`` (cuda where there is one, else cpu), or the device that the stage was told.
+    :ivar curves: what was reported so far, also by earlier tries.
     """
 
     info: DatasetInfo
@@ -73,13 +111,17 @@ class TrainerRun:
     target: str
     task: str
     classes: list[Any]
-    checkpoint: Path
     seed: int
     threads: int
-    should_stop: Callable[[], bool] = lambda: (
-        False
-    )  # True once SIGTERM came: write a checkpoint, report, and return
-    on_report: Callable[[int, Mapping[str, float]], None] = _unheard
+    device: str = "auto"
+    should_stop: Callable[[], bool] = lambda: False  # True once SIGTERM came
+    checkpoints: Checkpoints | None = None  # None: nothing outlives this process
+    curves: Curves = field(default_factory=Curves)
+    say: Callable[[str], None] = _silent  # where progress is told
+    _resumes: bool = field(default=False, init=False, repr=False)
+    _begun: tuple[float, float] = field(
+        default_factory=lambda: (time.monotonic(), 0.0), init=False, repr=False
+    )
 
     @property
     def categorical(self) -> list[str]:
@@ -91,13 +133,78 @@ class TrainerRun:
         """The features that are numbers, in order."""
         return [c for c in self.features if c not in self.info.categorical]
 
-    def report(self, step: int, **metrics: float) -> None:
-        """Tell how far the fit is: logs, keeps the checkpoint directory, and raises Preempted when asked to stop."""
-        self.on_report(step, metrics)
-        if self.should_stop():
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """What a killed try of this very fit has left, to be asked once before the loop; None: start anew.
+
+        Its ``path`` is a directory with the files that ``write`` put there, verified; read them before the next
+        :meth:`save_checkpoint`. Other data, code, hyperparameters or library versions are another fit.
+        """
+        self._resumes = True
+        found = self.checkpoints.latest() if self.checkpoints is not None else None
+        if found is not None:
+            saved = Curves(**found.notes)
+            reached = saved.points[-1]["step"] if saved.points else 0.0
+            self.curves.unit, self.curves.points = saved.unit, saved.points
+            self.curves.resumed = [*saved.resumed, reached]
+            self._begun = (time.monotonic(), reached)
+            self.say(f"resuming after step {found.step} from the checkpoint of an earlier try")
+        return found
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], object]) -> bool:
+        """Offer a checkpoint wherever the state is whole; call it after every step, it costs nothing unless one is due.
+
+        One is due when ``checkpoint_s`` have passed since the last, or SIGTERM came. Then ``write(folder)`` must write all
+        that the next try needs (weights, optimizer, place in the data, random state) as files in that empty folder.
+
+        :param step: how far the fit is; :meth:`latest_checkpoint` gives it back.
+        :returns: whether one was written.
+        :raises Preempted: SIGTERM came; the checkpoint is in the store. Let it pass.
+        """
+        self._resumes = True
+        stop = self.should_stop()
+        if not stop and (self.checkpoints is None or not self.checkpoints.due()):
+            return False
+        kept = self.checkpoints is not None and self.checkpoints.save(
+            step, write, asdict(self.curves), wait=stop
+        )
+        if stop:
             raise Preempted(
-                f"asked to stop (SIGTERM) at step {step}; the next try goes on from the checkpoint."
+                f"asked to stop (SIGTERM) after step {step}; the next try goes on from "
+                + ("there." if kept else "an earlier checkpoint, if there is one.")
             )
+        return kept
+
+    def report(self, step: float, *, of: float | None = None, unit: str = "step", **metrics: float) -> None:
+        """Tell how far the fit is: a line in the log, with rate and time left, and a point of ``curves.png``.
+
+        A trainer without checkpoints is stopped here once SIGTERM came; one with checkpoints in :meth:`save_checkpoint`.
+
+        :param step: how far, in ``unit``.
+        :param of: where it will end at the latest.
+        :param metrics: by name; ``train_x`` and ``valid_x`` share a picture.
+        :raises Preempted: see above.
+        """
+        self.curves.unit = unit
+        self.curves.add(step, metrics)
+        since, start = self._begun
+        each_s = (time.monotonic() - since) / (step - start) if step > start else None
+        values = "".join(f" {name}={value:.5g}" for name, value in metrics.items())
+        pace = f" ({_span(each_s)} per {unit}" if each_s is not None else ""
+        if each_s is not None:
+            pace += f", {_span(each_s * (of - step))} left at most)" if of is not None and of > step else ")"
+        self.say(f"{unit} {step:g}{f' of {of:g}' if of is not None else ''}{values}{pace}")
+        if not self._resumes and self.should_stop():
+            raise Preempted(
+                f"asked to stop (SIGTERM) at {unit} {step:g}; the next try starts this fit again."
+            )
+
+
+def _span(seconds: float) -> str:
+    """A time as a person says it."""
+    for size, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s")):
+        if seconds >= 2 * size or unit == "s":
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError(seconds)
 
 
 @dataclass(frozen=True)
@@ -115,7 +222,8 @@ class Trainer:
         """The standard model of that name, or the user's ``module:function``."""
         if is_code(name):
             fit = load_code(name, "trainer")
-            space = getattr(__import__("sys").modules[fit.__module__], "SEARCH_SPACE", {})
+            space = getattr(sys.modules[fit.__module__], "SEARCH_SPACE", {})
+            _load_torch_for(fit)
             return cls(name, fit, None, space, code_digest(name))
         module = models.load(name)
         if task not in module.TASKS:
@@ -136,6 +244,12 @@ class Trainer:
                     f"hyperparameters: {self.name} has no {name!r}; {did_you_mean(name, self.defaults)}"
                 )
             default = self.defaults[name]
+            if isinstance(default, bool):
+                if not isinstance(value, bool):
+                    raise BadConfiguration(
+                        f"hyperparameters: {name}={value!r} is not true or false (default {str(default).lower()})."
+                    )
+                continue
             if isinstance(default, int | float) and (
                 isinstance(value, bool) or not isinstance(value, int | float)
             ):
@@ -148,16 +262,26 @@ class Trainer:
                 )
         return {
             name: int(hyperparameters[name])
-            if name in hyperparameters and isinstance(default, int)
+            if name in hyperparameters and isinstance(default, int) and not isinstance(default, bool)
             else hyperparameters.get(name, default)
             for name, default in self.defaults.items()
         }
+
+
+def _load_torch_for(fit: Callable[..., Any]) -> None:
+    """Import torch now if the user's module does so later: :func:`deterministic` seeds only what is loaded."""
+    path = sys.modules[fit.__module__].__file__
+    source = Path(path).read_text(errors="replace") if path and path.endswith(".py") else ""
+    if re.search(r"^\s*(?:import|from)\s+torch\b", source, re.MULTILINE):
+        with contextlib.suppress(ModuleNotFoundError):  # whoever imports it is told
+            importlib.import_module("torch")
 
 
 def _own_code() -> str:
     """sha256 of the sources that a standard model's fit depends on."""
     here = Path(__file__).parent
     sources = [
+        here / "checkpoints.py",
         here / "training.py",
         here / "fitted.py",
         here / "package.py",
@@ -404,25 +528,31 @@ def fit_model(
     subset: NDArray[np.intp] | None = None,
     seed: int,
     threads: int,
-    checkpoint: Path,
+    device: str = "auto",
     should_stop: Callable[[], bool] = lambda: False,
-    on_report: Callable[[int, Mapping[str, float]], None] = _unheard,
+    checkpoints: Checkpoints | None = None,
+    curves: Curves | None = None,
+    say: Callable[[str], None] = _silent,
 ) -> Fitted:
-    """Fit once, on all rows or a subset, with every source of randomness seeded and threads fixed."""
+    """Fit once, on all rows or a subset, with every source of randomness seeded and threads fixed.
+
+    :raises LeptonError: the user's trainer failed; the message names it and the line, the cause is its error.
+    """
     from sklearn.utils._param_validation import InvalidParameterError
 
-    checkpoint.mkdir(parents=True, exist_ok=True)
     run = TrainerRun(
         info=rows.info,
         features=rows.schema.names,
         target=rows.target,
         task=rows.schema.task,
         classes=rows.schema.classes,
-        checkpoint=checkpoint,
         seed=seed,
         threads=threads,
+        device=device,
         should_stop=should_stop,
-        on_report=on_report,
+        checkpoints=checkpoints,
+        curves=curves if curves is not None else Curves(),
+        say=say,
     )
     train = rows.frame.copy() if subset is None else rows.take(subset)
     with deterministic(seed, threads):
@@ -430,16 +560,39 @@ def fit_model(
             returned = trainer.fit(
                 train, valid.frame.copy() if valid is not None else None, dict(hyperparameters), run
             )
+        except (LeptonError, MemoryError):
+            raise
         except InvalidParameterError as error:
             raise BadConfiguration(f"hyperparameters of {trainer.name}: {error}") from None
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+                raise OutOfMemory(
+                    f"trainer {trainer.name}: the GPU's memory is full: {str(error).splitlines()[0]} Lower the batch size, "
+                    "or accumulate gradients over parts of a batch."
+                ) from error
+            if trainer.defaults is not None:  # a standard model: no code of the user's
+                raise
+            raise LeptonError(
+                f"trainer {trainer.name}, which is your code, failed{_where(error, trainer.fit)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            if checkpoints is not None:
+                checkpoints.close()
     return as_fitted(returned, rows.schema, trainer.name)
+
+
+def _where(error: BaseException, fit: Callable[..., Any]) -> str:
+    """The last line of the user's own module that led to an error, in words."""
+    own = sys.modules[fit.__module__].__file__
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
+    return f" in line {lines[-1]} of {Path(own).name}" if own and lines else ""
 
 
 @contextlib.contextmanager
 def deterministic(seed: int, threads: int) -> Iterator[None]:
     """Seed Python, numpy and (when loaded) torch, and limit BLAS, OpenMP and torch to so many threads."""
     import random
-    import sys
 
     import numpy as np
     from threadpoolctl import threadpool_limits
@@ -469,40 +622,3 @@ def score(schema: Schema, y: NDArray[Any], predicted: NDArray[Any]) -> dict[str,
         if schema.task == "classification"
         else regression_metrics(y, predicted)
     )
-
-
-class Checkpoints:
-    """A local directory that is kept in the store under a key, so that it outlives the machine."""
-
-    def __init__(self, store: Store, key: str, directory: Path) -> None:
-        self.store, self.key, self.directory = store, key, directory
-        self._kept: dict[str, tuple[int, int]] = {}
-        directory.mkdir(parents=True, exist_ok=True)
-
-    def restore(self) -> int:
-        """Bring back what an earlier try kept; returns the number of files."""
-        names = [k[len(self.key) + 1 :] for k in self.store.keys(self.key)]
-        for name in names:
-            content = self.store.read(f"{self.key}/{name}")
-            if content is not None:
-                (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-                (self.directory / name).write_bytes(content)
-                self._kept[name] = _state(self.directory / name)
-        return len(names)
-
-    def keep(self) -> None:
-        """Put files that changed into the store."""
-        for path in sorted(p for p in self.directory.rglob("*") if p.is_file()):
-            name = path.relative_to(self.directory).as_posix()
-            if self._kept.get(name) != _state(path):
-                self.store.write(f"{self.key}/{name}", path.read_bytes())
-                self._kept[name] = _state(path)
-
-    def drop(self) -> None:
-        """Forget it all."""
-        self.store.delete(self.key)
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_mtime_ns, status.st_size

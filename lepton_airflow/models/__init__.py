@@ -6,6 +6,8 @@ One file is one model, and a new file here is a new name. A model's file holds
 - ``DEFAULTS``: its hyperparameters with their defaults; a name that is not among them is refused
 - ``SEARCH_SPACE``: what TuneModel searches unless it is told otherwise
 - ``fit(train, valid, hyperparameters, run)``: the trainer contract of :mod:`lepton_airflow.training`
+
+:func:`fit_torch` is the training loop for torch modules, for trainers of your own too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from functools import cache
 from types import ModuleType
 
 from lepton_airflow.errors import BadConfiguration, did_you_mean
+from lepton_airflow.models._torch import fit_torch
+
+__all__ = ["at_least", "fit_torch", "load", "names"]
 
 
 @cache

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
-from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, require
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, require
 from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage, versions
 
 if TYPE_CHECKING:
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 
     from lepton_airflow.fitted import Fitted
     from lepton_airflow.package import Touched
-    from lepton_airflow.training import Checkpoints, Rows, Trainer
+    from lepton_airflow.training import Curves, Rows, Trainer
 
 log = logging.getLogger(__name__)
 
 _PARITY_ROWS = 4000  # spread evenly over train and valid
+_MOST_PANELS = 4  # of the curves
 _PROBE_ROWS = 200  # rows whose values are made missing, or unseen, column by column
 
 
@@ -35,7 +38,11 @@ class TrainModel(Stage):
     Returns the artifact ``model`` (a directory: see :mod:`lepton_airflow.package`), with ``folds`` also ``out_of_fold``
     (Parquet: ``row``, ``fold``, ``target`` and ``p_0`` … ``p_{k-1}`` or ``prediction``; one line per row that was held
     out, ``row`` counted from 0 in the dataset), and ``curves`` (PNG) when the trainer reported losses. The metrics are
-    those of the rows trained on (``train_…``), of ``valid`` and out of fold.
+    those of the rows trained on (``train_…``), of ``valid`` and out of fold, and where there is a GPU what the fits of
+    this try made of it (``gpu_…``: see :mod:`lepton_airflow.gpu`).
+
+    A try that was killed is resumed: folds that are done are read back, and a trainer that keeps checkpoints goes on from
+    the last one. Other data, code, hyperparameters or library versions start anew.
 
     The ONNX model is compared with the native one on some thousand rows of train and valid, on rows with each value
     missing and on rows with unseen categories; a difference beyond ``parity_tolerance`` is refused.
@@ -56,6 +63,8 @@ class TrainModel(Stage):
     :param parity_tolerance: largest difference allowed between native and ONNX predictions [probability, or standard
         deviations of the target for regression].
     :param threads: CPU threads; another number may change the last bits of the model [threads].
+    :param device: where torch trains: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:1``.
+    :param checkpoint_s: time between checkpoints, which is the most work that a kill can cost [seconds].
     """
 
     dataset: ArtifactUri
@@ -69,6 +78,8 @@ class TrainModel(Stage):
     seed: int = 0
     parity_tolerance: float = 1e-4
     threads: int = 1
+    device: str = "auto"
+    checkpoint_s: float = 60.0
 
     resumable: ClassVar[bool] = True
     engines: ClassVar[tuple[str, ...]] = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "torch", "numpy")
@@ -79,11 +90,14 @@ class TrainModel(Stage):
         """Fit, check, package."""
         for library in ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "pandas", "pyarrow"):
             require(library, "TrainModel", self.extra)
+        from lepton_airflow.gpu import Readings
         from lepton_airflow.package import OUTPUTS, ModelCard, row_fingerprints, write_package
-        from lepton_airflow.training import Checkpoints, Rows, Trainer, score
+        from lepton_airflow.training import Curves, Rows, Trainer, score
 
         if self.threads < 1:
             raise BadConfiguration(f"threads={self.threads}: expected at least 1.")
+        if not self.checkpoint_s >= 0:
+            raise BadConfiguration(f"checkpoint_s={self.checkpoint_s}: expected 0 or more seconds.")
         path = run.fetch(self.dataset)
         valid_path = run.fetch(self.valid) if self.valid else None
         rows = Rows.load(path, "train")
@@ -105,19 +119,17 @@ class TrainModel(Stage):
                 data,
                 self.folds,
                 self.fold_by,
+                versions(type(self)),
             ]
         )
-        checkpoints = Checkpoints(
-            run.store,
-            f"checkpoints/{run.run_key}/{same_fit[:16]}",
-            run.workdir / "checkpoints" / same_fit[:16],
+        kept = f"checkpoints/{run.run_key}"
+        curves = Curves()
+        fitting = _Fitting(
+            self, run, trainer, rows, valid, hyperparameters, f"{kept}/{same_fit[:16]}", curves
         )
-        if found := checkpoints.restore():  # of this run and this fit only, and dropped when it is done
-            log.info("resuming from %d checkpoint files of an earlier try", found)
-        curves: list[dict[str, float]] = []
-        fitting = _Fitting(self, run, trainer, rows, valid, hyperparameters, checkpoints, curves)
-        out_of_fold = fitting.out_of_fold() if self.folds else None
-        model = fitting.final()
+        with Readings() as readings:
+            out_of_fold = fitting.out_of_fold() if self.folds else None
+            model = fitting.final()
 
         onnx_model = model.to_onnx().SerializeToString(deterministic=True)
         parity = check_parity(model, onnx_model, rows, valid, self.parity_tolerance)
@@ -172,12 +184,11 @@ class TrainModel(Stage):
             else _all_rows(row_fingerprints, [*paths, *map(run.fetch, self.also_touched)], rows),
         )
         artifacts["model"] = run.save("model", run.workdir / "model")
-        if curves:
-            artifacts["curves"] = run.save(
-                "curves.png", _plot(curves, run.workdir / "curves.png", trainer.name)
-            )
-        checkpoints.drop()
+        if curves.points and (picture := _plot(curves, run.workdir / "curves.png", trainer.name)):
+            artifacts["curves"] = run.save("curves.png", picture)
+        run.store.delete(kept)  # of this fit, and of others that this task instance gave up
         flat = {f"{part}_{name}": value for part, values in metrics.items() for name, value in values.items()}
+        flat |= readings.metrics()
         return Result(
             _summary(self, rows, valid, metrics, parity, artifacts["model"].bytes), artifacts, metrics=flat
         )
@@ -213,7 +224,7 @@ class TrainModel(Stage):
 
 @dataclass
 class _Fitting:
-    """The fits of one stage run, all with the same data, seed and checkpoints."""
+    """The fits of one stage run, all with the same data and seed; what is done of them lies in the store under ``key``."""
 
     stage: TrainModel
     run: RunInfo
@@ -221,8 +232,8 @@ class _Fitting:
     rows: Rows
     valid: Rows | None
     hyperparameters: dict[str, Any]
-    checkpoints: Checkpoints
-    curves: list[dict[str, float]]
+    key: str
+    curves: Curves
 
     def final(self) -> Fitted:
         """The model of all rows."""
@@ -239,16 +250,7 @@ class _Fitting:
         parts = []
         folds = make_folds(self.rows, self.stage.folds, self.stage.fold_by, self.stage.seed)
         for number, (train, held_out) in enumerate(folds):
-            kept = self.checkpoints.directory / f"fold-{number}.npy"
-            if kept.exists():
-                predicted = np.load(kept, allow_pickle=False)
-            else:
-                self.run.check_stop()
-                model = self._fit(f"fold-{number}", train, [])
-                predicted = model.predict(self.rows.take(held_out))
-                np.save(kept, predicted, allow_pickle=False)
-                self.checkpoints.keep()
-                log.info("fold %d of %d predicted (%d rows)", number + 1, len(folds), len(held_out))
+            predicted = self._predicted(number, train, held_out)
             columns = {
                 "row": held_out,
                 "fold": np.full(len(held_out), number),
@@ -261,14 +263,31 @@ class _Fitting:
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts).sort_values("row", ignore_index=True)
 
-    def _fit(self, name: str, subset: NDArray[np.intp] | None, curves: list[dict[str, float]]) -> Fitted:
+    def _predicted(self, number: int, train: NDArray[np.intp], held_out: NDArray[np.intp]) -> NDArray[Any]:
+        """The predictions of a fold's held-out rows."""
+        import numpy as np
+
+        key = f"{self.key}/fold-{number}.npy"
+        if (kept := self.run.store.read(key)) is not None:
+            try:
+                return np.load(io.BytesIO(kept), allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                log.warning("fold %d is fitted again, what an earlier try kept is damaged: %s", number, error)
+        self.run.check_stop()
+        name = f"fold-{number}"
+        predicted = self._fit(name, train, None).predict(self.rows.take(held_out))
+        buffer = io.BytesIO()
+        np.save(buffer, predicted, allow_pickle=False)
+        self.run.store.write(key, buffer.getvalue())
+        self.run.store.delete(f"{self.key}/{name}")
+        log.info("fold %d of %d predicted (%d rows)", number + 1, self.stage.folds, len(held_out))
+        return predicted
+
+    def _fit(self, name: str, subset: NDArray[np.intp] | None, curves: Curves | None) -> Fitted:
+        from lepton_airflow.checkpoints import Checkpoints
         from lepton_airflow.training import fit_model
 
-        def on_report(step: int, metrics: Mapping[str, float]) -> None:
-            curves.append({"step": step, **metrics})
-            log.info("%s: step %d %s", name, step, " ".join(f"{k}={v:.5g}" for k, v in metrics.items()))
-            self.checkpoints.keep()
-
+        directory = self.run.workdir / "checkpoints" / name
         try:
             return fit_model(
                 self.trainer,
@@ -278,12 +297,17 @@ class _Fitting:
                 subset=subset,
                 seed=self.stage.seed,
                 threads=self.stage.threads,
-                checkpoint=self.checkpoints.directory / name,
+                device=self.stage.device,
                 should_stop=self.run.should_stop,
-                on_report=on_report,
+                checkpoints=Checkpoints(
+                    self.run.store, f"{self.key}/{name}", directory, self.stage.checkpoint_s
+                ),
+                curves=curves,
+                say=lambda text: log.info("%s: %s", name, text),
             )
-        except Preempted:
-            self.checkpoints.keep()
+        except LeptonError as error:
+            if error.__cause__ is not None:  # what happened inside the user's code
+                log.error("%s", "".join(traceback.format_exception(error.__cause__)))  # noqa: TRY400  its own traceback, without ours
             raise
 
 
@@ -407,16 +431,36 @@ def _all_rows(fingerprints: Any, paths: list[Path], rows: Rows) -> NDArray[np.ui
     return np.unique(np.concatenate([fingerprints(p, rows.schema.features, rows.target) for p in paths]))
 
 
-def _plot(curves: list[dict[str, float]], path: Path, title: str) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in sorted({k for point in curves for k in point} - {"step"}):
-        points = [(c["step"], c[name]) for c in curves if name in c]
-        axes.plot(*zip(*points, strict=True), label=name)
-    axes.set(xlabel="step", title=title)
-    axes.legend()
+def _plot(curves: Curves, path: Path, title: str) -> Path | None:
+    """Draw what was reported, the same measure of train and valid in one panel; None when there is nothing to draw with."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:  # after hours of training, no picture is a reason to fail
+        log.warning("curves.png is not drawn: matplotlib is not installed where the stage ran")
+        return None
+    panels: dict[str, list[str]] = {}
+    for name in sorted({name for point in curves.points for name in point} - {"step"}):
+        panels.setdefault(name.removeprefix("train_").removeprefix("valid_"), []).append(name)
+    shown = dict(list(panels.items())[:_MOST_PANELS])
+    if not shown:
+        return None
+    figure = Figure(figsize=(7, 1 + 3 * len(shown)), layout="constrained")
+    for axes, (measure, names) in zip(
+        figure.subplots(len(shown), squeeze=False, sharex=True)[:, 0], shown.items(), strict=True
+    ):
+        for name in names:
+            steps, values = zip(*((p["step"], p[name]) for p in curves.points if name in p), strict=True)
+            axes.plot(steps, values, marker="." if len(steps) < 50 else None, label=name)
+            if name == "valid_loss":
+                best = min(range(len(values)), key=lambda i: values[i])
+                axes.plot(steps[best], values[best], "o", fillstyle="none", markersize=10, label="smallest")
+        for number, step in enumerate(curves.resumed):
+            label = "resumed" if number == 0 else None
+            axes.axvline(step, color="0.6", linestyle=":", label=label)
+        axes.set(ylabel=measure)
+        axes.legend()
+    axes.set(xlabel=curves.unit)
+    figure.suptitle(title)
     figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
     return path
 

@@ -111,7 +111,6 @@ class TuneModel(Stage):
             seed=self.seed,
             threads=self.threads,
             max_rows=self.max_rows,
-            workdir=run.workdir,
         )
         task = scorer.rows.schema.task
         scorer.metric = metric = self._metric(task)
@@ -366,7 +365,7 @@ class _Search:
         self._next_fold(running)
 
     def _next_fold(self, running: _Running) -> None:
-        future = self.workers.submit(running.hyperparameters, running.trial.number, len(running.values))
+        future = self.workers.submit(running.hyperparameters, len(running.values))
         self.running[future] = running
 
     def _await_one(self) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,7 +40,6 @@ def run_of(info: DatasetInfo) -> TrainerRun:
         target=str(info.target),
         task=str(info.task),
         classes=info.classes,
-        checkpoint=Path("unused"),
         seed=0,
         threads=1,
     )
