@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         LocalRunnerConformance,
         RunnerConformance,
         StageConformance,
+        WorkerRunnerConformance,
         probe,
         until,
     )
@@ -24,6 +25,7 @@ __all__ = [
     "LocalRunnerConformance",
     "RunnerConformance",
     "StageConformance",
+    "WorkerRunnerConformance",
     "probe",
     "until",
 ]

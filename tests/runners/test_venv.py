@@ -23,7 +23,7 @@ from lepton_airflow.environments import Environment
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, RunnerError
 from lepton_airflow.runners import Runner, Venv
 from lepton_airflow.stages import Stage
-from lepton_airflow.testing import LocalRunnerConformance, RunnerConformance, probe, until
+from lepton_airflow.testing import LocalRunnerConformance, WorkerRunnerConformance, probe, until
 from lepton_airflow.testing.conformance import running
 
 PACKAGE = Path(lepton_airflow.__file__).parent
@@ -34,7 +34,7 @@ class TestGivenInterpreter(LocalRunnerConformance):
         return Venv(python=sys.executable, **settings)
 
 
-class TestBuiltEnvironment(RunnerConformance):
+class TestBuiltEnvironment(WorkerRunnerConformance):
     def make_runner(self, **settings: Any) -> Runner:
         return Venv(requirements=["toolz"], **settings)
 
