@@ -9,10 +9,12 @@ Each passes ``lepton_airflow.testing.RunnerConformance``. A file ``my_place.py``
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import RunnerError, from_record
@@ -25,15 +27,27 @@ class Runner(ABC):
     A runner must: hand ``connections`` over without writing them to disk, argv, environment or log; bring the stage's
     log lines into the ``lepton_airflow.stage`` logger while it runs; leave no process behind, however the run ends;
     and return a receipt only when the stage wrote one for this run key.
+
+    :cvar local: whether its stages see the worker's files.
     """
+
+    local: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
-        """Run the request to its end; raises the LeptonError that the receipt records, or RunnerError without one."""
+        """Run the request to its end; raises the LeptonError that the receipt records, or RunnerError without one.
+
+        :param context: Airflow's context, empty without Airflow. A runner that defers finds under ``lepton`` what it kept.
+        """
 
     @abstractmethod
     def cancel(self) -> None:
         """Stop what :meth:`run` started: ask, wait for the grace period, then kill. Safe to call at any time."""
+
+    def rendered(self, render: Callable[[Any], Any]) -> Self:
+        """The runner with its templated settings rendered: a copy, for several tasks may share this one."""
+        del render  # a runner on the worker has no settings that differ from run to run
+        return self
 
 
 def settle(request: Request, receipt: Receipt) -> Receipt:
@@ -46,6 +60,15 @@ def settle(request: Request, receipt: Receipt) -> Receipt:
     if receipt.error:
         raise from_record(receipt.error["kind"], receipt.error["message"], int(receipt.error["exit_code"]))
     return receipt
+
+
+_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
+
+
+def level_of(line: str) -> tuple[int, str]:
+    """The level of a line of the door's output, and what it says."""
+    found = _LEVEL.match(line)
+    return (getattr(logging, found[1]), line[found.end() :]) if found else (logging.INFO, line)
 
 
 def __getattr__(name: str) -> Any:

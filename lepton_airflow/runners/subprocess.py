@@ -36,7 +36,7 @@ from lepton_airflow.errors import (
     from_record,
 )
 from lepton_airflow.processes import MARK, kill_marked, signal_group
-from lepton_airflow.runners import Runner, settle
+from lepton_airflow.runners import Runner, level_of, settle
 from lepton_airflow.store import Connection
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ ALLOWED_ENVIRONMENT = [
 ]
 _NEVER = re.compile(r"^(AIRFLOW__|AIRFLOW_CONN_|AIRFLOW_VAR_|_AIRFLOW)")  # not even when pass_env names them
 
-_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
 _LONGEST_LINE = (
     1 << 16
 )  # characters; a longer one is cut in pieces, so that no output fills the worker's memory
@@ -369,11 +368,9 @@ def _search_path() -> tuple[list[str], list[str]]:
 
 def _forward(stream: IO[str], hide: Callable[[str], str], last_words: deque[str]) -> None:
     while line := stream.readline(_LONGEST_LINE):
-        text = hide(line.rstrip("\n"))
-        level = _LEVEL.match(text)
-        text = text[level.end() :] if level else text
+        level, text = level_of(hide(line.rstrip("\n")))
         last_words.append(text)
-        log.log(getattr(logging, level[1]) if level else logging.INFO, "%s", text)
+        log.log(level, "%s", text)
 
 
 def _limit_memory(pid: int, limit: int, ended: threading.Event, over_limit: list[int]) -> None:

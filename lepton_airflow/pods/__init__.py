@@ -1,0 +1,27 @@
+"""A stage in a Kubernetes pod: what the pod looks like, what to do about what is seen of it, and how it is asked.
+
+``manifest`` and ``lifecycle`` are pure and ``diagnosis`` too; only ``cluster`` talks to the API server. The runner
+:class:`lepton_airflow.runners.Pod` and the trigger :class:`lepton_airflow.triggers.PodTrigger` stand on them.
+"""
+
+from __future__ import annotations
+
+MANAGED_BY = "app.kubernetes.io/managed-by"  # label, with the value below, on all that this package makes
+MANAGER = "lepton-airflow"
+RUN_KEY = "lepton-airflow/run-key"  # label: the task instance that it is for
+STAGE = "lepton-airflow/stage"  # label
+QUEUE = "kueue.x-k8s.io/queue-name"  # label that Kueue reads
+
+# Annotations of a pod; the state of a run is kept here, so that any worker can go on with it.
+TRY = "lepton-airflow/try"  # id of the task instance's try that owns the pod; a kill deletes no other
+REQUEST = "lepton-airflow/request"  # digest of what was asked for: a pod of another one is never adopted
+NONCE = "lepton-airflow/nonce"  # only a receipt that repeats it is this pod's
+SUBMISSION = "lepton-airflow/submission"  # 1, 2, …: how often the run was submitted
+IDENTITY = "lepton-airflow/identity"  # JSON: which DAG, task, run and try, for people and for `pods ls`
+ADMITTED = (
+    "lepton-airflow/admitted"  # when a pod that was held back was seen free: the schedule clock starts there
+)
+SETTLED = "lepton-airflow/settled"  # its end was taken into account, so that no later try takes it again
+
+CONTAINER = "stage"  # the container that opens the door
+LOCAL_TRY = "local"  # the try where there is no Airflow
