@@ -6,6 +6,7 @@ Airflow is not among it: where a stage runs, only the door does. Standard librar
 installed, and it reads pyproject.toml instead of the package, so that a change of code installs nothing anew.
 """
 
+# ruff: noqa: INP001 - a script, no package
 from __future__ import annotations
 
 import re

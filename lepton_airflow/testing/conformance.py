@@ -525,9 +525,14 @@ class StageConformance:
         """A runner that has the libraries of every stage."""
 
     @pytest.fixture(scope="class")
-    def chain(self, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Where data, store and MLflow's database lie; override it where the runner sees another place."""
+        return tmp_path_factory.mktemp("chain")
+
+    @pytest.fixture(scope="class")
+    def chain(self, folder: Path) -> Chain:
         """The whole life of a model, on the runner."""
-        return _lived(self.make_runner(), tmp_path_factory.mktemp("chain"))
+        return _lived(self.make_runner(), folder)
 
     @pytest.fixture(scope="class")
     def reference(self) -> Chain:
