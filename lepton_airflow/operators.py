@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from airflow.providers.common.compat.sdk import (
@@ -167,7 +168,12 @@ class StageOperator(BaseOperator):
         dag_run, ti = context["dag_run"], context["ti"]
         stage = stage_name(self.stage)
         folder = str(getattr(context.get("dag"), "folder", "") or "")
-        parameters = {f.name: _beside(getattr(self, f.name), folder) for f in fields(self.stage)}
+        store = str(self.store or settings.default_store())
+        store_connection = self.store_conn_id or (None if self.store else settings.setting("store_conn_id"))
+        place: Callable[[str], str] = _on_worker
+        if not (self.runner or settings.default_runner()).local:
+            place = _Kept(store, store_connection)
+        parameters = {f.name: _beside(getattr(self, f.name), folder, place) for f in fields(self.stage)}
         if self.window:
             span: Any = self.window
             if not isinstance(span, Mapping) or set(span) != {"start", "end"}:
@@ -175,13 +181,12 @@ class StageOperator(BaseOperator):
             window, note = windows.checked(span["start"], span["end"], "window"), ""
         else:
             window, note = windows.resolve(context)
-        store_connection = self.store_conn_id or (None if self.store else settings.setting("store_conn_id"))
         needed = build(stage, parameters).connection_ids()
         refresh = (context.get("params") or {}).get("refresh_cache") is True
         return Request(
             stage=stage,
             parameters=parameters,
-            store=str(self.store or settings.default_store()),
+            store=store,
             store_connection=store_connection,
             connections=tuple(dict.fromkeys([*([store_connection] if store_connection else []), *needed])),
             window=window,
@@ -219,18 +224,44 @@ def _evidence(receipt: Receipt) -> tuple[Any, ...]:
     return receipt.run_key, receipt.cache_key, receipt.artifacts, receipt.values
 
 
-def _beside(value: Any, folder: str) -> Any:
+def _beside(value: Any, folder: str, place: Callable[[str], str]) -> Any:
     """The value with paths that start with ``./`` or ``../`` taken from the DAG file's folder, at any depth.
 
     What a mapped task pushed comes from Airflow as a lazy sequence, and becomes a list.
+
+    :param place: from such a path on the worker to what the stage is given.
     """
     if isinstance(value, str) and value.startswith(("./", "../")) and folder:
-        return os.path.normpath(os.path.join(folder, value))
+        return place(os.path.normpath(os.path.join(folder, value)))
     if isinstance(value, Mapping):
-        return {k: _beside(v, folder) for k, v in value.items()}
+        return {k: _beside(v, folder, place) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return [_beside(v, folder) for v in value]
+        return [_beside(v, folder, place) for v in value]
     return value
+
+
+def _on_worker(path: str) -> str:
+    """The path itself, for a stage that sees the worker's files."""
+    return path
+
+
+@dataclass
+class _Kept:
+    """Puts files beside the DAG into the store, for a stage that sees only that, and gives their pinned URIs."""
+
+    store: str
+    connection: str | None
+    _opened: Store | None = None
+
+    def __call__(self, path: str) -> str:
+        if not os.path.exists(path):
+            raise BadConfiguration(
+                f"there is no file {path} beside the DAG, and where this stage runs the worker's files are not seen: name "
+                "one that is there (no pattern), or a URI that the stage can read."
+            )
+        if self._opened is None:
+            self._opened = Store(self.store, _connection(self.connection) if self.connection else None)
+        return self._opened.put(os.path.basename(path), Path(path)).uri
 
 
 def _connection(conn_id: str) -> Connection:

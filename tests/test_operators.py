@@ -267,6 +267,28 @@ def test_paths_beside_the_dag_file(run: Any, dag: DAG, tmp_path: Path) -> None:
     assert run(CopyOperator(task_id="y", source="./here.txt"))["values"] == {"length": 4}
 
 
+class Elsewhere(InProcess):
+    local: ClassVar[bool] = False  # as in a pod
+
+    def run(self, request: Any, connections: Any, context: Any) -> Any:
+        uri, sha256 = split_pin(request.parameters["source"])
+        assert uri.startswith(f"file://{request.store}/artifacts/")
+        assert sha256
+        return super().run(request, connections, context)
+
+
+def test_files_beside_the_dag_go_through_the_store_to_a_stage_elsewhere(
+    run: Any, dag: DAG, tmp_path: Path
+) -> None:
+    (tmp_path / "data.txt").write_text("beside")
+    task = CopyOperator(task_id="x", source="../data.txt", runner=Elsewhere())
+    assert run(task)["values"] == {"length": 6}
+    (tmp_path / "data.txt").write_text("edited beside")
+    assert run(task)["values"] == {"length": 13}
+    with pytest.raises(AirflowFailException, match=r"there is no file .*/none\.txt beside the DAG"):
+        run(CopyOperator(task_id="y", source="../none.txt", runner=Elsewhere()))
+
+
 def test_window_argument_wins_over_the_run(run: Any, dag: DAG) -> None:
     parameters = {"start": "{{ params.start }}", "end": "2013-02-01"}
     first = run(CopyOperator(task_id="x"), params={"start": "2013-01-01"})
