@@ -254,6 +254,36 @@ class Cluster:
                 else:
                     self._drop_secret(meta["name"])
 
+    def everything(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """All pods and Secrets in the namespace that this package made."""
+        selector = f"{MANAGED_BY}={MANAGER}"
+        pods = self._ask(
+            f"list pods in namespace {self.namespace}",
+            lambda: self._core.list_namespaced_pod(
+                self.namespace, label_selector=selector, _preload_content=False
+            ),
+        )
+        secrets = self._ask(
+            f"list secrets in namespace {self.namespace}",
+            lambda: self._core.list_namespaced_secret(
+                self.namespace, label_selector=selector, _preload_content=False
+            ),
+        )
+        return pods["items"], secrets["items"]
+
+    def delete_secret(self, secret: Mapping[str, Any]) -> bool:
+        """Delete exactly the Secret that was seen; False when it has changed since."""
+        meta = secret["metadata"]
+        precondition = {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}
+        done = self._ask(
+            f"delete a secret in namespace {self.namespace}",
+            lambda: self._core.delete_namespaced_secret(
+                meta["name"], self.namespace, body={"preconditions": precondition}, _preload_content=False
+            ),
+            {409: False, 404: True},
+        )
+        return done is not False
+
     def apart(self) -> Cluster:
         """The same namespace with connections of its own, for a signal handler: it may have interrupted one that holds a lock."""
         from kubernetes.client import CoreV1Api
