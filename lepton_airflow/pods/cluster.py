@@ -291,7 +291,7 @@ class Cluster:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         hook: Any = self._operator.hook
-        other._core = CoreV1Api(hook.get_conn())  # noqa: SLF001 - of our own kind
+        other._core = CoreV1Api(hook.get_conn())
         return other
 
     def _read(self, name: str) -> dict[str, Any] | None:

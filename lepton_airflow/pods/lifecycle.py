@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lepton_airflow.pods import ADMITTED, CONTAINER, QUEUE, REQUEST, SETTLED, SUBMISSION, TRY
+from lepton_airflow.pods.diagnosis import Diagnosis, diagnose
 
 Seen = Mapping[str, Any]  # a pod as the API server's JSON
 STUCK_S = (
@@ -38,23 +39,33 @@ class Step:
     wait   until something changes, or ``until``; ``phase`` says for what
     take   the stage's container has ended: look for its receipt
     gone   our pod is no longer there: look for its receipt too
+    fail   our pod cannot come right; ``diagnosis`` says why
     late   a clock ran out; ``phase`` says which
     lost   another try has taken our pod over
     ====== =====================================================================================================
     """
 
-    do: Literal["create", "adopt", "admit", "delete", "wait", "take", "gone", "late", "lost"]
+    do: Literal["create", "adopt", "admit", "delete", "wait", "take", "gone", "fail", "late", "lost"]
     pod: Seen | None = None
     phase: str = ""  # leaving, admission, schedule, start, run, deadline
     until: float | None = None
+    diagnosis: Diagnosis | None = None
 
 
 def decide(
-    pods: Sequence[Seen], *, owned: str | None, try_id: str, digest: str, clocks: Clocks, now: float
+    pods: Sequence[Seen],
+    *,
+    owned: str | None,
+    try_id: str,
+    digest: str,
+    clocks: Clocks,
+    now: float,
+    events: Sequence[Mapping[str, Any]] = (),
 ) -> Step:
     """The next step.
 
     :param pods: all pods of the run key.
+    :param events: what is known of the events of our own pod.
     :param owned: uid of the pod that this try has created or adopted, None while it has none.
     :param digest: what a pod of another try must have been asked for to be adopted.
     :param now: Unix time.
@@ -67,19 +78,17 @@ def decide(
     if clocks.deadline is not None and now >= clocks.deadline:
         return Step("late", ours, "deadline", clocks.deadline)
     if ours is not None and not _stuck(ours, now):
-        return _attend(ours, clocks, now)
+        return _attend(ours, clocks, now, events)
     if owned is not None:
         return Step("gone", ours)
-    unsettled = sorted(
-        (p for p in pods if not note(p, SETTLED) and not _stuck(p, now)), key=number_of, reverse=True
-    )
-    equal = [p for p in unsettled if _worth_adopting(p, try_id, digest)]
-    for pod in unsettled:
-        if not leaving(pod) and ended(pod) is None and pod not in equal[:1]:
+    present = sorted((p for p in pods if not _stuck(p, now)), key=number_of, reverse=True)
+    equal = [p for p in present if _worth_adopting(p, try_id, digest)]
+    live = [p for p in present if ended(p) is None and p not in equal[:1]]
+    for pod in live:
+        if not leaving(pod):
             return Step("delete", pod)
-    for pod in unsettled:  # nothing may run beside it
-        if leaving(pod) and ended(pod) is None:
-            return Step("wait", pod, "leaving", _gone_by(pod))
+    for pod in live:  # nothing may run beside it
+        return Step("wait", pod, "leaving", _gone_by(pod))
     return Step("adopt", equal[0]) if equal else Step("create")
 
 
@@ -97,6 +106,11 @@ def container_state(pod: Seen, name: str = CONTAINER) -> tuple[str, Mapping[str,
                 if each.get("state", {}).get(state) is not None:
                     return state, each["state"][state]
     return "waiting", {}
+
+
+def containers(pod: Seen) -> list[str]:
+    """The containers whose lines are the task's: those that prepare, in their order, and the stage's."""
+    return [c["name"] for c in pod["spec"].get("initContainers") or ()] + [CONTAINER]
 
 
 def ended(pod: Seen) -> Mapping[str, Any] | None:
@@ -136,17 +150,22 @@ def seconds(timestamp: str) -> float:
     return datetime.fromisoformat(timestamp).replace(tzinfo=UTC).timestamp()
 
 
-def _attend(pod: Seen, clocks: Clocks, now: float) -> Step:
-    """Wait on for our own pod, unless the clock of its part of life ran out."""
+def _attend(pod: Seen, clocks: Clocks, now: float, events: Sequence[Mapping[str, Any]]) -> Step:
+    """Wait on for our own pod, unless it cannot come right or the clock of its part of life ran out."""
     if leaving(pod):
         return Step("wait", pod, "leaving", _gone_by(pod))
     if QUEUE in (pod["metadata"].get("labels") or {}) and not held_back(pod) and not note(pod, ADMITTED):
         return Step("admit", pod)
+    diagnosis = diagnose(pod, events)
+    if diagnosis is not None and diagnosis.then != "wait":
+        return Step("fail", pod, diagnosis=diagnosis)
     phase, since, limit = _clock(pod, clocks)
     until = since + limit
     if now >= until:
-        return Step("late", pod, phase, until)
-    return Step("wait", pod, phase, until if clocks.deadline is None else min(until, clocks.deadline))
+        return Step("late", pod, phase, until, diagnosis)
+    if clocks.deadline is not None:
+        until = min(until, clocks.deadline)
+    return Step("wait", pod, phase, until, diagnosis)
 
 
 def _clock(pod: Seen, clocks: Clocks) -> tuple[str, float, float]:
@@ -166,7 +185,7 @@ def _clock(pod: Seen, clocks: Clocks) -> tuple[str, float, float]:
 
 def _worth_adopting(pod: Seen, try_id: str, digest: str) -> bool:
     """Whether going on with the pod is what was asked for: it runs, or it may have left a receipt."""
-    if leaving(pod):
+    if leaving(pod) or note(pod, SETTLED):
         return False
     end = ended(pod)
     if end is not None and end.get("exitCode") != 0:
