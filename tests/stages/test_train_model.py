@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.dataset import DatasetInfo
-from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Preempted
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, OutOfMemory, Preempted
 from lepton_airflow.package import ModelPackage
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.train_model import TrainModel
@@ -174,6 +176,136 @@ def test_a_stopped_mlp_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert run.store.keys("checkpoints") == []
 
 
+class Stopping:
+    """Asks a fit to stop at its n-th question."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("changed", ["data", "hyperparameters", "seed", "code", "nothing"])
+def test_another_fit_does_not_go_on_from_the_checkpoint_of_this_one(
+    tmp_path: Path,
+    user_module: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: str,
+) -> None:
+    caplog.set_level("INFO")
+    trainer = user_module("counting")
+    parameters: dict[str, Any] = {
+        "dataset": numbers_only(tmp_path),
+        "trainer": trainer,
+        "hyperparameters": {"steps": 20},
+    }
+    with pytest.raises(Preempted, match="after step 11"):
+        TrainModel(**parameters).run(RunInfo.local(tmp_path, should_stop=Stopping(10)))
+    if changed == "data":
+        table = pq.read_table(parameters["dataset"])
+        pq.write_table(table.slice(1), parameters["dataset"])
+    elif changed == "hyperparameters":
+        parameters["hyperparameters"] = {"steps": 21}
+    elif changed == "seed":
+        parameters["seed"] = 1
+    elif changed == "code":
+        path = tmp_path / "code" / f"{trainer.partition(':')[0]}.py"
+        path.write_text(path.read_text() + "\n# a fix\n")
+    run = RunInfo.local(tmp_path)
+    TrainModel(**parameters).run(run)
+    assert ("final: resuming after step 11" in caplog.text) == (changed == "nothing")
+    assert run.store.keys("checkpoints") == []  # also what the fit that was given up had left
+
+
+def test_the_curves_show_both_losses_and_where_a_fit_was_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[str, Any]] = []
+    for name in ("plot", "axvline", "set"):
+        original = getattr(Axes, name)
+
+        def watched(
+            self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any
+        ) -> Any:
+            drawn.append((_name, kwargs.get("label") or kwargs.get("ylabel") or kwargs.get("xlabel") or args))
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Axes, name, watched)
+    train, valid = splits(tmp_path)
+    hyper = {"epochs": 4, "hidden": 4}
+    stage = TrainModel(dataset=train, valid=valid, trainer="mlp", hyperparameters=hyper)
+    with pytest.raises(Preempted):
+        stage.run(RunInfo.local(tmp_path, should_stop=Stopping(7)))
+    result = stage.run(RunInfo.local(tmp_path))
+    picture = Path(split_pin(result.artifacts["curves"].uri)[0].removeprefix("file://"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {("plot", "train_loss"), ("plot", "valid_loss"), ("set", "loss"), ("set", "epoch")} <= set(drawn)
+    assert ("axvline", "resumed") in drawn
+
+
+def test_after_the_training_a_picture_is_no_reason_to_fail(
+    tmp_path: Path,
+    user_module: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = TrainModel(dataset=numbers_only(tmp_path), trainer=user_module("counting")).run(
+        RunInfo.local(tmp_path)
+    )
+    assert set(result.artifacts) == {"model"}
+    assert "curves.png is not drawn: matplotlib is not installed" in caplog.text
+
+
+def test_what_a_users_trainer_raises_is_told_with_its_traceback(
+    tmp_path: Path, user_module: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, trainer = numbers_only(tmp_path), user_module("raises")
+    with pytest.raises(
+        LeptonError, match=f"trainer {trainer}, which is your code, failed in line .*: KeyError: 'deep'"
+    ) as e:
+        TrainModel(dataset=path, trainer=trainer).run(RunInfo.local(tmp_path))
+    assert e.value.exit_code == 1
+    assert 'return {}["deep"]' in caplog.text
+    with pytest.raises(BadInput, match=r"^said by the trainer itself$"):
+        TrainModel(dataset=path, trainer=user_module("refuses")).run(RunInfo.local(tmp_path))
+    with pytest.raises(
+        OutOfMemory, match=r"the GPU's memory is full: CUDA out of memory\. Lower the batch size"
+    ):
+        TrainModel(dataset=path, trainer=user_module("fills_the_gpu")).run(RunInfo.local(tmp_path))
+
+
+def test_the_gpus_figures_are_among_the_metrics(
+    tmp_path: Path, user_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = TrainModel(dataset=numbers_only(tmp_path), trainer=user_module("plain"))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    without = stage.run(RunInfo.local(tmp_path / "1")).metrics
+    monkeypatch.setattr("lepton_airflow.gpu.Readings.metrics", lambda self: {"gpu_count": 1.0})
+    assert stage.run(RunInfo.local(tmp_path / "2")).metrics == without | {"gpu_count": 1.0}
+
+
+def test_a_users_torch_trainer_is_seeded_also_where_it_imports_torch_itself(tmp_path: Path) -> None:
+    """In a process of its own: here torch is loaded, and seeding that is easy."""
+    (tmp_path / "late.py").write_text(TRAINERS)
+    code = (
+        "import sys; from pathlib import Path; from lepton_airflow.stages import RunInfo\n"
+        "from lepton_airflow.stages.train_model import TrainModel\n"
+        "stage = TrainModel(dataset=sys.argv[1], trainer='late:unseeded', seed=7)\n"
+        "for number in '12': print(stage.run(RunInfo.local(sys.argv[2] + number)).artifacts['model'].sha256)\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, numbers_only(tmp_path), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    first, second = done.stdout.split()
+    assert first == second
+
+
 def test_a_hundred_thousand_categories_stay_small(tmp_path: Path) -> None:
     n = 100_000
     rng = np.random.default_rng(0)
@@ -270,6 +402,39 @@ def own_onnx(train, valid, hyperparameters, run):
 
 def text(train, valid, hyperparameters, run):
     return "a model"
+
+
+def counting(train, valid, hyperparameters, run):
+    found = run.latest_checkpoint()
+    done = found.step if found else 0
+    while done < hyperparameters.get("steps", 3):
+        done += 1
+        run.report(done, train_loss=1 / done)
+        run.save_checkpoint(done, lambda folder: (folder / "done").write_text(str(done)))
+    return plain(train, valid, hyperparameters, run)
+
+
+def raises(train, valid, hyperparameters, run):
+    return {}["deep"]
+
+
+def refuses(train, valid, hyperparameters, run):
+    from lepton_airflow.errors import BadInput
+
+    raise BadInput("said by the trainer itself")
+
+
+def fills_the_gpu(train, valid, hyperparameters, run):
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory.\\nTried to allocate much")
+
+
+def unseeded(train, valid, hyperparameters, run):
+    import torch
+
+    net = torch.nn.Sequential(torch.nn.Linear(len(run.features), 2), torch.nn.Softmax(1))
+    return net, torch.zeros(2, len(run.features))
 
 
 def decides(train, valid, hyperparameters, run):
@@ -445,6 +610,10 @@ def test_a_target_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         ({"trainer": "mlp", "hyperparameters": {"layers": 0}}, "layers=0, expected at least 1"),
         ({"trainer": "mlp", "hyperparameters": {"dropout": 1.0}}, "expected a dropout from 0 to below 1"),
         ({"hyperparameters": {"max_categories": 0}}, "max_categories=0, expected at least 1"),
+        ({"trainer": "mlp", "hyperparameters": {"compile": 1}}, "compile=1 is not true or false"),
+        ({"trainer": "mlp", "hyperparameters": {"precision": "fp8"}}, "precision='fp8', expected one of"),
+        ({"trainer": "mlp", "device": "cuda:9"}, "device='cuda:9' cannot be used here"),
+        ({"checkpoint_s": -1.0}, "checkpoint_s=-1.0: expected 0 or more"),
         ({"trainer": "no_such_module_here:fit"}, "no module 'no_such_module_here'"),
         ({"folds": 1}, "folds=1: expected at least 2"),
         ({"folds": 3, "fold_by": "time"}, "needs a time column"),
