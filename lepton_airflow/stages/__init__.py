@@ -150,6 +150,12 @@ class Stage:
     outputs: ClassVar[tuple[str, ...]] = ()  # names of the artifacts and values it returns: its XCom keys
     emits: ClassVar[str] = ""  # name of the boolean value on which the task's AssetAlias outlets get an event
 
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            value = _typed(getattr(self, f.name), hints[f.name], f"{type(self).__name__}: {f.name}")
+            setattr(self, f.name, value)
+
     def run(self, run: RunInfo) -> Result:
         """Do the work."""
         raise NotImplementedError(f"{type(self).__name__} must define run(self, run)")
@@ -476,9 +482,7 @@ def build(name: str, parameters: Mapping[str, Any]) -> Stage:
     ]
     if missing:
         raise BadConfiguration(f"{name} needs {', '.join(missing)}: python -m lepton_airflow describe {name}")
-    hints = typing.get_type_hints(stage)
-    values = {key: _typed(value, hints[key], f"{name}: {key}") for key, value in parameters.items()}
-    return stage(**values)
+    return stage(**parameters)
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -501,7 +505,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if optional and not value:
             return None
     names = " or ".join(_type_name(o) for o in options)
-    raise BadConfiguration(f"{where}={value!r} is not {names}.")
+    advice = " Pass its .uri." if isinstance(value, Artifact) else ""
+    raise BadConfiguration(f"{where}={value!r} is not {names}.{advice}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from lepton_airflow import stages
-from lepton_airflow.contract import Window
+from lepton_airflow.contract import Artifact, Window
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted
 from lepton_airflow.stages import (
     ArtifactUri,
@@ -199,6 +199,11 @@ class TestBuild:
     def test_anything_else_is_a_sentence(self, parameters: dict[str, Any], sentence: str) -> None:
         with pytest.raises(BadConfiguration, match=sentence):
             build("Sample", parameters)
+
+    def test_a_stage_made_in_python_is_checked_too(self) -> None:
+        artifact = Artifact(uri="file:///a@sha256:0", sha256="0", bytes=1)
+        with pytest.raises(BadConfiguration, match=r"Sample: database=Artifact\(.*is not .*Pass its \.uri\."):
+            Sample(count=1, database=artifact)
 
 
 def test_describe_joins_lines_and_finds_the_unit() -> None:
