@@ -1,6 +1,6 @@
 # Every target sets up .venv first (minutes once, then nothing): see .ci/setup.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-stop test lint bench  # bench-% cannot be listed, and no file is called so
+.PHONY: help setup demo demo-cluster demo-stop images test lint bench  # bench-% cannot be listed, and no file is called so
 python := .venv/bin/python
 
 help: ## Show this list
@@ -12,8 +12,15 @@ setup: ## Make .venv with the pinned versions; every other target does it by its
 demo: setup ## Start Airflow, retrain on real flights month by month, print what happened and where to look
 	@$(python) demo/run.py up
 
-demo-stop: setup ## End what make demo started
+demo-cluster: setup ## Retrain in pods of the cluster that KUBECONFIG names, and show them as they run
+	@$(python) demo/cluster.py up
+
+demo-stop: setup ## End what make demo and make demo-cluster started
 	@$(python) demo/run.py down
+	@$(python) demo/cluster.py down
+
+images: ## Build the stages' image with docker or podman; EXTRAS="validate train,s3" builds one for each
+	@images/build
 
 test: setup ## Run all tests
 	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
