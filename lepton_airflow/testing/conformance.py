@@ -214,7 +214,7 @@ class IsolatedRunnerConformance(RunnerConformance):
 
     def test_killed_stage_is_a_sentence_and_a_retry_works(self, store: Path, tmp_path: Path) -> None:
         request = probe("Fail", store, how="SIGKILL", once=str(tmp_path / "once"))
-        with pytest.raises(RunnerError, match="left no receipt"):
+        with pytest.raises(RunnerError, match=r"^Fail .*it was killed|^Fail was ended from outside"):
             self.run(request)
         assert self.run(request).summary == "It went well this time."
 
@@ -299,10 +299,6 @@ class LocalRunnerConformance(WorkerRunnerConformance, IsolatedRunnerConformance)
             self.run(
                 probe("Fill", store, megabytes=133, children=3), runner=self.make_runner(memory_limit_mb=300)
             )
-
-    def test_killed_stage_is_told_by_its_signal(self, store: Path) -> None:
-        with pytest.raises(RunnerError, match="left no receipt: it was killed"):
-            self.run(probe("Fail", store, how="SIGKILL"))
 
     def test_nothing_stays_behind_a_stage(self, store: Path, tmp_path: Path) -> None:
         pids = tmp_path / "pids"
