@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -36,6 +37,7 @@ from airflow.sdk import Asset, AssetAlias, BaseOperator, BaseOperatorLink
 from lepton_airflow import settings, window as windows
 from lepton_airflow.contract import Receipt, Request, RunIdentity
 from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
+from lepton_airflow.runners import Runner
 from lepton_airflow.stages import Stage, all_stages, build, choices, markers, stage_name
 from lepton_airflow.store import Connection, Store
 
@@ -121,11 +123,33 @@ class StageOperator(BaseOperator):
 
     def execute(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """Run the stage where ``runner`` says, and turn green only on the receipt found in the store."""
+        limit = self.execution_timeout
+        return self._perform(context, {"deadline": time.time() + limit.total_seconds()} if limit else {})
+
+    def resume(
+        self,
+        context: Mapping[str, Any],
+        event: Mapping[str, Any] | None = None,
+        kept: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Go on after a deferral: the same as :meth:`execute`, for what is done is read off the runner's own place."""
+        event = event or {}
+        if event.get("refused"):
+            raise AirflowFailException(str(event["refused"]))
+        return self._perform(
+            context, {**(kept or {}), **({"read": event["read"]} if "read" in event else {})}
+        )
+
+    def _perform(self, context: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the stage; ``kept`` is what the runner kept when it deferred, and the task's deadline."""
         try:
+            runner: Runner = (self.runner or settings.default_runner()).rendered(
+                lambda value: self.render_template(value, context)
+            )
             request = self._request(context)
             connections = [_connection(conn_id) for conn_id in request.connections]
-            self._active = self.runner or settings.default_runner()
-            receipt = self._active.run(request, connections, context)
+            self._active = runner
+            receipt = runner.run(request, connections, {**context, "lepton": kept})
             self._prove(request, receipt, {c.id: c for c in connections})
         except LeptonError as error:
             if error.exit_code == SKIP:

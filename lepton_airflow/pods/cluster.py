@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from lepton_airflow.errors import BadConfiguration, RunnerError
 from lepton_airflow.pods import MANAGED_BY, MANAGER, RUN_KEY
 from lepton_airflow.pods.diagnosis import Diagnosis, refused
 from lepton_airflow.pods.lifecycle import seconds
+from lepton_airflow.pods.logs import later, lines_of, since_s
 from lepton_airflow.pods.manifest import secret_name
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ _AWAY_S = 900.0  # how long an API server may be away before a task fails for it
 _LONGEST_PAUSE_S = 15.0
 _ORPHANED_S = 600.0  # a Secret without an owner for so long has lost the task that was about to make its pod
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_LONGEST_LINE = 1 << 16  # characters; a longer one is cut in pieces
-_SLACK_S = 120  # lines are asked for by age: so far may the clocks of worker and node be apart
 
 
 class Refused(Exception):
@@ -129,7 +127,7 @@ class Cluster:
 
         Ends when the container does, when nothing came for ``quiet_s`` seconds, and when the server hangs up.
         """
-        age = {"since_seconds": math.ceil(max(1, time.time() - _moment(after))) + _SLACK_S} if after else {}
+        age = {"since_seconds": since_s(after)} if after else {}
         with suppress(OSError, *_away()):
             response = self._core.read_namespaced_pod_log(
                 pod["metadata"]["name"],
@@ -142,13 +140,9 @@ class Cluster:
                 **age,
             )
             try:
-                for line in _lines(response.stream(1 << 16, decode_content=False)):
-                    stamp, _, text = line.partition(" ")
+                for stamp, line in lines_of(response.stream(1 << 16, decode_content=False)):
                     if later(stamp, after):
-                        if len(text) > _PART:
-                            text = _STAMP_WITHIN.sub("", text)
-                        for start in range(0, len(text) or 1, _LONGEST_LINE):
-                            yield stamp, text[start : start + _LONGEST_LINE]
+                        yield stamp, line
             finally:
                 response.close()
 
@@ -315,7 +309,7 @@ class Cluster:
 
         model = PodGenerator.deserialize_model_dict(pod)
         before = self._core.api_client.sanitize_for_serialization(model)
-        pod_mutation_hook(model)
+        pod_mutation_hook(model)  # type: ignore[no-untyped-call]
         after = self._core.api_client.sanitize_for_serialization(model)
         return pod if before == after else after  # untouched, it keeps fields that the client does not know
 
@@ -351,34 +345,6 @@ class Cluster:
             log.warning("%s", found.sentence)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-
-
-def later(stamp: str, than: str) -> bool:
-    """Whether one RFC 3339 time comes after another, to the nanosecond; anything comes after none."""
-    return not than or _comparable(stamp) > _comparable(than)
-
-
-def _comparable(stamp: str) -> tuple[str, str]:
-    whole, _, fraction = stamp.rstrip("Z").partition(".")
-    return whole, fraction.ljust(9, "0")
-
-
-def _moment(stamp: str) -> float:
-    return seconds(stamp.partition(".")[0].rstrip("Z"))
-
-
-_PART = 1 << 14  # containerd cuts lines there, and Kubernetes before 1.24 stamps every part
-_STAMP_WITHIN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z ")
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    rest = b""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            yield line.decode("utf-8", "replace").rstrip("\r")
-    if rest:
-        yield rest.decode("utf-8", "replace")
 
 
 def _away() -> tuple[type[Exception], ...]:

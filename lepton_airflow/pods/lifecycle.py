@@ -92,6 +92,20 @@ def decide(
     return Step("adopt", equal[0]) if equal else Step("create")
 
 
+def phase_of(step: Step) -> str:
+    """What a pod is waited for, in words."""
+    assert step.pod is not None
+    name = step.pod["metadata"]["name"]
+    what = {
+        "leaving": "is being deleted; waiting until it is gone",
+        "admission": "waits to be admitted",
+        "schedule": "waits for a node",
+        "start": "starts",
+        "run": "runs",
+    }[step.phase]
+    return f"pod {name} {what}" + (f": {step.diagnosis.sentence}" if step.diagnosis else "")
+
+
 def next_number(pods: Sequence[Seen], used: int) -> int:
     """The number of the next submission: above those of all pods that are there, and of all that this try made."""
     return max([used, *map(number_of, pods)]) + 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -287,14 +287,14 @@ def _secret_volume(name: str) -> dict[str, Any]:
 
 
 def _volume_source(volume: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = {
+    forms: dict[str, Callable[[Any], dict[str, Any]]] = {
         "pvc": lambda name: {"persistentVolumeClaim": {"claimName": name}},
         "host_path": lambda path: {"hostPath": {"path": path}},
         "config_map": lambda name: {"configMap": {"name": name}},
         "secret": lambda name: {"secret": {"secretName": name}},
         "empty_dir": lambda options: {"emptyDir": dict(options or {})},
     }
-    return next(make(volume[kind]) for kind, make in kinds.items() if kind in volume)
+    return next(form(volume[kind]) for kind, form in forms.items() if kind in volume)
 
 
 def _env(values: Mapping[str, str]) -> list[dict[str, str]]:

@@ -321,6 +321,8 @@ class _Run:
 
     def _wait(self, step: Step, version: str) -> None:
         """Until something changes: in a trigger where that is wanted, else here, with the log flowing."""
+        from lepton_airflow.pods.lifecycle import phase_of
+
         assert step.pod is not None
         assert step.until is not None
         self._say(phase_of(step))
@@ -359,7 +361,10 @@ class _Run:
 
         from lepton_airflow.triggers import PodTrigger
 
-        s = self.settings
+        s, clocks = self.settings, self.clocks
+        if self.held.refused_since is not None:
+            until = self.held.refused_since + clocks.admission_s
+            clocks = replace(clocks, deadline=min(until, clocks.deadline or until))
         trigger = PodTrigger(
             cluster={
                 "kubernetes_conn_id": s.kubernetes_conn_id,
@@ -372,7 +377,7 @@ class _Run:
             owned=self.held.uid,
             try_id=self.try_id,
             digest=self.digest,
-            clocks=asdict(self.clocks),
+            clocks=asdict(clocks),
             read=self.held.read,
             connections=[c.id for c in self.connections],
             refused=refused,
@@ -531,7 +536,7 @@ class _Run:
         if not self.context:
             return False
         answers: list[str | None] = []
-        asking = threading.Thread(target=lambda: answers.append(_state_of(self.context["ti"])), daemon=True)
+        asking = threading.Thread(target=lambda: answers.append(state_of(self.context["ti"])), daemon=True)
         asking.start()
         asking.join(2.0)
         return not answers or answers[0] not in _OVER
@@ -553,7 +558,7 @@ class _Run:
 _OVER = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"})
 
 
-def _state_of(ti: Any) -> str | None:
+def state_of(ti: Any) -> str | None:
     """The state that Airflow has for a task instance now."""
     found = ti.get_task_states(
         dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index
@@ -562,20 +567,6 @@ def _state_of(ti: Any) -> str | None:
     mapped = ti.map_index is not None and ti.map_index >= 0
     state = states.get(f"{ti.task_id}_{ti.map_index}" if mapped else ti.task_id)
     return None if state is None else str(getattr(state, "value", state))
-
-
-def phase_of(step: Step) -> str:
-    """What a pod is waited for, in words."""
-    assert step.pod is not None
-    name = step.pod["metadata"]["name"]
-    what = {
-        "leaving": "is being deleted; waiting until it is gone",
-        "admission": "waits to be admitted",
-        "schedule": "waits for a node",
-        "start": "starts",
-        "run": "runs",
-    }[step.phase]
-    return f"pod {name} {what}" + (f": {step.diagnosis.sentence}" if step.diagnosis else "")
 
 
 def _timed_out(request: Request) -> BaseException:

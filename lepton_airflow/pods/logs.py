@@ -1,0 +1,61 @@
+"""A container's log as the API server sends it: lines that start with their time, which tells those that are new."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator
+
+from lepton_airflow.pods.lifecycle import seconds
+
+_LONGEST_LINE = 1 << 16  # bytes; a longer one is cut in pieces, so that no output fills the worker's memory
+_SLACK_S = 30  # lines are asked for by their age: so far may this clock be behind the node's
+# The container runtime cuts lines at 16 KiB, and Kubernetes before 1.24 stamps every part.
+_PART = 1 << 14
+_STAMP_WITHIN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z ")
+
+
+def since_s(stamp: str) -> int:
+    """What ``sinceSeconds`` must be to get all lines after a time, and some before it [seconds]."""
+    return math.ceil(max(1.0, time.time() - seconds(stamp.partition(".")[0].rstrip("Z")))) + _SLACK_S
+
+
+def later(stamp: str, than: str) -> bool:
+    """Whether one time comes after another, to the nanosecond; every time comes after none."""
+    return not than or _comparable(stamp) > _comparable(than)
+
+
+def lines_of(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """The lines in the bytes of a log, each with its time; a long one in pieces, which share it."""
+    stamp, rest = "", b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            stamp, text = _taken_apart(stamp, line)
+            yield from _pieces(stamp, text)
+            stamp = ""
+        while len(rest) > _LONGEST_LINE:
+            stamp, text = _taken_apart(stamp, rest[:_LONGEST_LINE])
+            yield from _pieces(stamp, text)
+            rest = rest[_LONGEST_LINE:]
+    if rest:
+        yield from _pieces(*_taken_apart(stamp, rest))
+
+
+def _taken_apart(stamp: str, line: bytes) -> tuple[str, str]:
+    """The time and the text of a line, or of a further piece of a line that began with ``stamp``."""
+    text = line.decode("utf-8", "replace").rstrip("\r")
+    if not stamp:
+        stamp, _, text = text.partition(" ")
+    return stamp, _STAMP_WITHIN.sub("", text) if len(line) > _PART else text
+
+
+def _pieces(stamp: str, text: str) -> Iterator[tuple[str, str]]:
+    for start in range(0, len(text) or 1, _LONGEST_LINE):
+        yield stamp, text[start : start + _LONGEST_LINE]
+
+
+def _comparable(stamp: str) -> tuple[str, str]:
+    whole, _, fraction = stamp.rstrip("Z").partition(".")
+    return whole, fraction.ljust(9, "0")
