@@ -1,6 +1,7 @@
 """Measure: ``make bench-NAME`` runs one benchmark, ``make bench`` all of them; each writes its part of docs/benchmarks.md.
 
-A benchmark is a file here with ``GOALS`` and ``measure() -> dict``; it measures both sides of each ratio in one run.
+A benchmark is a file here with ``GOALS`` and ``measure() -> dict``; it measures both sides of each ratio in one run. One
+that not every machine can run says in ``lacks() -> str`` what is missing here.
 The last line printed is one JSON object of its numbers.
 """
 
@@ -30,6 +31,11 @@ def main(names: list[str]) -> int:
             return 2
     for name in names or known:
         module = importlib.import_module(name)
+        if lack := getattr(module, "lacks", str)():
+            print(f"bench: {name} is not measured: {lack}", file=sys.stderr)
+            if names:
+                return 99
+            continue
         print(f"== {name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
         numbers = module.measure()
         _write(name, _part(module, numbers), known)

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,3 +122,32 @@ def test_without_a_gpu_a_driver_or_the_library_there_is_nothing_and_no_noise(
         pass
     assert taken.metrics() == {}
     assert caplog.text == ""
+
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+def test_the_benchmark_is_ready_to_run() -> None:
+    """Every number of it, on a CPU and tiny: what can be tried of the script where there is no GPU."""
+    done = subprocess.run(
+        [sys.executable, BENCHMARK, "--cpu-smoke"], check=False, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout.splitlines()[-1])
+    assert {"small_ratio", "large_ratio", "large_of_matmul", "streamed_ratio", "checkpoint_stall_s"} <= set(
+        numbers
+    )
+    assert numbers["syncs_per_step"] == 0
+    assert numbers["resume_difference"] == 0  # exactly, on a CPU
+
+
+def test_without_a_gpu_the_benchmark_says_so_in_a_sentence() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, BENCHMARK], check=False, capture_output=True, text=True)
+    assert done.returncode == 99
+    assert done.stdout == ""
+    assert done.stderr.startswith("gpu: torch ")
+    assert len(done.stderr.splitlines()) == 1

@@ -388,7 +388,8 @@ class _Search:
                     "from the finished trials; set fewer workers or max_rows."
                 ) from None
             except Exception as error:  # noqa: BLE001  one set of hyperparameters that cannot be fitted ends its trial only
-                self._fail(running, f"{type(error).__name__}: {error}")
+                own = isinstance(error, LeptonError)  # says all by itself
+                self._fail(running, str(error) if own else f"{type(error).__name__}: {error}")
                 continue
             self._advance(running, value)
 

@@ -270,7 +270,9 @@ def test_a_set_that_cannot_be_fitted_fails_alone(
         dataset, trainer="fragile_trainer:fit", search_space={"kind": {"choices": ["bad"]}}, trials=50
     )
     with pytest.raises(
-        BadInput, match="none of 3 trials gave a value; the last one: ArithmeticError: it diverged"
+        BadInput,
+        match=r"none of 3 trials gave a value; the last one: trainer fragile_trainer:fit, which is your code, failed in "
+        r"line 5 of fragile_trainer\.py: ArithmeticError: it diverged",
     ):
         hopeless.run(RunInfo.local(tmp_path))
 
