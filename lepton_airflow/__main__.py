@@ -11,15 +11,16 @@ import logging
 import os
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from lepton_airflow import __version__
 from lepton_airflow.errors import BadConfiguration, ContractError, LeptonError, StoreError, require
@@ -196,8 +197,14 @@ def _run(args: argparse.Namespace) -> int:
         text = _read(args.connections_file, "file of Connections")
     connections = connections_from_json(text)
     sys.path += [folder for folder in args.search_path.split(os.pathsep) if folder and folder not in sys.path]
+    hide = redactor(connections)
+    if connections:
+        sys.stdout, sys.stderr = (
+            cast(TextIO, _Redacted(sys.stdout, hide)),
+            cast(TextIO, _Redacted(sys.stderr, hide)),
+        )
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_Lines(redactor(connections)))
+    handler.setFormatter(_Lines(hide))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     request = Request.from_json(_read(args.request, "request"))
     try:
@@ -238,6 +245,37 @@ class _Lines(logging.Formatter):
         return "\n".join(
             f"{record.levelname} {line}" for line in self._hide(super().format(record)).split("\n")
         )
+
+
+class _Redacted:
+    """A text stream that keeps the Connections' secrets out, line by line.
+
+    A careless library prints what it connects with. The worker redacts what it reads, but a pod's log has other readers.
+    """
+
+    def __init__(self, stream: TextIO, hide: Callable[[str], str]) -> None:
+        self._stream, self._hide = stream, hide
+        self._begun = ""  # of a line whose end is still to come
+        self._lock = threading.RLock()  # a handler of SIGTERM may interrupt a write, and write
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            lines, newline, self._begun = (self._begun + text).rpartition("\n")
+            if newline:
+                self._stream.write(self._hide(lines + newline))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        with self._lock:
+            self._stream.write(self._hide(self._begun))
+            self._begun = ""
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _stages(_: argparse.Namespace) -> int:

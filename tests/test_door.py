@@ -266,3 +266,17 @@ def test_a_receipt_that_cannot_be_kept_is_no_success(tmp_path: Path) -> None:
     Store(str(store)).write("receipts", b"a file where a folder should be")
     receipt = perform(request)
     assert (receipt.status, receipt.error["kind"]) == ("failed", "StoreError")
+
+
+def test_what_a_careless_library_prints_is_redacted_at_the_door(tmp_path: Path) -> None:
+    """A pod's log is read by others than the worker."""
+    request = probe("Look", tmp_path / "store", connection="db", say=True)
+    (tmp_path / "request.json").write_text(request.to_json())
+    connections = [{"id": "db", "type": "postgres", "password": "spilled-secret"}]
+    (tmp_path / "connections.json").write_text(json.dumps(connections))
+    files = [str(tmp_path / name) for name in ("request.json", "receipt.json")]
+    done = _door("run", *files, "--connections-file", str(tmp_path / "connections.json"))
+    assert done.returncode == 1
+    assert "connecting with ***" in done.stdout.splitlines()
+    assert "INFO connecting to db://user:***@host" in done.stdout.splitlines()
+    assert "spilled-secret" not in done.stdout + done.stderr + (tmp_path / "receipt.json").read_text()
