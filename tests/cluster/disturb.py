@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lepton_airflow.errors import LeptonError
 from lepton_airflow.testing import LocalAirflow
 
 HERE = Path(__file__).parent
@@ -64,9 +65,10 @@ class Arena:
     shared: Path
     kind: str
     proxy: Proxy
-    pods: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # every pod ever seen, by uid: its last status
+    # every pod ever seen, by uid: as it was last
+    pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # the task instances, by DAG and run: a second old
+    instances: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -95,14 +97,34 @@ class Arena:
 
     def _write_down(self, stream: Any) -> None:
         decoder, text = json.JSONDecoder(), ""
-        for line in stream:
+        for line in stream:  # older versions print an event in one line, newer ones in many
             text += line
-            if line.rstrip() == "}":  # kubectl indents all but the first and last line of an object
-                with suppress(ValueError):
-                    event, _ = decoder.raw_decode(text)
-                    pod = event["object"] | {"gone": event["type"] == "DELETED"}
-                    self.pods[pod["metadata"]["uid"]] = pod
-                    text = ""
+            with suppress(ValueError):
+                event, _ = decoder.raw_decode(text)
+                pod = event["object"] | {"gone": event["type"] == "DELETED"}
+                self.pods[pod["metadata"]["uid"]] = pod
+                text = ""
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Ask Airflow for all task instances once a second, so that many drills at once do not."""
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.wait(1):
+                with suppress(LeptonError):
+                    found = self.airflow.api(
+                        "GET", "/dags/~/dagRuns/~/taskInstances", limit=100, order_by="-run_after"
+                    )
+                    self.instances = {(t["dag_id"], t["dag_run_id"]): t for t in found["task_instances"]}
+
+        asker = threading.Thread(target=ask, daemon=True)
+        asker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            asker.join(timeout=60)
 
     def pods_of(self, drill: str) -> list[dict[str, Any]]:
         """All pods ever made for a drill, oldest first."""
@@ -165,7 +187,7 @@ def arena(airflow: LocalAirflow, namespace: str, shared: Path, kind: str) -> Ite
     proxy = Proxy(own_config()["clusters"][0]["cluster"]["server"])
     made = Arena(airflow, namespace, shared, kind, proxy)
     try:
-        with made.watched():
+        with made.watched(), made.asked():
             yield made
     finally:
         proxy.close()
@@ -184,8 +206,8 @@ class Task:
 
     @property
     def instance(self) -> dict[str, Any]:
-        """The task instance, as Airflow's API shows it."""
-        return self.arena.airflow.tasks(self.dag, self.run)["stage"]
+        """The task instance, as Airflow's API showed it a second ago."""
+        return self.arena.instances.get((self.dag, self.run), {"id": "", "state": None, "try_number": 0})
 
     @property
     def starts(self) -> list[str]:
@@ -217,7 +239,7 @@ class Task:
     def end(self, **notes: Any) -> Outcome:
         """Wait for the end of the run."""
         airflow = self.arena.airflow
-        state = airflow.wait(self.dag, self.run, SLOW_S)
+        self.until_state("success", "failed")
         seconds = time.monotonic() - self.began
         with suppress(Exception):  # what still runs may be about to be removed
             self.until(lambda: not self.arena.alive(self.drill), "its pods to end", 20)
@@ -225,7 +247,7 @@ class Task:
         tries = int(instance["try_number"])
         log = "\n".join(airflow.log(self.dag, self.run, "stage", n) for n in range(1, tries + 1))
         return Outcome(
-            state=instance["state"] or state,
+            state=instance["state"],
             tries=tries,
             pods=len(self.arena.pods_of(self.drill)),
             alive=len(self.arena.alive(self.drill)),
@@ -366,14 +388,18 @@ def full_quota(arena: Arena, how: str) -> Outcome:
     name = f"{arena.namespace}-quota"
     kubectl("create", "namespace", name)
     try:
-        kubectl("create", "quota", "team", "--hard=pods=0", "-n", name)
+        kubectl("create", "quota", "team", "--hard=pods=1", "-n", name)
+        # It need not run to count.
+        containers = [{"name": "none", "image": "example.invalid/none"}]
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "another"}}
+        kubectl("create", "-n", name, "-f", "-", text=json.dumps(pod | {"spec": {"containers": containers}}))
         task = arena.start(how, namespace=name)
         task.until(
             lambda: "exceeded quota" in _text(task) or "Quota 'team'" in _text(task), "the refusal in the log"
         )
-        state = task.instance["state"]
+        state = task.until_state("deferred", "up_for_retry", "success", "failed")
         task.go()
-        kubectl("delete", "quota", "team", "-n", name)
+        kubectl("delete", "pod", "another", "-n", name, "--wait=false")
         ended = task.end(state_while_full=state)
         ended.pods = ended.starts  # its pods are in a namespace that nobody watches
         return ended

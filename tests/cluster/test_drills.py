@@ -36,7 +36,7 @@ def arena(
     home = tmp_path_factory.mktemp("airflow")
     environment = disturb.environment(cluster.image, namespace, shared, plain=False)
     with LocalAirflow(
-        home, HERE / "bundle", parallelism=8, env=environment, database=new_airflow_database()
+        home, HERE / "bundle", parallelism=5, env=environment, database=new_airflow_database()
     ) as airflow:
         for name in ("sync", "deferred", "impatient"):
             airflow.wait_for_dag(f"drill_{name}")
