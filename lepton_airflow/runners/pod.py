@@ -421,7 +421,8 @@ class _Run:
                 self._report(pod)
             self._clear_away(pod, failed=receipt.error is not None)
             return settle(self.request, receipt)
-        diagnosis = diagnose(pod, self.cluster.events(pod) if pod else ())
+        seen = pod or self._gone()
+        diagnosis = diagnose(seen, self.cluster.events(seen))
         again = diagnosis is not None and diagnosis.then == "resubmit"
         if receipt is not None and not (again and self._may_resubmit()):  # preempted once too often
             self._clear_away(pod, failed=True)
@@ -436,6 +437,14 @@ class _Run:
             )
         self._fail(pod, diagnosis)
         return None
+
+    def _gone(self) -> Seen:
+        """Our pod as far as it is known without the cluster, which has it no more: its events may tell why."""
+        from lepton_airflow.pods.manifest import labels, pod_name
+
+        name = pod_name(self.request, self.held.number)
+        known = {"name": name, "uid": self.held.uid, "namespace": self.cluster.namespace}
+        return {"metadata": known | {"labels": labels(self.request), "deletionTimestamp": "some time ago"}}
 
     def _receipt(self, pod: Seen | None) -> Receipt | None:
         """What this very pod has left: in the store, or, where it could not reach that, in its termination message."""
