@@ -65,8 +65,8 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
     """The cluster of ``$KUBECONFIG``, with an image for its pods; without one the tests skip."""
-    if not os.environ.get("KUBECONFIG"):
-        _without("no Kubernetes cluster: set KUBECONFIG to the kubeconfig of one, such as kind's")
+    if not os.environ.get("KUBECONFIG"):  # .ci/run sets it where there is one, so a skip here hides nothing
+        pytest.skip("no Kubernetes cluster: set KUBECONFIG to the kubeconfig of one, such as kind's")
     try:
         nodes = subprocess.run(
             ["kubectl", "get", "nodes", "-o", "json", "--request-timeout=20s"],
