@@ -268,8 +268,12 @@ def test_a_receipt_that_cannot_be_kept_is_no_success(tmp_path: Path) -> None:
     assert (receipt.status, receipt.error["kind"]) == ("failed", "StoreError")
 
 
-def test_what_a_careless_library_prints_is_redacted_at_the_door(tmp_path: Path) -> None:
+def test_what_a_careless_library_prints_is_redacted_at_the_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pod's log is read by others than the worker."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")  # the probe looks for the secret in its folder
     request = probe("Look", tmp_path / "store", connection="db", say=True)
     (tmp_path / "request.json").write_text(request.to_json())
     connections = [{"id": "db", "type": "postgres", "password": "spilled-secret"}]
