@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ class Cluster:
                 f"Pod: no way to a cluster is configured ({error}): set kubernetes_conn_id to a Connection, config_file "
                 "to a kubeconfig, or run the worker in the cluster."
             ) from None
+        self._forbidden: set[str] = set()
         hook: Any = self._operator.hook
         self.in_cluster: bool = hook.is_in_cluster
         self.namespace: str = settings.namespace or hook.get_namespace() or self._own_namespace() or "default"
@@ -128,7 +129,7 @@ class Cluster:
         Ends when the container does, when nothing came for ``quiet_s`` seconds, and when the server hangs up.
         """
         age = {"since_seconds": since_s(after)} if after else {}
-        with suppress(OSError, *_away()):
+        with suppress(OSError, *_away()), self._told(f"read the log of {pod['metadata']['name']}"):
             response = self._core.read_namespaced_pod_log(
                 pod["metadata"]["name"],
                 self.namespace,
@@ -145,6 +146,19 @@ class Cluster:
                         yield stamp, line
             finally:
                 response.close()
+
+    @contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        """Say once what is forbidden, where going on without it is better than to fail."""
+        from kubernetes.client import ApiException
+
+        try:
+            yield
+        except ApiException as error:
+            if error.status == 403 and doing not in self._forbidden:
+                self._forbidden.add(doing)
+                log.warning("%s", refused(403, error.body or "", doing).sentence)
+            raise
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
