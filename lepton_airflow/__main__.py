@@ -441,9 +441,10 @@ def _pods_sweep(args: argparse.Namespace) -> int:
     if gone:
         print("\n".join(table(gone)))
     kinds = [item.kind for item in gone]
+    done = "would be deleted" if args.dry_run else "deleted"
     print(
-        f"{kinds.count('pod')} pods and {kinds.count('secret')} Secrets {'would be' if args.dry_run else ''} deleted "
-        f"in namespace {cluster.namespace}, {len(items) - len(gone)} things stay".replace("  ", " ")
+        f"{kinds.count('pod')} pods and {kinds.count('secret')} Secrets {done} in namespace {cluster.namespace}; "
+        f"{len(items) - len(gone)} stay"
     )
     return 0
 

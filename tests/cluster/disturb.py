@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -503,6 +504,40 @@ def component_killed(arena: Arena, how: str, component: str) -> Outcome:
     task.until(lambda: _heartbeat(arena, component), f"the {component} to be back", 120)
     task.go()
     return task.end()
+
+
+def triggerer_down_and_swept(arena: Arena, how: str) -> Outcome:
+    """A person marks the task failed while no triggerer runs that could end its pod; then the pods are swept."""
+    task = arena.start(how)
+    task.until_it_runs()
+    task.until_state("deferred")
+    arena.airflow.stop_component("triggerer", signal.SIGKILL)
+    try:
+        arena.airflow.api(
+            "PATCH", f"/dags/{task.dag}/dagRuns/{task.run}/taskInstances/stage", {"new_state": "failed"}
+        )
+        task.until_state("failed")
+        left = len(arena.alive(task.drill))
+        printed = [pods_command(arena, "ls"), pods_command(arena, "sweep")]
+    finally:
+        arena.airflow.start_component("triggerer")
+    task.until(lambda: _heartbeat(arena, "triggerer"), "the triggerer to be back", 120)
+    return task.end(left=left, printed=printed)
+
+
+def pods_command(arena: Arena, *arguments: str) -> str:
+    """What ``python -m lepton_airflow pods ARGUMENTS`` prints on a machine of this Airflow."""
+    command = [sys.executable, "-m", "lepton_airflow", "pods", *arguments, "--namespace", arena.namespace]
+    done = subprocess.run(
+        [*command, "--config-file", os.environ["KUBECONFIG"]],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=arena.airflow.environment(),
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _heartbeat(arena: Arena, component: str) -> bool:

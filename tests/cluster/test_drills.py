@@ -157,3 +157,15 @@ def test_killed_components_do_not_touch_the_pod(arena: Arena, drilled: Drilled, 
     outcome = disturb.component_killed(arena, "deferred", component)
     _is(outcome, "success", pods=1, tries=1)
     assert outcome.starts == 1
+
+
+def test_a_pod_that_no_triggerer_could_end_is_swept(arena: Arena, drilled: Drilled) -> None:
+    for other in drilled.values():
+        other.exception()
+    outcome = disturb.triggerer_down_and_swept(arena, "deferred")
+    _is(outcome, "failed", pods=1, tries=1)
+    listed, swept = outcome.notes["printed"]
+    assert outcome.notes["left"] == 1
+    assert "drill_deferred.stage" in listed
+    assert "may go: its task is failed in Airflow" in swept
+    assert "1 pods and 0 Secrets deleted" in swept
