@@ -5,11 +5,10 @@ judged in turn: the network becomes champion only if it is better than the trees
 ``flights_retrain`` is the same on the installation's default runner; ``[lepton] runner = {"Pod": {"image": …}}`` moves that
 one into pods without a change to its file.
 
-Airflow Variables: ``flights_image``, an image with the stages' libraries (``make images``); ``flights_namespace``;
-``flights_volume``, a folder that workers and nodes see at the same path, with the store and the raw data in it (a claim or a
-store on S3 serves as well: see docs/pods.md); ``flights_raw``, the folder of the raw data. MLflow is the Connection
-``mlflow_default``, at an address that pods reach. The champion is served by ``python -m lepton_airflow serve
-flights-late-pods``. The data are of 2013: run it as a backfill, as ``flights_retrain``.
+Airflow Variables: ``flights_image``, an image with the stages' libraries (``make images``); ``flights_namespace``, where the
+pods are made; ``flights_raw``, the folder of the raw data. Pods must reach the raw data and the store, so both lie on S3 (or
+in a folder that ``volumes`` mounts at the same path), and MLflow, the Connection ``mlflow_default``. The champion is served by
+``python -m lepton_airflow serve flights-late-pods``. The data are of 2013: run it as a backfill, as ``flights_retrain``.
 """
 
 import os
@@ -35,13 +34,9 @@ MODEL = "flights_late_pods"
 
 
 def pod(**settings):
-    """A pod of this team: its image, its namespace, its volume."""
-    volume = "{{ var.value.flights_volume }}"
+    """A pod of this team: its image, its namespace, and what the stage needs."""
     return Pod(
-        image="{{ var.value.flights_image }}",
-        namespace="{{ var.value.flights_namespace }}",
-        volumes=[{"name": "flights", "mount": volume, "host_path": volume}],
-        **settings,
+        image="{{ var.value.flights_image }}", namespace="{{ var.value.flights_namespace }}", **settings
     )
 
 

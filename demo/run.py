@@ -16,7 +16,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -93,12 +93,12 @@ def up() -> int:
     began = time.monotonic()
     STATE.mkdir(parents=True, exist_ok=True)
     af, tracking, server = airflow(), mlflow(), endpoint()
-    with _alone():
+    with alone(STATE):
         _start(af, tracking, server)
-        _backfill(af, DAG, _months(FIRST, LAST))
-    _follow(af, DAG, "backfill")
-    good = all(run["state"] == "success" for run in _runs(af, DAG, "backfill"))
-    print_table(af, _runs(af, DAG, "backfill"))
+        backfill(af, DAG, months_between(FIRST, LAST))
+    follow(af, DAG, "backfill")
+    good = all(run["state"] == "success" for run in runs_of(af, DAG, "backfill"))
+    print_table(af, runs_of(af, DAG, "backfill"))
     if good:
         ask(af, server)
         good = watch(af)
@@ -121,13 +121,13 @@ def down() -> int:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone(state: Path) -> Iterator[None]:
     """One call at a time starts things; the kernel drops the lock of one that was killed."""
-    with (STATE / "lock").open("w") as lock:
+    with (state / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another make demo is starting the servers; waiting for it")
+            say("another call is starting the servers; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -159,18 +159,18 @@ def _start(af: LocalAirflow, tracking: LocalMlflow, server: LocalEndpoint) -> No
     af.wait_for_dag(WATCH)
 
 
-def _months(first: str, last: str) -> list[str]:
+def months_between(first: str, last: str) -> list[str]:
     return [f"2013-{month:02d}" for month in range(int(first[5:7]), int(last[5:7]) + 1)]
 
 
-def _runs(af: LocalAirflow, dag: str, kind: str) -> list[dict[str, Any]]:
+def runs_of(af: LocalAirflow, dag: str, kind: str) -> list[dict[str, Any]]:
     """The runs of a DAG of one kind, the earliest month first: those that somebody started by hand are not ours to tell of."""
     return [run for run in af.runs(dag) if run["run_type"] == kind]
 
 
-def _backfill(af: LocalAirflow, dag: str, months: list[str]) -> None:
+def backfill(af: LocalAirflow, dag: str, months: list[str]) -> None:
     """Ask for months, as the UI's Backfill form does; months that have a run already are left alone."""
-    known = {run["logical_date"][:7] for run in _runs(af, dag, "backfill")}
+    known = {run["logical_date"][:7] for run in runs_of(af, dag, "backfill")}
     if set(months) <= known:
         say(f"{dag}: {len(months)} month(s) backfilled already; clear one in the UI to run it again")
         return
@@ -178,26 +178,32 @@ def _backfill(af: LocalAirflow, dag: str, months: list[str]) -> None:
     say(f"{dag}: backfilling {len(months)} month(s), one at a time, with {json.dumps(CONF)}")
 
 
-def _follow(af: LocalAirflow, dag: str, kind: str, wait_s: float = 1800) -> list[dict[str, Any]]:
-    """Tell what ends, until all runs of this kind have ended; returns them."""
+def follow(
+    af: LocalAirflow, dag: str, kind: str, wait_s: float = 1800, beside: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Tell what ends, until all runs of this kind have ended; returns them. ``beside`` is called every other second."""
     told: dict[str, str] = {}
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        runs = _runs(af, dag, kind)
+        runs = runs_of(af, dag, kind)
         for run in runs:
             if run["state"] == "queued":
                 continue
             tasks = af.tasks(dag, run["dag_run_id"])
+            width = max(11, *map(len, tasks))
             for name, task in sorted(tasks.items(), key=lambda item: item[1]["end_date"] or ""):
                 key = f"{run['dag_run_id']}/{name}"
                 if task["state"] in ("success", "failed", "upstream_failed", "skipped") and key not in told:
                     told[key] = task["state"]
-                    say(f"{_month(af, run)}  {name:<11} {task['state']:<8} {task['duration'] or 0:6.1f} s")
+                    say(
+                        f"{month_of(af, run)}  {name:<{width}} {task['state']:<8} {task['duration'] or 0:6.1f} s"
+                    )
         if runs and all(r["state"] in ("success", "failed") for r in runs):
             return runs
         for component in af.ended():
             say(f"Airflow's {component} ended; starting it again (its log is {af.home / component}.log)")
             af.start_component(component)
+        beside()
         time.sleep(2)
     raise LeptonError(f"{dag} did not end within {wait_s:.0f} s; see {af.url}/dags/{dag} for what runs.")
 
@@ -206,7 +212,7 @@ def ask(af: LocalAirflow, server: LocalEndpoint) -> None:
     """Ask the endpoint about flights of the last month, as a client would, and compare with what came of them."""
     import pyarrow.parquet as pq
 
-    last = next(r["dag_run_id"] for r in _runs(af, DAG, "backfill") if _month(af, r) == LAST[:7])
+    last = next(r["dag_run_id"] for r in runs_of(af, DAG, "backfill") if month_of(af, r) == LAST[:7])
     rows = pq.read_table(split_pin(af.xcom(DAG, last, "prepare", "test"))[0].removeprefix("file://"))
     step = max(1, rows.num_rows // 200)
     sample = rows.take(list(range(0, step * 200, step))).to_pylist()
@@ -236,17 +242,17 @@ def ask(af: LocalAirflow, server: LocalEndpoint) -> None:
 def watch(af: LocalAirflow) -> bool:
     """Have a later month watched; its drift starts a retraining, which is followed to its end."""
     print()
-    _backfill(af, WATCH, [WATCHED[:7]])
-    watched = next(run for run in _follow(af, WATCH, "backfill") if _month(af, run) == WATCHED[:7])
+    backfill(af, WATCH, [WATCHED[:7]])
+    watched = next(run for run in follow(af, WATCH, "backfill") if month_of(af, run) == WATCHED[:7])
     if watched["state"] != "success":
         return False
     values = af.xcom(WATCH, watched["dag_run_id"], "check_drift")["values"]
-    say(f"{_month(af, watched)}  {values['reason']}")
+    say(f"{month_of(af, watched)}  {values['reason']}")
     if not values["retrain"]:
         return True
     say(f"that is an asset event, and it starts {DAG}")
-    af.until(lambda: bool(_runs(af, DAG, "asset_triggered")), "the retraining to start", 120)
-    retrained = _follow(af, DAG, "asset_triggered")
+    af.until(lambda: bool(runs_of(af, DAG, "asset_triggered")), "the retraining to start", 120)
+    retrained = follow(af, DAG, "asset_triggered")
     print_table(af, retrained)
     return all(run["state"] == "success" for run in retrained)
 
@@ -265,7 +271,7 @@ def print_table(af: LocalAirflow, runs: list[dict[str, Any]]) -> None:
             for name, task in tasks.items()
             if task["state"] == "success"
         }
-        print(_row(_month(af, run), run, tasks, receipts))
+        print(_row(month_of(af, run), run, tasks, receipts))
         if "quantize" in receipts:
             quantized = receipts["quantize"]["values"]["reason"]
     if quantized:
@@ -295,7 +301,7 @@ def _wrapped(text: str, indent: str) -> str:
     return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent or " " * 8)
 
 
-def _month(af: LocalAirflow, run: dict[str, Any]) -> str:
+def month_of(af: LocalAirflow, run: dict[str, Any]) -> str:
     """The month that a run is about."""
     if run["logical_date"]:
         return datetime.fromisoformat(run["logical_date"]).strftime("%Y-%m")

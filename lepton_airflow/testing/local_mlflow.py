@@ -20,10 +20,12 @@ class LocalMlflow:
 
     :param home: its database and artifacts live there.
     :param port: 0: a free one.
+    :param host: address to listen on; another one than loopback is for stages that run on other machines.
     """
 
     home: Path
     port: int = 0
+    host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         self.home = self.home.absolute()
@@ -39,7 +41,7 @@ class LocalMlflow:
     @property
     def url(self) -> str:
         """Where API and UI are."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def connection(self) -> str:
@@ -55,7 +57,7 @@ class LocalMlflow:
         processes.refuse_used_port(self.port, "choose another port for MLflow")
         self.home.mkdir(parents=True, exist_ok=True)
         command = [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *(sys.executable, "-m", "mlflow", "server", "--host", self.host, "--port", str(self.port)),
             *("--backend-store-uri", f"sqlite:///{self.home}/mlflow.db", "--workers", "1"),
             *("--artifacts-destination", str(self.home / "artifacts")),
         ]
