@@ -76,7 +76,8 @@ class Checkpoints:
             try:
                 found = self._read(name)
             except (IntegrityError, BadInput, ValueError, KeyError, TypeError) as error:
-                log.warning("checkpoint %s is damaged, so the one before it is used: %s", name, error)
+                why = "its bytes are not those of its digest" if isinstance(error, IntegrityError) else error
+                log.warning("checkpoint %s is damaged, so the one before it is used: %s", name, why)
                 self._names.remove(name)
                 self._names.insert(0, name)  # the first to go
                 continue

@@ -30,6 +30,7 @@ import re
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,6 +89,9 @@ class Curves:
 
 
 _MOST_POINTS = 4000
+_PACE_REPORTS = (
+    20  # so many count for the rate: the beginning, and what else the machine did, are soon forgotten
+)
 
 
 def _silent(_text: str) -> None:
@@ -119,9 +123,12 @@ class TrainerRun:
     curves: Curves = field(default_factory=Curves)
     say: Callable[[str], None] = _silent  # where progress is told
     _resumes: bool = field(default=False, init=False, repr=False)
-    _begun: tuple[float, float] = field(
-        default_factory=lambda: (time.monotonic(), 0.0), init=False, repr=False
-    )
+    _pace: deque[tuple[float, float]] = field(
+        init=False, repr=False
+    )  # when the last reports came, and of which step
+
+    def __post_init__(self) -> None:
+        self._pace = deque([(time.monotonic(), 0.0)], maxlen=_PACE_REPORTS)
 
     @property
     def categorical(self) -> list[str]:
@@ -141,13 +148,15 @@ class TrainerRun:
         """
         self._resumes = True
         found = self.checkpoints.latest() if self.checkpoints is not None else None
+        reached = 0.0
         if found is not None:
             saved = Curves(**found.notes)
             reached = saved.points[-1]["step"] if saved.points else 0.0
             self.curves.unit, self.curves.points = saved.unit, saved.points
             self.curves.resumed = [*saved.resumed, reached]
-            self._begun = (time.monotonic(), reached)
             self.say(f"resuming after step {found.step} from the checkpoint of an earlier try")
+        self._pace.clear()
+        self._pace.append((time.monotonic(), reached))
         return found
 
     def save_checkpoint(self, step: int, write: Callable[[Path], object]) -> bool:
@@ -186,12 +195,17 @@ class TrainerRun:
         """
         self.curves.unit = unit
         self.curves.add(step, metrics)
-        since, start = self._begun
-        each_s = (time.monotonic() - since) / (step - start) if step > start else None
+        since, start = self._pace[0]
+        now = time.monotonic()
+        self._pace.append((now, step))
+        pace = ""
+        if step > start and now > since:
+            each_s = (now - since) / (step - start)
+            pace = f"{_span(each_s)} per {unit}" if each_s >= 0.1 else f"{1 / each_s:,.0f} {unit}s per s"
+            if of is not None and of > step:
+                pace += f", {_span(each_s * (of - step))} left at most"
+            pace = f" ({pace})"
         values = "".join(f" {name}={value:.5g}" for name, value in metrics.items())
-        pace = f" ({_span(each_s)} per {unit}" if each_s is not None else ""
-        if each_s is not None:
-            pace += f", {_span(each_s * (of - step))} left at most)" if of is not None and of > step else ")"
         self.say(f"{unit} {step:g}{f' of {of:g}' if of is not None else ''}{values}{pace}")
         if not self._resumes and self.should_stop():
             raise Preempted(

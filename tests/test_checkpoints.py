@@ -240,10 +240,18 @@ def test_very_many_reports_are_thinned_out() -> None:
 def test_a_report_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     run = run_of(None, say=said.append)
-    began = run._begun[0]
-    monkeypatch.setattr("lepton_airflow.training.time.monotonic", lambda: began + 600.0)
+    clock = [run._pace[0][0]]
+    monkeypatch.setattr("lepton_airflow.training.time.monotonic", lambda: clock[0])
+    clock[0] += 600.0
     run.report(5, of=65, unit="epoch", train_loss=0.123456789)
-    assert said == ["epoch 5 of 65 train_loss=0.12346 (2 min per epoch, 2 h left at most)"]
+    assert said.pop() == "epoch 5 of 65 train_loss=0.12346 (2 min per epoch, 2 h left at most)"
+    for step in range(6, 66):  # faster from now on
+        clock[0] += 0.001
+        run.report(step, of=65, unit="epoch")
+    assert said[-2:] == [
+        "epoch 64 of 65 (1,000 epochs per s, 0.001 s left at most)",
+        "epoch 65 of 65 (1,000 epochs per s)",
+    ]
 
 
 def test_what_is_in_the_store_leaves_the_local_disk(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ import pytest
 from lepton_airflow.contract import Receipt, Request, RunIdentity
 from lepton_airflow.dataset import DatasetInfo
 from lepton_airflow.errors import PREEMPTED
+from lepton_airflow.gpu import Readings
+from lepton_airflow.models import fit_torch
+from lepton_airflow.stages import RunInfo
+from lepton_airflow.stages.train_model import TrainModel
 from lepton_airflow.store import Store
+from lepton_airflow.training import TrainerRun
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "training.md").read_text()
@@ -176,6 +182,34 @@ def test_a_users_trainer_killed_at_random_ends_as_if_undisturbed(rows: Path, cod
             # one interval, and the while that a checkpoint takes to the store (it is flushed to disk)
             assert lost_s < every_s + 0.5
         former = steps
+
+
+def test_the_torch_trainer_of_the_page_learns(
+    rows: Path, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(code))
+    stage = TrainModel(
+        dataset=str(rows / "train.parquet"),
+        valid=str(rows / "valid.parquet"),
+        trainer="residual:fit",
+        hyperparameters={"width": 16},
+    )
+    result = stage.run(RunInfo.local(tmp_path))
+    assert (result.metrics["valid_roc_auc"] or 0) > 0.9
+    assert {"model", "curves"} == set(result.artifacts)
+
+
+def test_the_page_names_what_there_is() -> None:
+    arguments = {
+        n for n, p in inspect.signature(fit_torch).parameters.items() if p.kind is p.KEYWORD_ONLY
+    } - {"valid"}
+    table = PAGE[PAGE.index("| argument |") : PAGE.index("Within an epoch")]
+    assert arguments == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|[^|]*\|", table, re.MULTILINE))))
+    for name in set(re.findall(r"`run\.(\w+)", PAGE)):
+        assert hasattr(TrainerRun, name) or name in {f.name for f in fields(TrainerRun)}
+    assert set(re.findall(r"`(gpu_\w+)`", PAGE)) == set(
+        re.findall(r'"(gpu_\w+)"', inspect.getsource(Readings))
+    )
 
 
 def onnx_of(store: Store, receipt: Receipt) -> bytes:
