@@ -36,6 +36,9 @@ from lepton_airflow.runners import level_of
 
 _LOOK_S = 10.0  # how often new log lines are asked for while the stage runs
 _CREATE_S = 15.0  # how often room for a pod is asked for
+# A task that is resumed before the scheduler has heard that its worker deferred it counts as failed ("finished with state
+# success, but the task instance's state attribute is queued"): so no trigger fires sooner after its start.
+_SOONEST_S = 5.0
 _WATCH_S = 280  # a watch is renewed so often, with the credentials of then
 _AWAY_S = 15.0  # longest pause between two questions to an API server that is away
 _LOG_BYTES = (
@@ -104,8 +107,10 @@ class PodTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Send one event, when the worker is to look again; ``refused`` in it: this triggerer may not watch."""
+        started = time.monotonic()
         async with _shared(self.cluster, self.namespace) as namespace:
             said = await (self._room(namespace) if self.refused else self._change(namespace))
+        await asyncio.sleep(max(0.0, _SOONEST_S - (time.monotonic() - started)))
         self._fired = True
         yield TriggerEvent({"read": self.read, "refused": said})  # type: ignore[no-untyped-call]
 
