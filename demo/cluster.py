@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import signal
@@ -282,6 +283,7 @@ def try_a_pod(here: Servers) -> None:
         start_timeout_s=60,
         deferrable=False,
     )
+    logging.getLogger("lepton_airflow.stage").setLevel(logging.WARNING)
     try:
         pod.run(request, [here.s3], {})
     except LeptonError as error:
