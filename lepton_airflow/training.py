@@ -284,8 +284,8 @@ class Trainer:
 
 def _load_torch_for(fit: Callable[..., Any]) -> None:
     """Import torch now if the user's module does so later: :func:`deterministic` seeds only what is loaded."""
-    path = sys.modules[fit.__module__].__file__
-    source = Path(path).read_text(errors="replace") if path and path.endswith(".py") else ""
+    path = getattr(sys.modules[fit.__module__], "__file__", None) or ""
+    source = Path(path).read_text(errors="replace") if path.endswith(".py") else ""
     if re.search(r"^\s*(?:import|from)\s+torch\b", source, re.MULTILINE):
         with contextlib.suppress(ModuleNotFoundError):  # whoever imports it is told
             importlib.import_module("torch")
@@ -598,7 +598,7 @@ def fit_model(
 
 def _where(error: BaseException, fit: Callable[..., Any]) -> str:
     """The last line of the user's own module that led to an error, in words."""
-    own = sys.modules[fit.__module__].__file__
+    own = getattr(sys.modules[fit.__module__], "__file__", None)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
     return f" in line {lines[-1]} of {Path(own).name}" if own and lines else ""
 
