@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lepton_airflow.pods import ADMITTED, QUEUE, REQUEST, SETTLED, SUBMISSION, TRY
+from lepton_airflow.pods.lifecycle import Clocks, Step, decide, ended, next_number, phase_of, seconds
+
+MADE = "2026-01-01T00:00:00Z"
+T0 = seconds(MADE)
+CLOCKS = Clocks(admission_s=1000, schedule_s=300, start_s=600, run_s=3600)
+
+
+def pod(
+    uid: str = "a",
+    *,
+    try_id: str = "mine",
+    digest: str = "same",
+    number: int = 1,
+    state: dict[str, Any] | None = None,
+    phase: str = "Pending",
+    scheduled: str = "",
+    deleted: str = "",
+    gates: bool = False,
+    queue: bool = False,
+    notes: dict[str, str] | None = None,
+    **status: Any,
+) -> dict[str, Any]:
+    conditions = (
+        [{"type": "PodScheduled", "status": "True", "lastTransitionTime": scheduled}] if scheduled else []
+    )
+    return {
+        "metadata": {
+            "uid": uid,
+            "name": f"pod-{uid}",
+            "creationTimestamp": MADE,
+            "labels": {QUEUE: "gpus"} if queue else {},
+            "annotations": {TRY: try_id, REQUEST: digest, SUBMISSION: str(number), **(notes or {})},
+            **({"deletionTimestamp": deleted} if deleted else {}),
+        },
+        "spec": {
+            "containers": [{"name": "stage"}],
+            **({"schedulingGates": [{"name": "kueue.x-k8s.io/admission"}]} if gates else {}),
+        },
+        "status": {
+            "phase": phase,
+            "conditions": conditions,
+            **({"containerStatuses": [{"name": "stage", "state": state}]} if state else {}),
+            **status,
+        },
+    }
+
+
+def running(uid: str = "a", since: str = MADE, **settings: Any) -> dict[str, Any]:
+    return pod(uid, state={"running": {"startedAt": since}}, phase="Running", scheduled=MADE, **settings)
+
+
+def finished(uid: str = "a", code: int = 0, **settings: Any) -> dict[str, Any]:
+    state = {"terminated": {"exitCode": code}}
+    return pod(uid, state=state, phase="Failed" if code else "Succeeded", **settings)
+
+
+def after(s: float, *pods: Any, owned: str | None = None, clocks: Clocks = CLOCKS) -> Step:
+    return decide(pods, owned=owned, try_id="mine", digest="same", clocks=clocks, now=T0 + s)
+
+
+@pytest.mark.parametrize(
+    ("pods", "owned", "step", "uid"),
+    [
+        pytest.param([], None, "create", None, id="nothing there"),
+        pytest.param([running()], "a", "wait", "a", id="ours runs"),
+        pytest.param([finished()], "a", "take", "a", id="ours ended"),
+        pytest.param([finished(code=137)], "a", "take", "a", id="ours failed: its receipt may say why"),
+        pytest.param([], "a", "gone", None, id="ours vanished"),
+        pytest.param([running("b", try_id="other")], "a", "gone", None, id="ours vanished, another's runs"),
+        pytest.param([running(try_id="other")], "a", "lost", "a", id="taken over by another try"),
+        pytest.param([running(try_id="old")], None, "adopt", "a", id="a dead try's, same request"),
+        pytest.param([running(try_id="old", digest="x")], None, "delete", "a", id="same run, other request"),
+        pytest.param([running(digest="x")], None, "adopt", "a", id="our own, whatever its templates gave"),
+        pytest.param([finished(try_id="old")], None, "adopt", "a", id="a dead try's that ended well"),
+        pytest.param([finished(try_id="old", digest="x")], None, "create", None, id="ended, other request"),
+        pytest.param([finished(code=1, try_id="old")], None, "create", None, id="a dead try's that failed"),
+        pytest.param(
+            [finished(notes={SETTLED: "yes"})], None, "create", None, id="kept, and counted already"
+        ),
+        pytest.param(
+            [running(try_id="old", deleted="2026-01-01T00:01:00Z")],
+            None,
+            "wait",
+            "a",
+            id="never adopted: leaving",
+        ),
+        pytest.param(
+            [running(notes={SETTLED: "yes"}, deleted="2026-01-01T00:01:00Z")],
+            None,
+            "wait",
+            "a",
+            id="nothing runs beside one that is still leaving",
+        ),
+        pytest.param(
+            [running("a", try_id="old"), running("b", try_id="old", number=2)],
+            None,
+            "delete",
+            "a",
+            id="two live ones: the newest stays",
+        ),
+    ],
+)
+def test_next_step(pods: list[Any], owned: str | None, step: str, uid: str | None) -> None:
+    found = after(10, *pods, owned=owned)
+    assert (found.do, found.pod and found.pod["metadata"]["uid"]) == (step, uid)
+
+
+def test_a_pod_that_does_not_go_is_passed_over_by_the_next_number() -> None:
+    stuck = running(try_id="old", number=3, deleted="2026-01-01T00:01:00Z")
+    assert after(119, stuck).do == "wait"
+    assert after(121, stuck).do == "create"
+    assert next_number([stuck], used=1) == 4
+    assert next_number([], used=2) == 3
+
+
+def test_ours_that_does_not_go_is_gone() -> None:
+    assert after(121, running(deleted="2026-01-01T00:01:00Z"), owned="a").do == "gone"
+
+
+@pytest.mark.parametrize(
+    ("seen", "phase", "limit"),
+    [
+        (pod(), "schedule", 300),
+        (pod(gates=True, queue=True), "admission", 1000),
+        (pod(queue=True, notes={ADMITTED: str(T0 + 500)}), "schedule", 800),
+        (pod(scheduled="2026-01-01T00:00:50Z"), "start", 650),
+        (running(since="2026-01-01T00:02:00Z"), "run", 3720),
+    ],
+)
+def test_each_part_of_life_has_its_clock(seen: Any, phase: str, limit: float) -> None:
+    waiting, late = after(limit - 1, seen, owned="a"), after(limit, seen, owned="a")
+    assert (waiting.do, waiting.phase, waiting.until) == ("wait", phase, T0 + limit)
+    assert (late.do, late.phase) == ("late", phase)
+    assert seen["metadata"]["name"] in phase_of(waiting)
+
+
+def test_a_queue_that_lets_the_pod_go_starts_the_schedule_clock() -> None:
+    assert after(900, pod(gates=True, queue=True), owned="a").phase == "admission"
+    assert after(900, pod(queue=True), owned="a").do == "admit"
+
+
+def test_execution_timeout_holds_in_every_phase() -> None:
+    clocks = Clocks(admission_s=1000, schedule_s=300, start_s=600, run_s=3600, deadline=T0 + 100)
+    for seen in (pod(), running()):
+        assert after(99, seen, owned="a", clocks=clocks).until == T0 + 100
+        assert after(100, seen, owned="a", clocks=clocks).phase == "deadline"
+    assert after(100, finished(), owned="a", clocks=clocks).do == "take"  # it was in time
+    assert after(100, clocks=clocks) == Step("late", None, "deadline", T0 + 100)
+
+
+def test_a_pod_that_cannot_come_right_is_not_waited_for() -> None:
+    waiting = {"waiting": {"reason": "InvalidImageName", "message": "couldn't parse image name"}}
+    found = after(5, pod(state=waiting, scheduled=MADE), owned="a")
+    assert found.do == "fail"
+    assert found.diagnosis is not None
+    assert found.diagnosis.reason == "ImagePull"
+
+
+def test_a_sidecar_that_runs_on_does_not_hold_the_end_back() -> None:
+    both = finished(code=0)
+    both["status"]["phase"] = "Running"
+    both["status"]["containerStatuses"].append({"name": "proxy", "state": {"running": {}}})
+    assert ended(both) == {"exitCode": 0}
+
+
+def test_an_evicted_pod_without_container_states_has_ended() -> None:
+    assert ended(pod(phase="Failed", reason="Evicted")) == {}
