@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lepton_airflow.operators import StageOperator
+from lepton_airflow.runners import Pod
 
 DAGS = Path(__file__).parents[2] / "dags"
 FILES = sorted(DAGS.glob("*.py"))
@@ -70,6 +74,14 @@ def test_a_dag_file_parses_with_airflow_alone(file: Path, tmp_path: Path) -> Non
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["dags"] == [file.stem]
     assert found["heavy"] == []
+
+
+def test_twelve_tasks_each_have_a_pod() -> None:
+    names = runpy.run_path(str(DAGS / "flights_retrain_pods.py"))
+    tasks = [value for value in names.values() if isinstance(value, StageOperator)]
+    assert len(tasks) == 12
+    assert {type(task.runner) for task in tasks} == {Pod}
+    assert len({(task.runner.cpu, task.runner.memory) for task in tasks}) > 2  # as large as its stage needs
 
 
 def test_one_stage_is_a_short_file() -> None:
