@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lepton_airflow.contract import Receipt, Request
+from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, RunnerError
+from lepton_airflow.pods import LOCAL_TRY, NONCE, REQUEST, SUBMISSION, TRY
+from lepton_airflow.runners import Pod
+from lepton_airflow.store import Store
+
+REQUESTED = Request(stage="Copy", parameters={}, store="")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"image": " "}, "image, such as"),
+        ({"image": 3}, r"Pod\(image=3\): expected text"),
+        ({"cpu": "two"}, r"Pod\(cpu='two'\): expected a quantity such as \"500m\" or \"2\""),
+        ({"cpu": 2}, r'Pod\(cpu=2\): expected text, such as "500m" or "2"'),
+        ({"memory": "512m"}, r'expected a quantity such as "512Mi" or "2Gi"'),
+        ({"memory": "2048"}, "expected a quantity"),
+        ({"memory": "2 GB"}, "expected a quantity"),
+        ({"gpus": "1"}, r"Pod\(gpus='1'\): expected a whole number"),
+        ({"gpus": -1}, "zero or more"),
+        ({"namespace": "My_Team"}, "lower-case letters"),
+        ({"env": {"THREADS": 2}}, r"Pod\(env=.*expected text for 'THREADS', not int: \{'THREADS': '2'\}"),
+        ({"node_selector": ["gpu"]}, "expected a dict"),
+        ({"tolerations": ["gpu"]}, '"operator": "Exists"'),
+        ({"pull_secrets": "registry"}, "expected a list"),
+        ({"volumes": [{"name": "d", "mount": "/d"}]}, "one of pvc, host_path"),
+        ({"volumes": [{"name": "d", "mount": "/d", "pcv": "x"}]}, "'pcv' is unknown; did you mean 'pvc'"),
+        ({"volumes": [{"name": "d", "mount": "d", "pvc": "x"}]}, "mount='d'; expected as in"),
+        ({"security": {"runAsuser": 0}}, "'runAsuser' is unknown; did you mean 'runAsUser'"),
+        ({"keep_pod": "sometimes"}, "one of never, failed, always"),
+        ({"image_pull_policy": "always"}, "one of Always"),
+        ({"run_timeout_s": 0}, "seconds, more than zero"),
+        ({"preemption_limit": -1}, "whole number"),
+        ({"pod_template": 7}, "path of a YAML file"),
+    ],
+)
+def test_a_bad_value_is_refused_at_construction(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadConfiguration, match=says):
+        Pod(**{"image": "stage:1", **settings})
+
+
+def test_templates_are_taken_and_rendered_into_a_copy() -> None:
+    pod = Pod(image="stage:{{ v }}", memory="{{ m }}", labels={"run": "{{ r }}"}, volumes="{{ vs }}", gpus=1)
+    known = {"stage:{{ v }}": "stage:3", "{{ m }}": "3Gi", "{{ vs }}": []}
+    seen = pod.rendered(lambda value: known.get(value, value) if isinstance(value, str) else value)
+    assert (seen.image, seen.memory, seen.volumes, seen.gpus) == ("stage:3", "3Gi", [], 1)
+    assert pod.image == "stage:{{ v }}"
+    with pytest.raises(BadConfiguration, match="memory='lots'"):
+        pod.rendered(lambda value: "lots" if value == "{{ m }}" else value)
+
+
+def test_repr_is_stable_and_holds_the_settings_alone() -> None:
+    pod = Pod(image="stage:1", gpus=1)
+    pod.cancel()  # nothing runs
+    assert repr(pod) == repr(Pod(image="stage:1", gpus=1))
+    assert "_run" not in repr(pod)
+
+
+# -- the end of a pod: what counts as evidence ------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands where the cluster would: the pods of one run key, and what was done to them."""
+
+    namespace = "ml"
+    in_cluster = False
+
+    def __init__(self, *pods: dict[str, Any]) -> None:
+        self.pods, self.done = list(pods), []
+
+    def look(self, _run_key: str) -> tuple[list[dict[str, Any]], str]:
+        return self.pods, "1"
+
+    def events(self, _pod: Any) -> list[dict[str, Any]]:
+        return []
+
+    def log_lines(self, *_: Any) -> list[tuple[str, str]]:
+        return []
+
+    def sweep_secrets(self) -> None:
+        pass
+
+    def own_secret(self, _pod: Any) -> None:
+        pass
+
+    def submit(self, secret: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
+        self.done.append(("submit", pod["metadata"]["name"]))
+        raise RunnerError("submitted again")
+
+    def annotate(self, pod: dict[str, Any], notes: dict[str, str]) -> dict[str, Any]:
+        self.done.append(("annotate", sorted(notes)))
+        pod["metadata"]["annotations"].update(notes)
+        return pod
+
+    def delete(self, pod: dict[str, Any]) -> bool:
+        self.done.append(("delete", pod["metadata"]["name"]))
+        self.pods.remove(pod)
+        return True
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> Request:
+    return replace(REQUESTED, store=str(tmp_path))
+
+
+def ended_pod(code: int, *, try_id: str = LOCAL_TRY, digest: str = "", **terminated: Any) -> dict[str, Any]:
+    notes = {TRY: try_id, NONCE: "ours", SUBMISSION: "1", REQUEST: digest}
+    state = {"terminated": {"exitCode": code, **terminated}}
+    return {
+        "metadata": {"uid": "u", "name": "pod-1", "resourceVersion": "1", "annotations": notes},
+        "spec": {"containers": [{"name": "stage"}]},
+        "status": {
+            "phase": "Failed" if code else "Succeeded",
+            "containerStatuses": [{"name": "stage", "state": state}],
+        },
+    }
+
+
+def receipt(request: Request, **changes: Any) -> Receipt:
+    values = {"stage": request.stage, "run_key": request.run_key, "nonce": "ours", "summary": "s", **changes}
+    return Receipt(cache_key=None, status="done", **values)
+
+
+@pytest.fixture
+def conclude(request_: Request, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Go on after a deferral, among these pods."""
+
+    def call(*pods: dict[str, Any], **settings: Any) -> tuple[Receipt, list[Any]]:
+        mount = {"name": "store", "mount": request_.store, "host_path": request_.store}
+        cluster = Recorder(*pods)
+        monkeypatch.setattr("lepton_airflow.pods.cluster.Cluster", lambda *_a, **_k: cluster)
+        monkeypatch.setattr("lepton_airflow.runners.pod._POLL_S", 0.0)
+        monkeypatch.setattr("lepton_airflow.runners.pod._LATE_STORE_S", 0.0)
+        call.cluster = cluster  # type: ignore[attr-defined]
+        runner = Pod(image="stage:1", volumes=[mount], **settings)
+        kept = {"uid": "u", "nonce": "ours", "number": 1}
+        return runner.run(request_, [], {"ti": SimpleNamespace(id=LOCAL_TRY), "lepton": kept}), cluster.done
+
+    return call
+
+
+def test_the_receipt_of_the_pod_is_taken_and_the_pod_deleted(request_: Request, conclude: Any) -> None:
+    Store(request_.store).record(receipt(request_))
+    found, done = conclude(ended_pod(0))
+    assert found.summary == "s"
+    assert done[-1] == ("delete", "pod-1")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"nonce": "another's"}, {"nonce": ""}, {"stage": "Other"}, None], ids=str
+)
+def test_exit_code_0_without_its_own_receipt_is_a_failure(
+    request_: Request, conclude: Any, changes: dict[str, Any] | None
+) -> None:
+    if changes is not None:
+        Store(request_.store).record(receipt(request_, **changes))
+    with pytest.raises(RunnerError, match="left no receipt of this run"):
+        conclude(ended_pod(0))
+
+
+def test_a_termination_message_alone_proves_nothing_but_tells_a_failure(
+    request_: Request, conclude: Any
+) -> None:
+    with pytest.raises(RunnerError, match="left no receipt of this run"):
+        conclude(ended_pod(0, message=receipt(request_).to_json()))
+    error = {"kind": "BadInput", "message": "the store is read-only", "exit_code": 80}
+    told = receipt(request_, error=error, nonce="ours").to_json()
+    with pytest.raises(BadInput, match="the store is read-only"):
+        conclude(ended_pod(80, message=told))
+
+
+def test_preempted_is_submitted_again_until_its_limit(request_: Request, conclude: Any) -> None:
+    error = {"kind": "Preempted", "message": "stopped", "exit_code": 75}
+    Store(request_.store).record(receipt(request_, error=error))
+    with pytest.raises(Preempted, match="stopped"):
+        conclude(ended_pod(75), preemption_limit=0)
+    with pytest.raises(RunnerError, match="submitted again"):
+        conclude(ended_pod(75))
+    assert [what for what, _ in conclude.cluster.done] == ["delete", "submit"]
+    assert conclude.cluster.done[-1][1].endswith("-2")
+
+
+def test_a_pod_that_is_gone_counts_only_by_its_receipt(request_: Request, conclude: Any) -> None:
+    with pytest.raises(RunnerError, match="submitted again"):
+        conclude()
+    Store(request_.store).record(receipt(request_))
+    assert conclude()[0].summary == "s"
+
+
+def test_a_pod_that_another_try_took_over_is_left_to_it(request_: Request, conclude: Any) -> None:
+    Store(request_.store).record(receipt(request_))
+    with pytest.raises(RunnerError, match="another try of this task has taken pod pod-1 over"):
+        conclude(ended_pod(0, try_id="another"))
+    assert conclude.cluster.done == []
+
+
+def test_a_kept_pod_is_marked_so_that_no_later_try_takes_it(request_: Request, conclude: Any) -> None:
+    Store(request_.store).record(receipt(request_))
+    _, done = conclude(ended_pod(0), keep_pod="always")
+    assert done[-1] == ("annotate", ["lepton-airflow/settled"])
+
+
+def test_a_store_that_no_pod_sees_is_refused_before_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(BadConfiguration, match="is a folder, which a pod does not see: mount it"):
+        Pod(image="stage:1").run(replace(REQUESTED, store=str(tmp_path)), [], {})
+
+
+def test_a_template_that_is_no_pod_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pod.yaml").write_text("- no\n- pod\n")
+    for template, says in ((str(tmp_path / "pod.yaml"), "expected a pod"), ("/none.yaml", "cannot be read")):
+        with pytest.raises(BadConfiguration, match=says):
+            Pod(image="stage:1", pod_template=template).run(REQUESTED, [], {})
