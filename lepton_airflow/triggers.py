@@ -182,6 +182,7 @@ class PodTrigger(BaseTrigger):
         if self._fired or self.owned is None:
             return
         async with _shared(self.cluster, self.namespace) as namespace:
+            await namespace.first_look()
             for _ in range(30):  # Airflow ends this after its own limit
                 found = await namespace.look(self.run_key)
                 pod = next((p for p in found or () if p["metadata"]["uid"] == self.owned), None)
@@ -233,14 +234,13 @@ class _Namespace:
 
     async def keep_looking(self) -> None:
         """LIST, then WATCH, and again, for as long as anybody waits."""
-        hook = None
+        hook = CoreV1Api = None  # noqa: N806 - a class
         pause = 0.5
         while True:
             try:
-                hook = hook or _hook(self.cluster)
+                # In a thread: the client's import takes seconds, in which no other trigger would get its turn.
+                hook, CoreV1Api = (hook, CoreV1Api) if hook else await asyncio.to_thread(_hook, self.cluster)  # noqa: N806
                 async with hook.get_conn() as client:
-                    from kubernetes_asyncio.client import CoreV1Api
-
                     self._api = CoreV1Api(client)
                     version = await self._list()
                     pause = 0.5
@@ -410,10 +410,14 @@ async def _shared(cluster: Mapping[str, Any], name: str) -> AsyncIterator[_Names
                 await looking
 
 
-def _hook(cluster: Mapping[str, Any]) -> Any:
-    """The hook that a deferred ``KubernetesPodOperator`` would use; a kubeconfig is read here, and is in no trigger's row."""
+def _hook(cluster: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The hook that a deferred ``KubernetesPodOperator`` would use, and the API's class.
+
+    A kubeconfig is read here, and is in no trigger's row.
+    """
     import yaml
     from airflow.providers.cncf.kubernetes.hooks.kubernetes import AsyncKubernetesHook
+    from kubernetes_asyncio.client import CoreV1Api
 
     config: Any = None
     if cluster["config_file"]:
@@ -425,9 +429,10 @@ def _hook(cluster: Mapping[str, Any]) -> Any:
                 f"the triggerer cannot read the kubeconfig {cluster['config_file']!r} ({error}): put it there too, or use a "
                 "Connection (kubernetes_conn_id)."
             ) from None
-    return AsyncKubernetesHook(
+    hook = AsyncKubernetesHook(
         config_dict=config,
         conn_id=cluster["kubernetes_conn_id"] or "kubernetes_default",
         in_cluster=cluster["in_cluster"],
         cluster_context=cluster["cluster_context"],
     )
+    return hook, CoreV1Api
