@@ -22,8 +22,8 @@ demo-stop: setup ## End what make demo and make demo-cluster started
 images: ## Build the stages' image with docker or podman; EXTRAS="validate train,s3" builds one for each
 	@images/build
 
-test: setup ## Run all tests
-	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup ## Run all tests; those on a Kubernetes cluster when KUBECONFIG names one, for which an image is built
+	@LEPTON_TEST_IMAGE=$${LEPTON_TEST_IMAGE:-$$([ -z "$$KUBECONFIG" ] || .ci/cluster)} $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## Check style, types and the layers of the architecture
 	$(python) -m ruff check

@@ -89,7 +89,7 @@ def cluster() -> Cluster:
 def _image() -> str:
     built = subprocess.run([ROOT / ".ci" / "cluster"], check=False, capture_output=True, text=True)
     if built.returncode:
-        _without(f"no image for the pods: {built.stderr.strip().splitlines()[-1]}")
+        _without(f"no image for the pods; {built.stderr.strip().rpartition(chr(10))[2]}")
     return built.stdout.split()[-1]
 
 
