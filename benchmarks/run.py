@@ -58,8 +58,11 @@ def _write(name: str, part: str, known: list[str]) -> None:
 
 
 def _part(module: ModuleType, numbers: dict[str, float]) -> str:
-    rows = [f"| `{key}` | {value} | {module.GOALS.get(key, '')} |" for key, value in numbers.items()]
-    table = "\n".join(["| number | value | goal |", "|---|---|---|", *rows])
+    if hasattr(module, "report"):  # words, or more than one column
+        table = module.report(numbers)
+    else:
+        rows = [f"| `{key}` | {value} | {module.GOALS.get(key, '')} |" for key, value in numbers.items()]
+        table = "\n".join(["| number | value | goal |", "|---|---|---|", *rows])
     return f"{(module.__doc__ or '').strip()}\n\n{_machine()}.\n\n{table}"
 
 

@@ -172,6 +172,8 @@ def environment(image: str, namespace: str, shared: Path, *, plain: bool) -> dic
     return {
         "LEPTON_DRILLS": json.dumps(settings),
         "AIRFLOW__LEPTON__STORE": str(shared / "store"),
+        "AIRFLOW__CORE__MAX_ACTIVE_RUNS_PER_DAG": "100",
+        "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "100",
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "3",
