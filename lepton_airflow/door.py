@@ -244,12 +244,14 @@ def in_brief(receipt: Receipt) -> str:
 
     What it can do without goes first: the whole receipt is in the store. How the stage ended always stays.
     """
-    for spare in ({}, {"metrics": {}}, {"versions": {}}, {"links": {}}, {"values": {}}, {"artifacts": {}}):
-        receipt = replace(receipt, **spare)
-        if len(text := receipt.to_json().encode()) <= MAX_TERMINATION_BYTES:
-            return text.decode()
+    spare: dict[str, Any] = {}
+    for name in ("", "metrics", "versions", "links", "values", "artifacts"):
+        spare |= {name: {}} if name else {}
+        text = replace(receipt, **spare).to_json()
+        if len(text.encode()) <= MAX_TERMINATION_BYTES:
+            return text
     error = receipt.error and receipt.error | {"message": _clipped(receipt.error["message"], 2000)}
-    return replace(receipt, summary=_clipped(receipt.summary, 1000), error=error).to_json()
+    return replace(receipt, **spare, summary=_clipped(receipt.summary, 1000), error=error).to_json()
 
 
 def redact(text: str, connections: Mapping[str, Connection]) -> str:

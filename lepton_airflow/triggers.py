@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -34,12 +35,15 @@ from lepton_airflow.pods.lifecycle import (
 from lepton_airflow.pods.logs import later, lines_of, since_s
 from lepton_airflow.runners import level_of
 
+log = logging.getLogger(__name__)
+
 _LOOK_S = 10.0  # how often new log lines are asked for while the stage runs
 _CREATE_S = 15.0  # how often room for a pod is asked for
 # A task that is resumed before the scheduler has heard that its worker deferred it counts as failed ("finished with state
 # success, but the task instance's state attribute is queued"): so no trigger fires sooner after its start.
 _SOONEST_S = 5.0
 _WATCH_S = 280  # a watch is renewed so often, with the credentials of then
+_SURE_S = 10.0  # a refusal must last so long: an API server that just started knows no roles yet
 _AWAY_S = 15.0  # longest pause between two questions to an API server that is away
 _LOG_BYTES = (
     1 << 20
@@ -234,24 +238,27 @@ class _Namespace:
 
     async def keep_looking(self) -> None:
         """LIST, then WATCH, and again, for as long as anybody waits."""
-        hook = CoreV1Api = None  # noqa: N806 - a class
+        made: tuple[Any, Any] | None = None
+        unsure_since: float | None = None
         pause = 0.5
         while True:
             try:
                 # In a thread: the client's import takes seconds, in which no other trigger would get its turn.
-                hook, CoreV1Api = (hook, CoreV1Api) if hook else await asyncio.to_thread(_hook, self.cluster)  # noqa: N806
+                if made is None:
+                    made = await asyncio.to_thread(_hook, self.cluster)
+                hook, core = made
                 async with hook.get_conn() as client:
-                    self._api = CoreV1Api(client)
+                    self._api = core(client)
                     version = await self._list()
-                    pause = 0.5
+                    pause, unsure_since = 0.5, None
                     await self._watch(version)
-            except _Refusal as error:
-                self.refused = error.diagnosis.sentence
-                self._wake()
             except Exception as error:  # noqa: BLE001 - whatever it is, the tasks must not fail for it: it is tried again
-                if isinstance(error, BadConfiguration):
-                    self.refused = str(error)
-                    self._wake()
+                log.warning("the pods of namespace %s cannot be watched now: %s", self.namespace, error)
+                if isinstance(error, (_Refusal, BadConfiguration)):
+                    unsure_since = unsure_since or time.monotonic()
+                    if time.monotonic() - unsure_since >= _SURE_S:
+                        self.refused = str(error)
+                        self._wake()
             self._api = None
             await asyncio.sleep(pause)
             pause = min(2 * pause, _AWAY_S)

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from lepton_airflow.__main__ import main
 from lepton_airflow.contract import PROTOCOL, Receipt, Request
-from lepton_airflow.door import perform, plain, redactor
+from lepton_airflow.door import in_brief, perform, plain, redactor
 from lepton_airflow.stages import all_stages
 from lepton_airflow.store import Connection, Store
 from lepton_airflow.testing import probe
@@ -284,3 +285,17 @@ def test_what_a_careless_library_prints_is_redacted_at_the_door(
     assert "connecting with ***" in done.stdout.splitlines()
     assert "INFO connecting to db://user:***@host" in done.stdout.splitlines()
     assert "spilled-secret" not in done.stdout + done.stderr + (tmp_path / "receipt.json").read_text()
+
+
+def test_a_termination_message_keeps_how_the_stage_ended() -> None:
+    long = "naïve «words» \\" * 150
+    error = {"kind": "BadInput", "message": long, "exit_code": 80}
+    receipt = Receipt("Copy", "k" * 24, None, "refused", long, error=error, nonce="n")
+    receipt = replace(receipt, metrics={f"m{n}": 1.0 for n in range(100)}, values={"v": "x" * 100})
+    text = in_brief(receipt)
+    told = Receipt.from_json(text)
+    assert len(text.encode()) <= 4096
+    assert (told.nonce, told.error and told.error["kind"], told.metrics) == ("n", "BadInput", {})
+    assert told.summary.startswith("naïve")
+    short = replace(receipt, error=None, summary="s", metrics={"m": 1.0})
+    assert Receipt.from_json(in_brief(short)) == short

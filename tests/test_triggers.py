@@ -138,6 +138,7 @@ def trigger(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AIRFLOW_CONN_KUBERNETES_DEFAULT", "kubernetes://")
     monkeypatch.setattr(triggers, "_SOONEST_S", 0.0)
     monkeypatch.setattr(triggers, "_CREATE_S", 0.05)
+    monkeypatch.setattr(triggers, "_SURE_S", 0.5)
 
     def make(run_key: str, **changes: Any) -> PodTrigger:
         clocks = {"admission_s": 1e9, "schedule_s": 1e9, "start_s": 1e9, "run_s": 1e9, "deadline": None}

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _AWAY_S = 900.0  # how long an API server may be away before a task fails for it
 _LONGEST_PAUSE_S = 15.0
+_SURE_S = 10.0  # missing rights must be missing so long: an API server that just started knows no roles yet
 _ORPHANED_S = 600.0  # a Secret without an owner for so long has lost the task that was about to make its pod
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -107,18 +108,15 @@ class Cluster:
 
     def events(self, pod: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The events about a pod, oldest first; none where they may not be read."""
-        try:
-            found = self._ask(
-                f"list events in namespace {self.namespace}",
-                lambda: self._core.list_namespaced_event(
-                    self.namespace,
-                    field_selector=f"involvedObject.uid={pod['metadata']['uid']}",
-                    _preload_content=False,
-                ),
-            )
-        except Refused as error:
-            log.debug("%s", error)
-            return []
+        found = self._ask(
+            f"list events in namespace {self.namespace}",
+            lambda: self._core.list_namespaced_event(
+                self.namespace,
+                field_selector=f"involvedObject.uid={pod['metadata']['uid']}",
+                _preload_content=False,
+            ),
+            {403: {"items": []}},
+        )
         return sorted(found["items"], key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
 
     def log_lines(
@@ -247,6 +245,7 @@ class Cluster:
                 lambda: self._core.list_namespaced_secret(
                     self.namespace, label_selector=f"{MANAGED_BY}={MANAGER}", _preload_content=False
                 ),
+                {403: {"items": []}},
             )
             for secret in found["items"]:
                 meta = secret["metadata"]
@@ -341,7 +340,8 @@ class Cluster:
         """
         from kubernetes.client import ApiException
 
-        deadline, pause = time.monotonic() + away_s, 0.5
+        started, pause = time.monotonic(), 0.5
+        lost: tuple[type[Exception], ...] = (OSError, *_away())
         while True:
             try:
                 return json.loads(call().data)
@@ -350,11 +350,12 @@ class Cluster:
                 if status in (answers or {}):
                     return (answers or {})[status]
                 found = refused(status, error.body or error.reason or "", doing)
-                if found.reason != "ApiServer":
+                unsure = found.reason == "Forbidden" and time.monotonic() - started < _SURE_S
+                if found.reason != "ApiServer" and not unsure:
                     raise Refused(status, found) from None
-            except (OSError, *_away()) as error:
+            except lost as error:
                 found = refused(0, str(error), doing)
-            if time.monotonic() + pause > deadline:
+            if time.monotonic() + pause > started + away_s:
                 raise RunnerError(f"{found.sentence} It was asked for {away_s:.0f} s.") from None
             log.warning("%s", found.sentence)
             time.sleep(pause)
