@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pods import arenas
+from pods import arenas, lacks
 
 GOALS: dict[str, str] = {}
 
@@ -35,6 +35,7 @@ TOGETHER: dict[str, Callable[..., Outcome]] = {
     "API server away for 20 s": disturb.api_server_away,
 }
 IMPATIENT = {disturb.no_image, disturb.unschedulable}  # their DAGs have short clocks
+__all__ = ["GOALS", "lacks", "measure", "report"]
 COLUMNS = ("plain sync", "plain deferred", "Pod sync", "Pod deferred")
 
 

@@ -41,6 +41,15 @@ DEFERRED = 50
 IMAGE = os.environ.get("LEPTON_TEST_IMAGE", "localhost/lepton-stage:all")
 
 
+def lacks() -> str:
+    """What is missing here to run it."""
+    return (
+        ""
+        if os.environ.get("KUBECONFIG")
+        else "a cluster: set KUBECONFIG to the kubeconfig of one, such as kind's"
+    )
+
+
 def measure() -> dict[str, float]:
     """Parsing in turns; then, on one Airflow and one cluster, starts in turns and the triggerer's memory."""
     numbers = _parsing()
@@ -110,8 +119,6 @@ def _twin(source: str, imports: str, operator: str) -> str:
 @contextmanager
 def arenas() -> Iterator[dict[str, Arena]]:
     """Our pods' arena (``""``) and plain ones' (``"_kpo"``), on one Airflow and in one new namespace."""
-    if not os.environ.get("KUBECONFIG"):
-        raise SystemExit("bench: set KUBECONFIG to the kubeconfig of a cluster, such as kind's.")
     namespace = f"lepton-bench-{secrets.token_hex(4)}"
     disturb.kubectl("create", "namespace", namespace)
     before = os.umask(0)  # pods are another user

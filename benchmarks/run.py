@@ -1,7 +1,8 @@
 """Measure: ``make bench-NAME`` runs one benchmark, ``make bench`` all of them; each writes its part of docs/benchmarks.md.
 
 A benchmark is a file here with ``GOALS`` and ``measure() -> dict``; it measures both sides of each ratio in one run. One
-that not every machine can run says in ``lacks() -> str`` what is missing here.
+that not every machine can run says in ``lacks() -> str`` what is missing here; one whose results are no list of numbers
+makes its table in ``report(dict) -> str``.
 The last line printed is one JSON object of its numbers.
 """
 
