@@ -251,6 +251,7 @@ class _Run:
         if step.do in ("take", "gone"):
             return self._conclude(pod)
         if self.cancelled:
+            self.delete_own()  # one that was being made when the signal came
             raise Preempted(f"{self.request.stage} was asked to stop, and its pod was deleted.")
         if step.do == "create":
             self._submit(pods)
@@ -551,15 +552,18 @@ class _Run:
         return not answers or answers[0] not in _OVER
 
     def delete_own(self) -> None:
-        """Delete the pod that this try owns, also from a signal handler: nothing here waits for a lock of :meth:`to_its_end`."""
-        from lepton_airflow.pods import TRY
+        """Delete what this try owns, also from a signal handler: nothing here waits for a lock of :meth:`to_its_end`.
+
+        Found by the try's id, for the signal may have come before the uid of a new pod was known here.
+        """
+        from lepton_airflow.pods import SETTLED, TRY
         from lepton_airflow.pods.lifecycle import leaving, note
 
-        cluster, uid = self.cluster.apart(), self.held.uid
-        for _ in range(5):  # it may change while it is looked at
+        cluster = self.cluster.apart()
+        for _ in range(5):  # a pod may change while it is looked at
             pods, _version = cluster.look(self.request.run_key)
-            pod = next((p for p in pods if p["metadata"]["uid"] == uid), None)
-            if pod is None or leaving(pod) or note(pod, TRY) != self.try_id or cluster.delete(pod):
+            own = [p for p in pods if note(p, TRY) == self.try_id and not note(p, SETTLED) and not leaving(p)]
+            if all([cluster.delete(pod) for pod in own]):
                 return
 
 
