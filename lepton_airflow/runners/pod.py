@@ -563,7 +563,7 @@ class _Run:
         for _ in range(5):  # a pod may change while it is looked at
             pods, _version = cluster.look(self.request.run_key)
             own = [p for p in pods if note(p, TRY) == self.try_id and not note(p, SETTLED) and not leaving(p)]
-            if all([cluster.delete(pod) for pod in own]):
+            if all(cluster.delete(pod) for pod in own):
                 return
 
 
