@@ -322,6 +322,8 @@ class TrainModelOperator(StageOperator):
         seed: int | str | XComArg = ...,
         parity_tolerance: float | str | XComArg = ...,
         threads: int | str | XComArg = ...,
+        device: str | XComArg = ...,
+        checkpoint_s: float | str | XComArg = ...,
         runner: Runner | None = None,
         store: str | XComArg | None = None,
         store_conn_id: str | None = None,
