@@ -16,13 +16,12 @@ WORKDIR /build
 COPY pyproject.toml constraints.txt images/requirements.py ./
 # Extras of pyproject.toml, separated by commas.
 ARG EXTRAS=all
-# Which build of torch: a folder of download.pytorch.org/whl such as cpu or cu130; "default" takes the package index's own,
-# which on Linux is a CUDA one of several GB.
-ARG TORCH=cpu
+# Which build of torch: an index of PyTorch's that holds the CPU build, or the one of a CUDA version. Without one it is the build
+# of pip's own index, which for Linux is mostly a CUDA one of several GB.
+ARG TORCH_INDEX=
 RUN python requirements.py "${EXTRAS}" < pyproject.toml > requirements.txt \
- && if [ "${TORCH}" != default ] && grep -q '^torch[^a-z]' requirements.txt; then \
-      python -m pip --python /opt/venv install --no-deps --retries 1 --timeout 30 \
-        --extra-index-url "https://download.pytorch.org/whl/${TORCH}" "$(grep '^torch==' constraints.txt)"; \
+ && if [ -n "${TORCH_INDEX}" ] && grep -q '^torch[^a-z]' requirements.txt; then \
+      python -m pip --python /opt/venv install --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"; \
     fi \
  && python -m pip --python /opt/venv install -c constraints.txt -r requirements.txt
 

@@ -453,7 +453,15 @@ def _plot(curves: Curves, path: Path, title: str) -> Path | None:
             axes.plot(steps, values, marker="." if len(steps) < 50 else None, label=name)
             if name == "valid_loss":
                 best = min(range(len(values)), key=lambda i: values[i])
-                axes.plot(steps[best], values[best], "o", color="0.2", fillstyle="none", markersize=10, label="smallest")
+                axes.plot(
+                    steps[best],
+                    values[best],
+                    "o",
+                    color="0.2",
+                    fillstyle="none",
+                    markersize=10,
+                    label="smallest",
+                )
         for number, step in enumerate(curves.resumed):
             label = "resumed" if number == 0 else None
             axes.axvline(step, color="0.6", linestyle=":", label=label)
