@@ -62,11 +62,19 @@ def build(**env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_image_for_each_word_of_the_extras() -> None:
-    done = build(BUILD="echo", EXTRAS="validate train,torch", IMAGE="r.example/stage", TORCH_INDEX="https://torch.example/cu130")
+    done = build(
+        BUILD="echo",
+        EXTRAS="validate train,torch",
+        IMAGE="r.example/stage",
+        TORCH_INDEX="https://torch.example/cu130",
+    )
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if line.startswith("-f")]
     assert len(commands) == 2
-    assert all("--build-arg TORCH_INDEX=https://torch.example/cu130" in command and "BASE=" not in command for command in commands)
+    assert all(
+        "--build-arg TORCH_INDEX=https://torch.example/cu130" in command and "BASE=" not in command
+        for command in commands
+    )
     assert "EXTRAS=train,torch " in commands[1]
     assert done.stdout.splitlines()[1::2] == ["r.example/stage:validate", "r.example/stage:train-torch"]
 
