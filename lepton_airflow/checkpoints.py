@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import secrets
 import shutil
 import time
@@ -108,6 +109,12 @@ class Checkpoints:
         :param wait: return when it is in the store.
         :returns: False when waited for in vain.
         """
+        try:
+            step = operator.index(step)  # also numpy's, which JSON does not take
+        except TypeError:
+            raise BadConfiguration(
+                f"save_checkpoint: step={step!r}, expected a whole number: how many steps are done."
+            ) from None
         self.settle()
         name = f"{step:012d}-{secrets.token_hex(4)}"
         folder = self.directory / name
@@ -137,6 +144,10 @@ class Checkpoints:
             del self._names[:-_KEPT]
         except (LeptonError, OSError) as error:
             log.warning("the checkpoint of step %d may not be kept, the one before it is: %s", step, error)
+            if name not in self._names:
+                self._names.insert(
+                    0, name
+                )  # the first to go: what broke off takes room, of which there may be none
             return False
         finally:
             shutil.rmtree(folder, ignore_errors=True)

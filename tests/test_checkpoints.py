@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lepton_airflow.checkpoints import Checkpoints
@@ -159,6 +160,37 @@ def test_a_store_that_fails_costs_a_warning_and_the_former_stays(
     assert read(checkpoints(tmp_path).latest()) == "state 1"
     assert kept.save(3, writes("state 3"), {}, wait=True)
     assert read(checkpoints(tmp_path).latest()) == "state 3"
+
+
+def test_what_a_failed_upload_left_goes_with_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = checkpoints(tmp_path)
+    kept.save(1, writes("state 1"), {}, wait=True)
+    write = kept.store.write
+
+    def full(key: str, content: bytes | Path) -> None:
+        if key.endswith(".json"):
+            raise StoreError("no space left")
+        write(key, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.store, "write", full)
+        for step in (2, 3):
+            assert not kept.save(step, writes(f"state {step}"), {}, wait=True)
+    kept.save(4, writes("state 4"), {}, wait=True)
+    folders = [p.name for p in (tmp_path / "store" / "checkpoints" / "k" / "fit").iterdir() if p.is_dir()]
+    assert sorted(int(name.partition("-")[0]) for name in folders) == [1, 4]
+
+
+def test_a_step_is_a_whole_number_of_any_library(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    assert kept.save(np.int64(3), writes("state 3"), {}, wait=True)
+    found = checkpoints(tmp_path).latest()
+    assert found is not None
+    assert found.step == 3
+    with pytest.raises(BadConfiguration, match=r"step=0\.5, expected a whole number"):
+        kept.save(0.5, writes("never written"), {})  # type: ignore[arg-type]
 
 
 def test_a_store_that_is_away_is_no_reason_to_start_anew(
