@@ -15,7 +15,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +66,7 @@ def fit_torch(
     :param valid: the same of other rows.
     :param optimizer: makes the optimizer of the parameters; by default AdamW with its default settings.
     :param schedule: makes a learning rate schedule of the optimizer; it steps with every batch.
-    :param batch_size: rows per step of the optimizer [rows].
+    :param batch_size: rows per step of the optimizer; one more in the last where a single row would be left [rows].
     :param epochs: passes over the rows at most.
     :param patience: epochs without a better loss on ``valid`` before it stops; None: go through all.
     :param accumulate: parts in which a batch is computed, for batches whose activations do not fit in memory.
@@ -218,6 +218,18 @@ def _need_compiler() -> None:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
+def _count(rows: int, size: int) -> int:
+    """In how many parts of a size rows are taken. A single row at the end joins the part before it: batch normalization
+    cannot learn from one row."""
+    return rows // size if rows > size and rows % size == 1 else math.ceil(rows / size)
+
+
+def _spans(rows: int, size: int, start: int = 0) -> Iterator[slice]:
+    """These parts, from part ``start`` on."""
+    count = _count(rows, size)
+    return (slice(n * size, rows if n + 1 == count else (n + 1) * size) for n in range(start, count))
+
+
 class _Table:
     """Rows as tensors, from which batches come onto the device without holding it up."""
 
@@ -228,8 +240,8 @@ class _Table:
     def batches(self, order: Tensor, size: int, start: int = 0) -> Generator[list[Tensor]]:
         """The rows in an order, in batches of a size, from batch ``start`` on."""
         if self.resident:
-            for first in range(start * size, len(order), size):
-                rows = order[first : first + size]
+            for span in _spans(len(order), size, start):
+                rows = order[span]
                 yield [tensor.index_select(0, rows) for tensor in self.tensors]
         else:
             yield from self._streamed(order.cpu(), size, start)
@@ -250,10 +262,10 @@ class _Table:
 
         def gather() -> None:
             try:
-                for first in range(start * size, len(order), size):
+                for span in _spans(len(order), size, start):
                     if over.is_set():
                         return
-                    rows = order[first : first + size]
+                    rows = order[span]
                     # torch hands a pinned buffer out again only when the copy from it is done
                     here = [
                         torch.index_select(
@@ -320,7 +332,7 @@ class _Loop:
     @cached_property
     def batches(self) -> int:
         """Batches of an epoch."""
-        return math.ceil(self.train.rows / self.batch_size)
+        return _count(self.train.rows, self.batch_size)
 
     @cached_property
     def total(self) -> Tensor:
@@ -373,8 +385,8 @@ class _Loop:
         import torch
 
         rows = len(batch[0])
-        for first in range(0, rows, self.part_rows):
-            part = batch if rows <= self.part_rows else [t[first : first + self.part_rows] for t in batch]
+        for span in _spans(rows, self.part_rows):
+            part = batch if rows <= self.part_rows else [t[span] for t in batch]
             with self.autocast():
                 value = self.value_of(*part)
             (value if part is batch else value * (len(part[0]) / rows)).backward()

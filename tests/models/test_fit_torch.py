@@ -189,6 +189,25 @@ def test_batches_come_in_order_from_wherever_they_start(resident: bool) -> None:
     given_up.close()  # the thread that gathers ends with it
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_single_row_at_the_end_joins_the_batch_before(resident: bool) -> None:
+    table = _Table([torch.arange(9)], torch.device("cpu"), resident)
+    order = torch.arange(9)
+    assert [len(rows) for (rows,) in table.batches(order, 4)] == [4, 5]
+    assert [len(rows) for (rows,) in table.batches(order, 4, start=1)] == [5]
+    assert [len(rows) for (rows,) in table.batches(order, 1, start=7)] == [1, 1]
+    assert [len(rows) for (rows,) in table.batches(order[:1], 4)] == [1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batch_normalization_learns_from_any_number_of_rows(accumulate: int) -> None:
+    for count in (65, 97, 129):
+        torch.manual_seed(1)
+        run, net = run_of(), nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 1))
+        fit_torch(net, nn.MSELoss(), rows(count), run, batch_size=64, epochs=2, accumulate=accumulate)
+        assert [p["step"] for p in run.curves.points] == [1, 2]
+
+
 def test_what_goes_wrong_while_gathering_is_raised_where_the_batch_is_taken() -> None:
     table = _Table([torch.arange(10), torch.arange(5)], torch.device("cpu"), resident=False)
     with pytest.raises((IndexError, RuntimeError), match="out of range"):
