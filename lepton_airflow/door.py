@@ -13,11 +13,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, unquote
 
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import (
@@ -278,7 +278,7 @@ def redactor(connections: Mapping[str, Connection]) -> Callable[[str], str]:
 def _secrets(connection: Connection) -> Iterator[str]:
     if connection.password:
         yield connection.password
-    yield from _secrets_in(connection.extra, secret=False)
+    yield from _secrets_in([connection.host, connection.extra], secret=False)
 
 
 def _secrets_in(value: Any, *, secret: bool) -> Iterator[str]:
@@ -292,7 +292,11 @@ def _secrets_in(value: Any, *, secret: bool) -> Iterator[str]:
     elif isinstance(value, str):
         if secret:
             yield value
-        yield from _URL_PASSWORD.findall(value)
+        for password in _URL_PASSWORD.findall(value):
+            yield from (password, unquote(password))  # a driver may tell the one or the other
+        if value.lstrip().startswith("{"):  # Google's keyfile_dict is JSON in JSON
+            with suppress(ValueError):
+                yield from _secrets_in(json.loads(value), secret=False)
 
 
 _SHORTEST_SECRET = 5  # shorter ones would blank ordinary words

@@ -232,6 +232,19 @@ def test_secrets_are_hidden_however_they_are_written_and_words_are_not() -> None
     assert redactor({})(secret) == secret
 
 
+def test_secrets_inside_an_address_or_a_key_file_are_hidden_too() -> None:
+    key_file = json.dumps(
+        {"project_id": "flights", "private_key": "-----BEGIN-----\nEEEEFFFF\n-----END-----\n"}
+    )
+    connection = Connection(
+        "tracking", "http", host="https://me:s3cr%40t-pw@mlflow.example", extra={"keyfile_dict": key_file}
+    )
+    hide = redactor({"tracking": connection})
+    assert hide("https://me:s3cr%40t-pw@mlflow.example") == "https://me:***@mlflow.example"
+    assert hide("s3cr@t-pw\nEEEEFFFF") == "***\n***"
+    assert hide("flights at mlflow.example") == "flights at mlflow.example"
+
+
 def test_a_traceback_of_the_stages_own_logging_hides_secrets_too(tmp_path: Path) -> None:
     from lepton_airflow.__main__ import _Lines
 
