@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lepton_airflow import __version__
 from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, require
 from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage, versions
@@ -120,6 +121,7 @@ class TrainModel(Stage):
                 self.folds,
                 self.fold_by,
                 versions(type(self)),
+                __version__,  # a trainer of the user's may stand on our loop
             ]
         )
         kept = f"checkpoints/{run.run_key}"

@@ -187,7 +187,7 @@ class Stopping:
         return self.left < 0
 
 
-@pytest.mark.parametrize("changed", ["data", "hyperparameters", "seed", "code", "nothing"])
+@pytest.mark.parametrize("changed", ["data", "hyperparameters", "seed", "code", "release", "nothing"])
 def test_another_fit_does_not_go_on_from_the_checkpoint_of_this_one(
     tmp_path: Path,
     user_module: Callable[[str], str],
@@ -214,6 +214,8 @@ def test_another_fit_does_not_go_on_from_the_checkpoint_of_this_one(
     elif changed == "code":
         path = tmp_path / "code" / f"{trainer.partition(':')[0]}.py"
         path.write_text(path.read_text() + "\n# a fix\n")
+    elif changed == "release":
+        monkeypatch.setattr("lepton_airflow.stages.train_model.__version__", "99")
     run = RunInfo.local(tmp_path)
     TrainModel(**parameters).run(run)
     assert ("final: resuming after step 11" in caplog.text) == (changed == "nothing")
