@@ -34,5 +34,5 @@ lint: setup ## Check style, types and the layers of the architecture
 bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py
 
-bench-%: setup ## Run one benchmark (drift, gpu, parse, pipeline, quantize, validate); its last line is one JSON object
+bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, validate); its last line is one JSON object
 	@$(python) benchmarks/run.py $*

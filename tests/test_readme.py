@@ -63,7 +63,26 @@ def test_every_operator_is_in_the_table() -> None:
     assert missing == []
 
 
-def test_every_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
+)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^):]+)\)", page.read_text())
+    assert [link for link in links if not _there(page, link)] == []
+
+
+def _there(page: Path, link: str) -> bool:
+    """Whether a link's file is there, and in it the heading that comes after ``#``."""
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    if not anchor:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if target.exists() else []
+    return anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_make_lists_every_benchmark() -> None:
+    listed = re.search(r"^bench-%:.*\((.*?)\)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert listed
+    there = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "run")
+    assert listed[1].split(", ") == there
