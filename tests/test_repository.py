@@ -29,6 +29,7 @@ SAID_AS = {
     "psycopg2-binary": "psycopg2",
     "pytest-timeout": "mark.timeout",
     "pytest-xdist": "loadfile",
+    "PyYAML": "yaml",
     "s3fs": "s3",
     "scikit-learn": "sklearn",
 }
