@@ -133,12 +133,8 @@ class StageOperator(BaseOperator):
         kept: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Go on after a deferral: the same as :meth:`execute`, for what is done is read off the runner's own place."""
-        event = event or {}
-        if event.get("refused"):
-            raise AirflowFailException(str(event["refused"]))
-        return self._perform(
-            context, {**(kept or {}), **({"read": event["read"]} if "read" in event else {})}
-        )
+        told = {name: event[name] for name in ("read", "refused") if name in event} if event else {}
+        return self._perform(context, {**(kept or {}), **told})
 
     def _perform(self, context: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         """Run the stage; ``kept`` is what the runner kept when it deferred, and the task's deadline."""

@@ -45,6 +45,7 @@ _SOONEST_S = 5.0
 _WATCH_S = 280  # a watch is renewed so often, with the credentials of then
 _SURE_S = 10.0  # a refusal must last so long: an API server that just started knows no roles yet
 _AWAY_S = 15.0  # longest pause between two questions to an API server that is away
+_AWAY_LIMIT_S = 900.0  # then the worker asks, and fails the try if it gets no answer either
 _LOG_BYTES = (
     1 << 20
 )  # of one look: what is more is left to the worker, so that one task's log holds up no other's
@@ -120,8 +121,8 @@ class PodTrigger(BaseTrigger):
 
     async def _change(self, namespace: _Namespace) -> str:
         """Until the next step is another than to wait; what the API server refused, if it did."""
-        await namespace.first_look()
-        while not namespace.refused:
+        await self._first_look(namespace)
+        while not namespace.refused and not self._late(namespace):
             step = self._decide(namespace.pods[self.run_key].values())
             if step.do not in ("wait", "take"):  # what is seen here may be late: ask
                 found = await namespace.look(self.run_key)
@@ -136,6 +137,9 @@ class PodTrigger(BaseTrigger):
                     wait_s = _LOOK_S
             if step.until is not None:
                 wait_s = min(wait_s, max(0.1, step.until - time.time()))
+            deadline = self.clocks["deadline"]
+            if deadline is not None:
+                wait_s = min(wait_s, max(0.1, deadline - time.time()))
             await namespace.change(self.run_key, wait_s)
         return namespace.refused
 
@@ -151,17 +155,25 @@ class PodTrigger(BaseTrigger):
 
     async def _room(self, namespace: _Namespace) -> str:
         """Until the API server would take the pod; what it refused for good, if it did."""
-        await namespace.first_look()
-        while not namespace.refused:
+        await self._first_look(namespace)
+        while not namespace.refused and not self._late(namespace):
             found = await namespace.would_take(self.refused or {})
-            if found is None or found.then != "wait":
+            if found is None or found.then != "wait" or found.reason == "Conflict":
                 return ""  # the worker meets the same answer, and says it
             self._say(f"waiting: {found.sentence}")
             await asyncio.sleep(_CREATE_S)
-            deadline = self.clocks["deadline"]
-            if deadline is not None and time.time() >= deadline:
-                return ""
         return namespace.refused
+
+    async def _first_look(self, namespace: _Namespace) -> None:
+        while not namespace.looked and not self._late(namespace):
+            deadline = self.clocks["deadline"]
+            left = _AWAY_S if deadline is None else max(0.0, deadline - time.time())
+            await namespace.first_look(min(_AWAY_S, left))
+
+    def _late(self, namespace: _Namespace) -> bool:
+        """Whether the worker must act though nobody answers here: the task's time is over, or the server is long away."""
+        deadline = self.clocks["deadline"]
+        return (deadline is not None and time.time() >= deadline) or namespace.away_s >= _AWAY_LIMIT_S
 
     def _say(self, what: str) -> None:
         if what != self._said:
@@ -171,7 +183,13 @@ class PodTrigger(BaseTrigger):
     async def _forward(self, namespace: _Namespace, pod: Seen) -> None:
         """New lines of the pod into the task's log, as many as one look may bring."""
         if self._hide is None:
-            self._hide = await _redactor(self.connections)
+            try:
+                self._hide = await _redactor(self.connections)
+            except Exception as error:  # noqa: BLE001 - whatever a secrets backend raises: the worker reads the log at the end
+                self._say(
+                    f"the log comes at the end, for a Connection cannot be read here: {type(error).__name__}"
+                )
+                return
         for container in containers(pod):
             after = self.read.get(container, "")
             if container_state(pod, container)[0] == "waiting":
@@ -186,7 +204,7 @@ class PodTrigger(BaseTrigger):
         if self._fired or self.owned is None:
             return
         async with _shared(self.cluster, self.namespace) as namespace:
-            await namespace.first_look()
+            await namespace.first_look(_AWAY_S)
             for _ in range(30):  # Airflow ends this after its own limit
                 found = await namespace.look(self.run_key)
                 pod = next((p for p in found or () if p["metadata"]["uid"] == self.owned), None)
@@ -233,6 +251,7 @@ class _Namespace:
         self.refused = ""
         self._api: Any = None
         self._looked = asyncio.Event()
+        self._away_since: float | None = time.monotonic()
         self._changes: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._selector = f"{MANAGED_BY}={MANAGER}"
 
@@ -250,9 +269,10 @@ class _Namespace:
                 async with hook.get_conn() as client:
                     self._api = core(client)
                     version = await self._list()
-                    pause, unsure_since = 0.5, None
+                    pause, unsure_since, self._away_since = 0.5, None, None
                     await self._watch(version)
             except Exception as error:  # noqa: BLE001 - whatever it is, the tasks must not fail for it: it is tried again
+                self._away_since = self._away_since or time.monotonic()
                 log.warning("the pods of namespace %s cannot be watched now: %s", self.namespace, error)
                 if isinstance(error, (_Refusal, BadConfiguration)):
                     unsure_since = unsure_since or time.monotonic()
@@ -309,9 +329,20 @@ class _Namespace:
             self.pods[run_key][uid] = pod
         self._changes[run_key].set()
 
-    async def first_look(self) -> None:
-        """Until the pods are known, or may not be."""
-        await self._looked.wait()
+    @property
+    def looked(self) -> bool:
+        """Whether the pods are known, or may not be."""
+        return self._looked.is_set()
+
+    @property
+    def away_s(self) -> float:
+        """For how long nobody has answered."""
+        return 0.0 if self._away_since is None else time.monotonic() - self._away_since
+
+    async def first_look(self, within_s: float) -> None:
+        """Until the pods are known, or may not be, or so many seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._looked.wait(), within_s)
 
     async def change(self, run_key: str, within_s: float) -> None:
         """Until something about the run's pods changes, or so many seconds."""

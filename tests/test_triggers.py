@@ -264,6 +264,22 @@ def test_a_deadline_fires(api: ApiServer, trigger: Any) -> None:
     assert asyncio.run(fired(waiting))[0]["refused"] == ""
 
 
+def test_a_deadline_fires_also_while_nobody_answers(api: ApiServer, trigger: Any) -> None:
+    api.refuse = 503, "etcd is away"
+    waiting = trigger("run")
+    waiting.clocks = {**waiting.clocks, "deadline": time.time() + 0.5}
+    assert asyncio.run(fired(waiting))[0]["refused"] == ""
+
+
+def test_the_worker_asks_where_a_server_is_away_for_long(
+    api: ApiServer, trigger: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.refuse = 503, "etcd is away"
+    monkeypatch.setattr(triggers, "_AWAY_S", 0.1)
+    monkeypatch.setattr(triggers, "_AWAY_LIMIT_S", 0.5)
+    assert asyncio.run(fired(trigger("run")))[0]["refused"] == ""
+
+
 def test_a_full_quota_is_asked_again_by_a_dry_run(api: ApiServer, trigger: Any) -> None:
     api.full = True
 

@@ -166,12 +166,12 @@ class Cluster:
         :raises Refused: the pod may not be made; the Secret is gone again then.
         """
         name, where = pod["metadata"]["name"], f"in namespace {self.namespace}"
+        pod = self._mutated(pod)  # the installation's own code: it may raise, and then no Secret is left
         self._ask(
             f"create a secret {where}",
             lambda: self._core.create_namespaced_secret(self.namespace, secret, _preload_content=False),
             {409: None},  # an earlier call that seemed to fail
         )
-        pod = self._mutated(pod)
         try:
             made = self._ask(
                 f"create pod {name} {where}",
@@ -341,7 +341,8 @@ class Cluster:
         from kubernetes.client import ApiException
 
         started, pause = time.monotonic(), 0.5
-        lost: tuple[type[Exception], ...] = (OSError, *_away())
+        # A proxy before a server that is away may answer with a page of its own.
+        lost: tuple[type[Exception], ...] = (OSError, json.JSONDecodeError, *_away())
         while True:
             try:
                 return json.loads(call().data)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from lepton_airflow.pods import ADMITTED, CONTAINER, QUEUE, REQUEST, SETTLED, SUBMISSION, TRY
+from lepton_airflow.pods import ADMITTED, CONTAINER, LOCAL_TRY, QUEUE, REQUEST, SETTLED, SUBMISSION, TRY
 from lepton_airflow.pods.diagnosis import Diagnosis, diagnose
 
 Seen = Mapping[str, Any]  # a pod as the API server's JSON
@@ -124,7 +124,8 @@ def container_state(pod: Seen, name: str = CONTAINER) -> tuple[str, Mapping[str,
 
 def containers(pod: Seen) -> list[str]:
     """The containers whose lines are the task's: those that prepare, in their order, and the stage's."""
-    return [c["name"] for c in pod["spec"].get("initContainers") or ()] + [CONTAINER]
+    init = pod["spec"].get("initContainers") or ()
+    return [c["name"] for c in init if c.get("restartPolicy") != "Always"] + [CONTAINER]  # those are sidecars
 
 
 def ended(pod: Seen) -> Mapping[str, Any] | None:
@@ -204,7 +205,7 @@ def _worth_adopting(pod: Seen, try_id: str, digest: str) -> bool:
     end = ended(pod)
     if end is not None and end.get("exitCode") != 0:
         return False  # failed: submitted again
-    return note(pod, TRY) == try_id or note(pod, REQUEST) == digest
+    return note(pod, REQUEST) == digest or note(pod, TRY) == try_id != LOCAL_TRY
 
 
 def _gone_by(pod: Seen) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import secrets
 import threading
@@ -22,9 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self
 
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import (
+    DO_NOT_RETRY,
     PREEMPTED,
     BadConfiguration,
     ContractError,
+    PodFailed,
     Preempted,
     RunnerError,
     did_you_mean,
@@ -40,6 +43,7 @@ log = logging.getLogger("lepton_airflow.stage")
 
 _QUIET_S = 30.0  # a log without a line for so long is asked for again, and the pod is looked at
 _POLL_S = 5.0
+_FOLLOW_S = 60.0  # a log that never pauses is left for a look at the pod so often
 _LATE_STORE_S = (
     60.0  # how long a receipt may take to be seen here once the pod says that it wrote it (NFS, S3)
 )
@@ -174,6 +178,7 @@ class _Held:
     read: dict[str, str] = field(
         default_factory=dict
     )  # container: the time of its last line in the task's log
+    refused: str = ""  # why the triggerer may not wait for the pod
 
 
 class _Run:
@@ -245,7 +250,8 @@ class _Run:
         return step, version, pods
 
     def _act(self, step: Step, version: str, pods: list[dict[str, Any]]) -> Receipt | None:
-        from lepton_airflow.pods import ADMITTED
+        from lepton_airflow.pods import ADMITTED, TRY
+        from lepton_airflow.pods.lifecycle import note
 
         pod = step.pod
         if step.do in ("take", "gone"):
@@ -256,6 +262,8 @@ class _Run:
         if step.do == "create":
             self._submit(pods)
             return None
+        if step.do in ("adopt", "delete") and self.held.resubmitted and pod and note(pod, TRY) != self.try_id:
+            step = replace(step, do="lost")  # made since this try began: Airflow has started a later one
         assert pod is not None or step.do == "late"
         if step.do == "late":
             self._too_late(step)
@@ -282,7 +290,7 @@ class _Run:
 
     def _submit(self, pods: Sequence[Seen]) -> None:
         from lepton_airflow.pods.cluster import Refused
-        from lepton_airflow.pods.lifecycle import next_number
+        from lepton_airflow.pods.lifecycle import ended, leaving, next_number
         from lepton_airflow.pods.manifest import submission
 
         number, nonce = next_number(pods, self.held.number), secrets.token_hex(16)
@@ -291,6 +299,11 @@ class _Run:
         )
         if self.held.refused_since is None:
             self.cluster.sweep_secrets()
+            for old in (
+                pods if not self.held.resubmitted else ()
+            ):  # of a try whose worker died: it holds a Secret
+                if self.settings.keep_pod == "never" and ended(old) is not None and not leaving(old):
+                    self.cluster.delete(old)
         try:
             made = self.cluster.submit(secret, pod)
         except Refused as error:
@@ -330,7 +343,10 @@ class _Run:
         if self._defers():
             self._defer()
         started = time.monotonic()
-        if not self._read_logs(step.pod) or time.monotonic() - started < 1:
+        if (
+            not self._read_logs(step.pod, min(step.until, time.time() + _FOLLOW_S))
+            or time.monotonic() - started < 1
+        ):
             self.cluster.wait(self.request.run_key, version, max(1.0, min(_POLL_S, step.until - time.time())))
 
     def _wait_for_room(self, diagnosis: Diagnosis, pod: dict[str, Any]) -> None:
@@ -362,6 +378,13 @@ class _Run:
 
         from lepton_airflow.triggers import PodTrigger
 
+        if self.held.refused:
+            self.delete_own()  # nobody would wait for it
+            raise PodFailed(
+                f"{self.request.stage} cannot wait without a worker slot: {self.held.refused}",
+                "Forbidden",
+                DO_NOT_RETRY,
+            )
         s, clocks = self.settings, self.clocks
         if self.held.refused_since is not None:
             until = self.held.refused_since + clocks.admission_s
@@ -390,8 +413,11 @@ class _Run:
             log.info("%s", what)
             self.said = what
 
-    def _read_logs(self, pod: Seen) -> bool:
-        """Bring the lines that were not logged yet into the task's log, following them; whether there were any."""
+    def _read_logs(self, pod: Seen, until: float = math.inf) -> bool:
+        """Bring the lines that were not logged yet into the task's log, following them; whether there were any.
+
+        :param until: when to leave a log that goes on [Unix time].
+        """
         from lepton_airflow.pods.lifecycle import container_state, containers
 
         any_lines = False
@@ -405,6 +431,8 @@ class _Run:
                 self.last_lines.append(text)
                 self.held.read[container] = stamp
                 any_lines = True
+                if time.time() >= until:
+                    break
         return any_lines
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -472,7 +500,7 @@ class _Run:
 
     def _fail(self, pod: Seen | None, diagnosis: Diagnosis) -> None:
         """Submit again where that is the remedy and the limit allows it; else raise."""
-        from lepton_airflow.pods.diagnosis import error_of
+        from lepton_airflow.pods.diagnosis import error_of, spent
 
         again = diagnosis.then == "resubmit" and self._may_resubmit() and not self.cancelled
         if not again:
@@ -481,7 +509,8 @@ class _Run:
         if self.cancelled:
             raise Preempted(f"{self.request.stage} was asked to stop, and its pod was deleted.")
         if not again:
-            raise error_of(diagnosis)
+            limit = self.settings.preemption_limit
+            raise error_of(spent(diagnosis, limit) if diagnosis.then == "resubmit" else diagnosis)
         self.held.resubmitted += 1
         log.warning(
             "%s (%d of at most %d times)",
@@ -502,10 +531,7 @@ class _Run:
         if step.phase == "deadline":
             raise _timed_out(self.request)
         limit_s = getattr(self.clocks, f"{step.phase}_s")
-        setting = {"admission": "admission", "schedule": "schedule", "start": "start", "run": "run"}[
-            step.phase
-        ]
-        raise error_of(expired(f"{setting}_timeout_s", limit_s, step.diagnosis))
+        raise error_of(expired(f"{step.phase}_timeout_s", limit_s, step.diagnosis))
 
     def _report(self, pod: Seen | None) -> None:
         """Log what somebody who looks at a failure wants to see: the events, and the last lines that the stage wrote."""
@@ -557,14 +583,20 @@ class _Run:
         Found by the try's id, for the signal may have come before the uid of a new pod was known here.
         """
         from lepton_airflow.pods import SETTLED, TRY
+        from lepton_airflow.pods.cluster import Refused
         from lepton_airflow.pods.lifecycle import leaving, note
 
         cluster = self.cluster.apart()
-        for _ in range(5):  # a pod may change while it is looked at
-            pods, _version = cluster.look(self.request.run_key)
-            own = [p for p in pods if note(p, TRY) == self.try_id and not note(p, SETTLED) and not leaving(p)]
-            if all(cluster.delete(pod) for pod in own):
-                return
+        try:
+            for _ in range(5):  # a pod may change while it is looked at
+                pods, _version = cluster.look(self.request.run_key)
+                own = [
+                    p for p in pods if note(p, TRY) == self.try_id and not note(p, SETTLED) and not leaving(p)
+                ]
+                if all(cluster.delete(pod) for pod in own):
+                    return
+        except (Refused, RunnerError) as error:  # what stopped the task is not to be hidden by this
+            log.error("the pod of %s goes on, for it could not be deleted: %s", self.request.stage, error)  # noqa: TRY400
 
 
 # The states in which Airflow has no more use for a task's work. `restarting` is not among them: the next try adopts.
@@ -684,11 +716,13 @@ def _check(s: Pod) -> None:
         refuse("gpus", "a whole number, zero or more")
     for name in _NUMBERS:
         value = getattr(s, name)
-        if value is not None and (not isinstance(value, (int, float)) or value <= 0):
+        if value is None and name == "schedule_timeout_s":
+            continue
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             refuse(name, "seconds, more than zero")
-    if s.grace_s < 0:
+    if not isinstance(s.grace_s, (int, float)) or not 0 <= s.grace_s < math.inf:
         refuse("grace_s", "seconds, zero or more")
-    if s.preemption_limit < 0:
+    if not isinstance(s.preemption_limit, int) or s.preemption_limit < 0:
         refuse("preemption_limit", "a whole number, zero or more")
     for name, allowed in (
         ("keep_pod", ("never", "failed", "always")),
@@ -732,6 +766,10 @@ def _check_volume(volume: Any) -> None:
             f"Pod(volumes=…): {volume!r} needs a name, a mount and one of {', '.join(_SOURCES)}: {form}."
         )
     for key in ("name", "mount"):
+        if not isinstance(volume[key], str):
+            raise BadConfiguration(
+                f"Pod(volumes=…): {key}={volume[key]!r} is no text; expected as in {form}."
+            )
         good = _NAME.fullmatch(volume[key]) if key == "name" else volume[key].startswith("/")
         if not good and not _is_template(volume[key]):
             raise BadConfiguration(f"Pod(volumes=…): {key}={volume[key]!r}; expected as in {form}.")

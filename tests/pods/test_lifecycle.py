@@ -4,8 +4,17 @@ from typing import Any
 
 import pytest
 
-from lepton_airflow.pods import ADMITTED, QUEUE, REQUEST, SETTLED, SUBMISSION, TRY
-from lepton_airflow.pods.lifecycle import Clocks, Step, decide, ended, next_number, phase_of, seconds
+from lepton_airflow.pods import ADMITTED, LOCAL_TRY, QUEUE, REQUEST, SETTLED, SUBMISSION, TRY
+from lepton_airflow.pods.lifecycle import (
+    Clocks,
+    Step,
+    containers,
+    decide,
+    ended,
+    next_number,
+    phase_of,
+    seconds,
+)
 
 MADE = "2026-01-01T00:00:00Z"
 T0 = seconds(MADE)
@@ -168,6 +177,17 @@ def test_a_sidecar_that_runs_on_does_not_hold_the_end_back() -> None:
     both["status"]["phase"] = "Running"
     both["status"]["containerStatuses"].append({"name": "proxy", "state": {"running": {}}})
     assert ended(both) == {"exitCode": 0}
+
+
+def test_a_sidecar_that_never_ends_is_not_read() -> None:
+    first, proxy = {"name": "fetch"}, {"name": "proxy", "restartPolicy": "Always"}
+    assert containers({"spec": {"initContainers": [first, proxy]}}) == ["fetch", "stage"]
+
+
+def test_without_airflow_only_an_equal_request_is_gone_on_with() -> None:
+    pods = [running(try_id=LOCAL_TRY, digest="x")]
+    found = decide(pods, owned=None, try_id=LOCAL_TRY, digest="same", clocks=CLOCKS, now=T0)
+    assert found.do == "delete"
 
 
 def test_an_evicted_pod_without_container_states_has_ended() -> None:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, RunnerError
+from lepton_airflow.errors import DO_NOT_RETRY, BadConfiguration, BadInput, PodFailed, Preempted, RunnerError
 from lepton_airflow.pods import LOCAL_TRY, NONCE, REQUEST, SUBMISSION, TRY
 from lepton_airflow.runners import Pod
 from lepton_airflow.store import Store
@@ -40,6 +41,10 @@ REQUESTED = Request(stage="Copy", parameters={}, store="")
         ({"keep_pod": "sometimes"}, "one of never, failed, always"),
         ({"image_pull_policy": "always"}, "one of Always"),
         ({"run_timeout_s": 0}, "seconds, more than zero"),
+        ({"run_timeout_s": float("inf")}, "seconds, more than zero"),
+        ({"start_timeout_s": None}, "seconds, more than zero"),
+        ({"grace_s": "30"}, "seconds, zero or more"),
+        ({"volumes": [{"name": 3, "mount": "/d", "pvc": "x"}]}, "name=3 is no text"),
         ({"preemption_limit": -1}, "whole number"),
         ({"pod_template": 7}, "path of a YAML file"),
     ],
@@ -93,6 +98,12 @@ class Recorder:
     def own_secret(self, _pod: Any) -> None:
         pass
 
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def apart(self) -> Recorder:
+        return self
+
     def submit(self, secret: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
         self.done.append(("submit", pod["metadata"]["name"]))
         raise RunnerError("submitted again")
@@ -135,7 +146,9 @@ def receipt(request: Request, **changes: Any) -> Receipt:
 def conclude(request_: Request, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Go on after a deferral, among these pods."""
 
-    def call(*pods: dict[str, Any], **settings: Any) -> tuple[Receipt, list[Any]]:
+    def call(
+        *pods: dict[str, Any], held: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+    ) -> tuple[Receipt, list[Any]]:
         mount = {"name": "store", "mount": request_.store, "host_path": request_.store}
         cluster = Recorder(*pods)
         monkeypatch.setattr("lepton_airflow.pods.cluster.Cluster", lambda *_a, **_k: cluster)
@@ -143,7 +156,7 @@ def conclude(request_: Request, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("lepton_airflow.runners.pod._LATE_STORE_S", 0.0)
         call.cluster = cluster  # type: ignore[attr-defined]
         runner = Pod(image="stage:1", volumes=[mount], **settings)
-        kept = {"uid": "u", "nonce": "ours", "number": 1}
+        kept = {"uid": "u", "nonce": "ours", "number": 1, **held}
         return runner.run(request_, [], {"ti": SimpleNamespace(id=LOCAL_TRY), "lepton": kept}), cluster.done
 
     return call
@@ -202,6 +215,56 @@ def test_a_pod_that_another_try_took_over_is_left_to_it(request_: Request, concl
     with pytest.raises(RunnerError, match="another try of this task has taken pod pod-1 over"):
         conclude(ended_pod(0, try_id="another"))
     assert conclude.cluster.done == []
+
+
+def running_pod(**settings: Any) -> dict[str, Any]:
+    pod = ended_pod(0, **settings)
+    pod["metadata"] |= {"creationTimestamp": "2999-01-01T00:00:00Z"}
+    pod["status"] = {"phase": "Running", "containerStatuses": [{"name": "stage", "state": {"running": {}}}]}
+    return pod
+
+
+def test_a_pod_that_no_triggerer_may_wait_for_is_deleted(conclude: Any) -> None:
+    with pytest.raises(
+        PodFailed, match="Copy cannot wait without a worker slot: sa may not watch pods"
+    ) as failed:
+        conclude(running_pod(), deferrable=True, held={"refused": "sa may not watch pods"})
+    assert failed.value.exit_code == DO_NOT_RETRY
+    assert conclude.cluster.done == [("delete", "pod-1")]
+
+
+def test_a_pod_of_a_later_try_is_neither_taken_nor_deleted(conclude: Any) -> None:
+    held = {"uid": None, "nonce": "", "resubmitted": 1}
+    with pytest.raises(RunnerError, match="another try of this task has taken pod pod-1 over"):
+        conclude(running_pod(try_id="later"), held=held)
+    assert conclude.cluster.done == []
+
+
+def test_the_limit_of_resubmissions_is_told(conclude: Any) -> None:
+    with pytest.raises(PodFailed, match="submitted again 0 times in this try, as preemption_limit=0 allows"):
+        conclude(preemption_limit=0)
+
+
+def test_what_a_dead_try_left_goes_before_the_next_pod_comes(conclude: Any) -> None:
+    with pytest.raises(RunnerError, match="submitted again"):
+        conclude(ended_pod(1, try_id="dead"), held={"uid": None, "nonce": "", "number": 0})
+    assert [what for what, _ in conclude.cluster.done] == ["delete", "submit"]
+
+
+def test_a_log_that_never_pauses_is_left_for_a_look_at_the_pod(
+    conclude: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = running_pod()
+
+    def endless(*_: Any) -> Iterator[tuple[str, str]]:
+        while True:
+            ours["metadata"]["annotations"][TRY] = "later"
+            yield "2026-01-01T00:00:00Z", "a line"
+
+    monkeypatch.setattr("lepton_airflow.runners.pod._FOLLOW_S", 0.0)
+    monkeypatch.setattr(Recorder, "log_lines", endless)
+    with pytest.raises(RunnerError, match="another try"):
+        conclude(ours, deferrable=False)
 
 
 def test_a_kept_pod_is_marked_so_that_no_later_try_takes_it(request_: Request, conclude: Any) -> None:
