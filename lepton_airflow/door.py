@@ -129,6 +129,7 @@ def _perform(
     with _prepared(request, store, connections, should_stop) as (stage, run, hit):
         if hit is not None:
             return hit
+        store.check_writable()
         kind, key = type(stage), run.cache_key
         started = time.monotonic()
         result = _run(kind, stage, run)

@@ -230,6 +230,12 @@ class Store:
         with self._errors(f"writing {key}"):
             self._write(key, content)
 
+    def check_writable(self) -> None:
+        """Raise StoreError unless something can be written: asked before hours of work, not after them."""
+        key = f"receipts/.tmp-{secrets.token_hex(8)}"
+        self.write(key, b"")
+        self.delete(key)
+
     def keys(self, prefix: str) -> list[str]:
         """All keys below a prefix, sorted."""
         with self._errors(f"listing {prefix}"):
@@ -480,6 +486,10 @@ class Store:
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _DRIVERS:
                 raise
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if (
+                isinstance(error, PermissionError) and self._local
+            ):  # in a pod, seldom the user who made the folder
+                reason += f" for user {os.geteuid()}"
             raise StoreError(
                 f"store {self.root}: {doing} failed: {reason}. Check that it is reachable, writable and has space; "
                 "nothing that was there is changed."

@@ -6,19 +6,19 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator
-
-from lepton_airflow.pods.lifecycle import seconds
+from datetime import datetime
 
 _LONGEST_LINE = 1 << 16  # bytes; a longer one is cut in pieces, so that no output fills the worker's memory
 _SLACK_S = 30  # lines are asked for by their age: so far may this clock be behind the node's
 # The container runtime cuts lines at 16 KiB, and Kubernetes before 1.24 stamps every part.
 _PART = 1 << 14
-_STAMP_WITHIN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z ")
+# In the time zone of the node.
+_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:\d\d) ")
 
 
 def since_s(stamp: str) -> int:
     """What ``sinceSeconds`` must be to get all lines after a time, and some before it [seconds]."""
-    return math.ceil(max(1.0, time.time() - seconds(stamp.partition(".")[0].rstrip("Z")))) + _SLACK_S
+    return math.ceil(max(1.0, time.time() - datetime.fromisoformat(stamp).timestamp())) + _SLACK_S
 
 
 def later(stamp: str, than: str) -> bool:
@@ -27,7 +27,10 @@ def later(stamp: str, than: str) -> bool:
 
 
 def lines_of(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """The lines in the bytes of a log, each with its time; a long one in pieces, which share it."""
+    """The lines in the bytes of a log, each with its time; a long one in pieces, which share it.
+
+    A line without a time is left out: with it the kubelet says, in place of a log, that the container is gone.
+    """
     stamp, rest = "", b""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
@@ -44,14 +47,16 @@ def lines_of(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def _taken_apart(stamp: str, line: bytes) -> tuple[str, str]:
-    """The time and the text of a line, or of a further piece of a line that began with ``stamp``."""
+    """The time and the text of a line, or of a further piece of a line that began with ``stamp``; no time if none is there."""
     text = line.decode("utf-8", "replace").rstrip("\r")
-    if not stamp:
-        stamp, _, text = text.partition(" ")
-    return stamp, _STAMP_WITHIN.sub("", text) if len(line) > _PART else text
+    if not stamp and (found := _STAMP.match(text)):
+        stamp, text = found[0].rstrip(), text[found.end() :]
+    return stamp, _STAMP.sub("", text) if len(line) > _PART else text
 
 
 def _pieces(stamp: str, text: str) -> Iterator[tuple[str, str]]:
+    if not stamp:
+        return
     for start in range(0, len(text) or 1, _LONGEST_LINE):
         yield stamp, text[start : start + _LONGEST_LINE]
 

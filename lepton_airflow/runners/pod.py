@@ -604,13 +604,13 @@ _OVER = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"}
 
 
 def state_of(ti: Any) -> str | None:
-    """The state that Airflow has for a task instance now."""
+    """The state that Airflow has for a task instance now; ``removed`` when it knows the task instance no more."""
     found = ti.get_task_states(
         dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index
     )
     states = found.get(ti.run_id, {})
     mapped = ti.map_index is not None and ti.map_index >= 0
-    state = states.get(f"{ti.task_id}_{ti.map_index}" if mapped else ti.task_id)
+    state = states.get(f"{ti.task_id}_{ti.map_index}" if mapped else ti.task_id, "removed")
     return None if state is None else str(getattr(state, "value", state))
 
 

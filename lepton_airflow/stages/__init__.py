@@ -279,7 +279,8 @@ def code_digest(reference: str) -> str:
     folder = _folder_of(top)
     if folder is None:
         raise BadConfiguration(
-            f"{reference!r}: no module {top!r} where the stage runs. Put it beside the DAG file."
+            f"{reference!r}: no module {top!r} where the stage runs. Put it beside the DAG file; for a pod, into the image, on "
+            "PYTHONPATH."
         )
     installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     todo, seen = [top], {top}
