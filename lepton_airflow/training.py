@@ -155,8 +155,7 @@ class TrainerRun:
             self.curves.unit, self.curves.points = saved.unit, saved.points
             self.curves.resumed = [*saved.resumed, reached]
             self.say(f"resuming after step {found.step} from the checkpoint of an earlier try")
-        self._pace.clear()
-        self._pace.append((time.monotonic(), reached))
+            self._pace.clear()  # how much of the way to the next report is behind is not known
         return found
 
     def save_checkpoint(self, step: int, write: Callable[[Path], object]) -> bool:
@@ -195,8 +194,8 @@ class TrainerRun:
         """
         self.curves.unit = unit
         self.curves.add(step, metrics)
-        since, start = self._pace[0]
         now = time.monotonic()
+        since, start = self._pace[0] if self._pace else (now, step)
         self._pace.append((now, step))
         pace = ""
         if step > start and now > since:

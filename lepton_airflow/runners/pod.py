@@ -156,11 +156,19 @@ class Pod(Runner):
         run.delete_own()
 
     def rendered(self, render: Callable[[Any], Any]) -> Self:
-        """A copy with its templates rendered."""
+        """A copy with its templates rendered; raises BadConfiguration for one that cannot be."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return replace(
-            self, **{k: render(v) if isinstance(v, (str, list, dict)) else v for k, v in values.items()}
-        )
+        for name, value in values.items():
+            if isinstance(value, (str, list, dict)):
+                try:
+                    values[name] = render(value)
+                except Exception as error:
+                    if type(error).__module__.partition(".")[0] != "jinja2":
+                        raise
+                    raise BadConfiguration(
+                        f"Pod({name}={value!r}) cannot be rendered: {error}. Mend the template."
+                    ) from None
+        return replace(self, **values)
 
 
 @dataclass
