@@ -203,9 +203,16 @@ class PodTrigger(BaseTrigger):
         """Delete the pod when somebody ends or clears the task while it is deferred; only a pod that this try owns."""
         if self._fired or self.owned is None:
             return
+        # Airflow cancels a trigger anew with every look at its database, a second later: what it calls here, too.
+        killing = asyncio.create_task(self._delete_own())
+        _KILLS.add(killing)
+        killing.add_done_callback(_KILLS.discard)
+        await asyncio.shield(killing)
+
+    async def _delete_own(self) -> None:
         async with _shared(self.cluster, self.namespace) as namespace:
             await namespace.first_look(_AWAY_S)
-            for _ in range(30):  # Airflow ends this after its own limit
+            for _ in range(60):
                 found = await namespace.look(self.run_key)
                 pod = next((p for p in found or () if p["metadata"]["uid"] == self.owned), None)
                 if found is not None and (pod is None or leaving(pod) or note(pod, TRY) != self.try_id):
@@ -424,6 +431,7 @@ async def _checked(response: Any, doing: str) -> None:
     raise _Refusal(diagnosis)
 
 
+_KILLS: set[asyncio.Task[None]] = set()  # a loop itself does not keep its tasks
 # One loop runs all triggers of a process; tests have several.
 _NAMESPACES: dict[tuple[asyncio.AbstractEventLoop, str], tuple[_Namespace, asyncio.Task[None]]] = {}
 

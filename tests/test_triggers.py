@@ -305,6 +305,22 @@ def test_a_kill_deletes_only_what_its_own_try_owns(
     assert (api.count("delete"), len(api.pods)) == (deleted, 1 - deleted)
 
 
+def test_a_kill_goes_on_when_airflow_cancels_it(api: ApiServer, trigger: Any) -> None:
+    """As it does a second after it has called it, and every second from then on."""
+    api.put("run", RUNS)
+
+    async def story() -> None:
+        killing = asyncio.create_task(trigger("run").on_kill())
+        await asyncio.sleep(0)
+        killing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await killing
+        await seen(lambda: api.count("delete") == 1)
+
+    asyncio.run(story())
+    assert len(api.pods) == 0
+
+
 def test_a_row_holds_no_secret_and_makes_the_same_trigger(trigger: Any) -> None:
     path, values = trigger("run").serialize()
     assert path == "lepton_airflow.triggers.PodTrigger"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -235,6 +236,19 @@ class Task:
         self.until(lambda: self.instance["state"] in states, f"one of {states}")
         return str(self.instance["state"])
 
+    def until_watched(self) -> None:
+        """Wait until the triggerer waits for it: of what is ended before, Airflow tells no trigger.
+
+        The first trigger of a triggerer may take a minute to begin on a busy machine, for there Airflow makes its own API.
+        """
+        self.until_state("deferred")
+
+        def watched() -> bool:
+            log = self.arena.airflow.log(self.dag, self.run, "stage", int(self.instance["try_number"]))
+            return re.search(r"pod \S+ runs", log) is not None
+
+        self.until(watched, "its trigger to see it run")
+
     def go(self) -> None:
         """Let the stage end."""
         (self.folder / "go").touch()
@@ -245,7 +259,7 @@ class Task:
         self.until_state("success", "failed")
         seconds = time.monotonic() - self.began
         with suppress(Exception):  # what still runs may be about to be removed
-            self.until(lambda: not self.arena.alive(self.drill), "its pods to end", 20)
+            self.until(lambda: not self.arena.alive(self.drill), "its pods to end", 60)
         instance = self.instance
         tries = int(instance["try_number"])
         log = "\n".join(airflow.log(self.dag, self.run, "stage", n) for n in range(1, tries + 1))
@@ -435,7 +449,7 @@ def marked_failed(arena: Arena, how: str) -> Outcome:
     task = arena.start(how)
     task.until_it_runs()
     if how != "sync":
-        task.until_state("deferred")
+        task.until_watched()
     arena.airflow.api(
         "PATCH", f"/dags/{task.dag}/dagRuns/{task.run}/taskInstances/stage", {"new_state": "failed"}
     )
@@ -447,7 +461,7 @@ def cleared(arena: Arena, how: str) -> Outcome:
     task = arena.start(how)
     task.until_it_runs()
     if how != "sync":
-        task.until_state("deferred")
+        task.until_watched()
     before = task.instance["id"]
     arena.airflow.clear(task.dag, task.run, ["stage"])
     task.until(
@@ -512,7 +526,7 @@ def triggerer_down_and_swept(arena: Arena, how: str) -> Outcome:
     """A person marks the task failed while no triggerer runs that could end its pod; then the pods are swept."""
     task = arena.start(how)
     task.until_it_runs()
-    task.until_state("deferred")
+    task.until_watched()
     arena.airflow.stop_component("triggerer", signal.SIGKILL)
     try:
         arena.airflow.api(
