@@ -36,7 +36,8 @@ class Outcome:
     """How a drill ended.
 
     :ivar state: of the task: ``success``, ``failed``, …
-    :ivar tries: how many of the task's tries were used.
+    :ivar tries: how many of the task's tries were used, without those that Airflow gave up by mistake and keeps no record of: it
+        takes a resumed task for a dead one when its scheduler hears late that the worker had deferred it.
     :ivar pods: how many pods were ever made for it, by uid.
     :ivar alive: how many of them still ran when the task had ended.
     :ivar starts: how often the stage itself began.
@@ -255,24 +256,30 @@ class Task:
 
     def end(self, **notes: Any) -> Outcome:
         """Wait for the end of the run."""
-        airflow = self.arena.airflow
         self.until_state("success", "failed")
         seconds = time.monotonic() - self.began
         with suppress(Exception):  # what still runs may be about to be removed
             self.until(lambda: not self.arena.alive(self.drill), "its pods to end", 60)
         instance = self.instance
-        tries = int(instance["try_number"])
-        log = "\n".join(airflow.log(self.dag, self.run, "stage", n) for n in range(1, tries + 1))
+        logs = [self._log(n) for n in range(1, int(instance["try_number"]) + 1)]
         return Outcome(
             state=instance["state"],
-            tries=tries,
+            tries=len([text for text in logs if text is not None]),
             pods=len(self.arena.pods_of(self.drill)),
             alive=len(self.arena.alive(self.drill)),
             starts=len(self.starts),
-            log=log,
+            log="\n".join(text or "(a try without a record)" for text in logs),
             seconds=round(seconds, 1),
             notes=notes,
         )
+
+    def _log(self, n: int) -> str | None:
+        try:
+            return self.arena.airflow.log(self.dag, self.run, "stage", n)
+        except LeptonError as error:
+            if ": 404 " in str(error):
+                return None
+            raise
 
 
 class Proxy:
@@ -525,7 +532,7 @@ def component_killed(arena: Arena, how: str, component: str) -> Outcome:
 def triggerer_down_and_swept(arena: Arena, how: str) -> Outcome:
     """A person marks the task failed while no triggerer runs that could end its pod; then the pods are swept."""
     task = arena.start(how)
-    task.until_it_runs()
+    pod = task.until_it_runs()
     task.until_watched()
     arena.airflow.stop_component("triggerer", signal.SIGKILL)
     try:
@@ -538,7 +545,7 @@ def triggerer_down_and_swept(arena: Arena, how: str) -> Outcome:
     finally:
         arena.airflow.start_component("triggerer")
     task.until(lambda: _heartbeat(arena, "triggerer"), "the triggerer to be back", 120)
-    return task.end(left=left, printed=printed)
+    return task.end(left=left, printed=printed, pod=pod)
 
 
 def pods_command(arena: Arena, *arguments: str) -> str:

@@ -132,8 +132,8 @@ def test_marking_failed_ends_the_pod(drilled: Drilled) -> None:
 def test_clearing_ends_with_exactly_one_live_pod(drilled: Drilled) -> None:
     outcome = drilled["cleared"].result()
     assert outcome.notes["alive_after_clear"] == 1
-    assert (outcome.state, outcome.alive) == ("success", 0)
-    assert outcome.pods <= 2
+    assert (outcome.state, outcome.alive) == ("success", 0), outcome.log[-3000:]
+    assert outcome.pods <= 2, outcome.log[-3000:]
 
 
 def test_exit_code_0_without_a_receipt_is_a_failure(drilled: Drilled) -> None:
@@ -167,5 +167,5 @@ def test_a_pod_that_no_triggerer_could_end_is_swept(arena: Arena, drilled: Drill
     listed, swept = outcome.notes["printed"]
     assert outcome.notes["left"] == 1
     assert "drill_deferred.stage" in listed
-    assert "may go: its task is failed in Airflow" in swept
-    assert "1 pods and 0 Secrets deleted" in swept
+    (line,) = (line for line in swept.splitlines() if outcome.notes["pod"] in line)
+    assert line.endswith("may go: its task is failed in Airflow")
