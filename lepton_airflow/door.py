@@ -32,6 +32,9 @@ from lepton_airflow.store import Connection, Store, now
 
 log = logging.getLogger(__name__)
 
+_QUICKLY_READ = (
+    64 << 20
+)  # bytes; a tenth of a second for their digest, where a process takes half a second to start
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
 
@@ -76,15 +79,18 @@ def perform(
 def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt | None:
     """The receipt of an equal earlier run, kept as this one's too; None when the stage has to run.
 
-    For a runner whose stages run in this very interpreter: a cached task then need not start one. Asked only where all
-    inputs are pinned, since other inputs are read whole to know their digest, which a miss would do twice. Whatever goes
-    wrong is left to :func:`perform`, which meets it again and says it.
+    For a runner whose stages run in this very interpreter: a cached task then need not start one. Asked only where the
+    digests of the inputs are known or quickly found: a miss finds them twice. Whatever goes wrong is left to
+    :func:`perform`, which meets it again and says it.
     """
     try:
         stage = build(request.stage, request.parameters)
-        if request.cache != "use" or not stage.cacheable or not stage.all_pinned():
+        if request.cache != "use" or not stage.cacheable:
             return None
         store = Store(request.store, connections.get(request.store_connection or ""))
+        to_read = stage.bytes_to_digest(store)
+        if to_read is None or to_read > _QUICKLY_READ:
+            return None
         with _prepared(request, store, connections, lambda: False) as (_, _, hit):
             if hit is not None:
                 store.record(hit)

@@ -20,7 +20,7 @@ from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.dataset import SCRATCH, first_line, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, require
 from lepton_airflow.lakes import FORMATS, Lake, check_lake, lake_digest, open_lake
-from lepton_airflow.store import Connection, Store, digest_path
+from lepton_airflow.store import Connection, Store, digest_path, total_bytes
 
 if TYPE_CHECKING:
     import duckdb
@@ -201,6 +201,13 @@ class Source:
         if self.format in FORMATS:
             return lake_digest(self, run)
         return digest_of([digest_path(path)[0] for path in self.files(run)])
+
+    def local_bytes(self, store: Store) -> int | None:
+        """How large its files are [bytes]; None of a table, and of files elsewhere."""
+        if self.sql or self.format in FORMATS or self.connection:
+            return None
+        patterns = [self.uri] if isinstance(self.uri, str) else list(self.uri)
+        return total_bytes(store.local_bytes(pattern) for pattern in patterns)
 
     def place(self, version: int | None) -> str:
         """Where the rows of a table come from, for the log."""

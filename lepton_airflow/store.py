@@ -20,7 +20,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -182,6 +182,19 @@ class Store:
             base = path.rstrip("/")
             names = sorted(p[len(base) + 1 :] for p in fs.find(base))
             return digest_of([[n, self._stream_digest(fs, f"{base}/{n}")] for n in names])
+
+    def local_bytes(self, pattern: str) -> int | None:
+        """How large the files are that a URI or a pattern names [bytes]; None where they are not of this machine, or not there."""
+        plain, _ = split_pin(pattern)
+        fs, _ = self._resolve(plain)
+        if not _is_local(fs):
+            return None
+        found = [Path(self._resolve(uri)[1]) for uri in self.glob(plain)]
+        return (
+            sum(f.stat().st_size for path in found for f in (_files(path) if path.is_dir() else [path]))
+            if found
+            else None
+        )
 
     def glob(self, uri: str) -> list[str]:
         """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted; a plain URI if it exists.
@@ -523,6 +536,16 @@ def _created(entry: Receipt) -> float:
 def now() -> str:
     """The time in UTC as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def total_bytes(sizes: Iterable[int | None]) -> int | None:
+    """The sum of the sizes, None as soon as one is not known."""
+    known = 0
+    for size in sizes:
+        if size is None:
+            return None
+        known += size
+    return known
 
 
 def digest_path(path: Path) -> tuple[str, int]:

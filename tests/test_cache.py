@@ -101,7 +101,7 @@ def run(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def test_a_hit_on_pinned_inputs_is_known_before_anything_is_started(run: Bench) -> None:
+def test_a_hit_is_known_before_anything_is_started(run: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(text: str = run.text, cache: str = "use", stage: str = "Shout") -> Receipt | None:
         identity = RunIdentity(run_id="two")
         request = Request(stage, {"text": text}, run.store.root, identity, cache=cache)
@@ -115,7 +115,11 @@ def test_a_hit_on_pinned_inputs_is_known_before_anything_is_started(run: Bench) 
     known = asked()
     assert known is not None
     assert (known.status, known.artifacts) == ("cached", first.artifacts)
-    assert asked(text=split_pin(run.text)[0]) is None  # its bytes would have to be read
+    assert asked(text=split_pin(run.text)[0]) == known  # quickly read
+    with monkeypatch.context() as less:  # as many bytes would have to be read twice on a miss
+        less.setattr("lepton_airflow.door._QUICKLY_READ", 1)
+        assert asked() == known
+        assert asked(text=split_pin(run.text)[0]) is None
     assert asked(cache="refresh") is None
     assert asked(stage="Announce") is None
     assert asked(stage="Shuot") is None  # for the door to say

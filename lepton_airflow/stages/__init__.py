@@ -30,7 +30,7 @@ from typing import Annotated, Any, ClassVar
 
 from lepton_airflow.contract import Artifact, RunIdentity, Window, digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, Preempted, did_you_mean
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store import Connection, Store, total_bytes
 
 log = logging.getLogger(__name__)
 
@@ -175,16 +175,17 @@ class Stage:
                     digests[key] = code_digest(value)
         return digests
 
-    def all_pinned(self) -> bool:
-        """Whether the stage has artifacts among its fields, and each carries its digest."""
-        found = [
+    def bytes_to_digest(self, store: Store) -> int | None:
+        """How much :meth:`input_digests` would read [bytes]; None: more than local files, or nobody knows."""
+        values = [
             value
             for name, marker in markers(type(self)).items()
             if marker == "artifact"
             for value in _flat(getattr(self, name))
             if not is_inline(value)
         ]
-        return bool(found) and all(split_pin(value)[1] for value in found)
+        sizes = [0 if split_pin(value)[1] else store.local_bytes(value) for value in values]
+        return total_bytes(sizes) if values else None
 
     def connection_ids(self) -> list[str]:
         """Ids of the Airflow Connections this stage needs: the fields of type ConnectionId that are set."""

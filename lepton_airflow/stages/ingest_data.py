@@ -27,6 +27,7 @@ from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_m
 from lepton_airflow.sorting import MIN_MEMORY_MB, sort_parquet
 from lepton_airflow.sources import Landed, Landing, NoFiles, Source
 from lepton_airflow.stages import Result, RunInfo, Stage
+from lepton_airflow.store import Store, total_bytes
 
 if TYPE_CHECKING:
     import duckdb
@@ -86,6 +87,10 @@ class IngestData(Stage):
             digests = {source.name: source.digest(run) for source in self._sources()}
         known = {name: digest for name, digest in digests.items() if digest is not None}
         return known if len(known) == len(digests) else None
+
+    def bytes_to_digest(self, store: Store) -> int | None:
+        """The size of the sources' files; None as soon as one is a table, or not of this machine."""
+        return total_bytes(source.local_bytes(store) for source in self._sources())
 
     def connection_ids(self) -> list[str]:
         """The Connections that the sources name."""

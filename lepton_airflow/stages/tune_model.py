@@ -7,13 +7,18 @@ import hashlib
 import json
 import logging
 import math
+import shutil
+import sqlite3
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lepton_airflow.checkpoints import Checkpoints
 from lepton_airflow.contract import Artifact, digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Preempted, StoreError, require
 from lepton_airflow.stages import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
@@ -56,7 +61,8 @@ class TuneModel(Stage):
     :param trials: finished trials (also pruned or failed) after which it ends, over all tries of this run [trials].
     :param timeout_s: stop starting work after so long, over all tries of this run, once one trial is complete [s].
     :param workers: trials at the same time, each in its own process [processes].
-    :param storage: Optuna storage URL without a password; None: a file in the store, when that is a local directory.
+    :param storage: Optuna storage URL without a password; None: a file in the store, copied there after every trial where
+        the store is no local directory.
     :param storage_connection: Airflow Connection of the database to use as storage, instead of ``storage``.
     :param pruner: ``median``, or ``none`` to run every fold of every trial.
     :param max_rows: tune on a random sample of so many rows [rows].
@@ -132,12 +138,17 @@ class TuneModel(Stage):
             [metric, self.folds, self.fold_by, self.max_rows, self.seed],
             {k: [type(d).__name__, vars(d)] for k, d in space.items()},
         ]
-        study = self._study(run, f"{run.run_key}-{digest_of(tuned)[:12]}", metric)
-        with Workers(scorer, self.workers, run.should_stop) as workers:
-            search = _Search(self, run, study, space, workers, metric)
-            search.take_up()
-            search.go()
-        study.set_user_attr("finished", True)
+        name = f"{run.run_key}-{digest_of(tuned)[:12]}"
+        in_store = self.storage is None and self.storage_connection is None
+        with _StudyFile.of(run, name) if in_store else nullcontext() as file:
+            study = self._study(run, file.url if file else self._storage_url(run), name, metric)
+            with Workers(scorer, self.workers, run.should_stop) as workers:
+                search = _Search(self, run, study, space, workers, metric, file)
+                search.take_up()
+                search.go()
+            study.set_user_attr("finished", True)
+            if file:
+                file.keep(search.done)
         return self._result(run, study, metric, list(space))
 
     def _metric(self, task: str) -> str:
@@ -150,14 +161,13 @@ class TuneModel(Stage):
             raise BadConfiguration(f"metric={name!r} does not fit {task}: use one of {', '.join(fitting)}.")
         return name
 
-    def _study(self, run: RunInfo, name: str, metric: str) -> optuna.Study:
+    def _study(self, run: RunInfo, url: str, name: str, metric: str) -> optuna.Study:
         """The study of this run, made anew when a finished one is to be refreshed."""
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
         from lepton_airflow.statistics.metrics import HIGHER_IS_BETTER
 
-        url = self._storage_url(run, name)
         shown = url.partition("@")[2] or url  # what follows the password, if there is one
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
         arguments: dict[str, Any] = {
@@ -187,7 +197,7 @@ class TuneModel(Stage):
             ) from error
         return study
 
-    def _storage_url(self, run: RunInfo, name: str) -> str:
+    def _storage_url(self, run: RunInfo) -> str:
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
 
@@ -195,36 +205,21 @@ class TuneModel(Stage):
             raise BadConfiguration("storage and storage_connection both name a storage; keep one.")
         if self.storage_connection:
             return _connection_url(run.connection(self.storage_connection))
-        if self.storage:
-            try:
-                url = make_url(self.storage)
-                url.get_dialect()
-            except ArgumentError:
-                raise BadConfiguration(
-                    f"storage={self.storage!r} is no database URL; expected one such as "
-                    "postgresql+psycopg2://user@host/database or sqlite:////absolute/path.db."
-                ) from None
-            if url.password:
-                raise BadConfiguration(
-                    "storage holds a password, which would be kept in the DAG and the receipt: make an Airflow Connection "
-                    "of it and name that in storage_connection."
-                )
-            return self.storage
-        if not run.store.root.startswith("file://"):
-            raise BadConfiguration(
-                f"the store {run.store.root} cannot hold a study's database: name one in storage_connection (a "
-                "PostgreSQL or MySQL Connection) or storage."
-            )
-        from urllib.request import url2pathname
-
-        folder = Path(url2pathname(run.store.root.removeprefix("file://"))) / "studies"
+        assert self.storage is not None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"{folder} cannot be made: {error.strerror}; check that the store is writable."
-            ) from error
-        return f"sqlite:///{folder / name}.db"
+            url = make_url(self.storage)
+            url.get_dialect()
+        except ArgumentError:
+            raise BadConfiguration(
+                f"storage={self.storage!r} is no database URL; expected one such as "
+                "postgresql+psycopg2://user@host/database or sqlite:////absolute/path.db."
+            ) from None
+        if url.password:
+            raise BadConfiguration(
+                "storage holds a password, which would be kept in the DAG and the receipt: make an Airflow Connection "
+                "of it and name that in storage_connection."
+            )
+        return self.storage
 
     def _result(self, run: RunInfo, study: optuna.Study, metric: str, names: list[str]) -> Result:
         trials = study.get_trials(deepcopy=False)
@@ -277,6 +272,61 @@ class TuneModel(Stage):
 
 
 @dataclass
+class _StudyFile:
+    """The study as a file in the store; of a store that is no local directory, a copy that goes there after every trial.
+
+    The process of the search alone writes it, so the copy in the store is never behind by more than what runs.
+    """
+
+    path: Path
+    copies: Checkpoints | None = None
+
+    @classmethod
+    @contextmanager
+    def of(cls, run: RunInfo, name: str) -> Iterator[_StudyFile]:
+        """The file of the study of that name, as the last try left it."""
+        if run.store.root.startswith("file://"):
+            from urllib.request import url2pathname
+
+            folder = Path(url2pathname(run.store.root.removeprefix("file://"))) / "studies"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(
+                    f"{folder} cannot be made: {error.strerror}; check that the store is writable."
+                ) from error
+            yield cls(folder / f"{name}.db")
+            return
+        scratch = run.workdir / "study"
+        copies = Checkpoints(run.store, f"studies/{name}", scratch, 0.0)
+        try:
+            scratch.mkdir()
+            file = cls(run.workdir / "study.db", copies)
+            if found := copies.latest():
+                shutil.copyfile(found.path / "study.db", file.path)
+            yield file
+        finally:
+            copies.close()
+
+    @property
+    def url(self) -> str:
+        """The URL for Optuna."""
+        return f"sqlite:///{self.path}"
+
+    def keep(self, done: int) -> None:
+        """Bring the study to the store as it is now; in vain it costs a warning, and the next trial brings it along."""
+        if self.copies:
+            self.copies.save(done, self._write, {}, wait=True)
+
+    def _write(self, folder: Path) -> None:
+        with (
+            closing(sqlite3.connect(self.path)) as study,
+            closing(sqlite3.connect(folder / "study.db")) as copy,
+        ):
+            study.backup(copy)
+
+
+@dataclass
 class _Running:
     """A trial on its way through the folds."""
 
@@ -295,6 +345,7 @@ class _Search:
     space: dict[str, BaseDistribution]
     workers: Workers
     metric: str
+    file: _StudyFile | None = None
     running: dict[Future[float], _Running] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     spent_before: float = 0.0
@@ -424,6 +475,8 @@ class _Search:
 
     def _progress(self, running: _Running, outcome: str) -> None:
         done = self.done
+        if self.file:
+            self.file.keep(done)
         best = f"{self.study.best_value:.5g}" if self._complete() else "none yet"
         left = self._spent() / max(done, 1) * max(self.stage.trials - done, 0)
         if self.stage.timeout_s is not None:

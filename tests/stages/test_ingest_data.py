@@ -341,6 +341,21 @@ def test_postgres_rows_of_many_types_join_a_file(postgres: Any, tmp_path: Path) 
     assert set(stage.input_digests(run) or {}) == {"orders", "names"}  # … unless the user names its state
 
 
+def test_what_must_be_read_to_know_the_inputs_is_known_of_local_files_only(tmp_path: Path) -> None:
+    store = RunInfo.local(tmp_path).store
+    one, two = write(tmp_path / "a 1.csv", "x\n1\n"), write(tmp_path / "a 2.csv", "x\n22\n")
+    remote = "memory://somewhere/a.csv"
+    for sources, size in (
+        ({"a": one}, 4),
+        ({"a": str(tmp_path / "a *.csv"), "b": [two]}, 4 + 5 + 5),
+        ({"a": one, "b": remote}, None),
+        ({"a": one, "b": {"connection": "shop_db", "sql": "SELECT 1 AS x"}}, None),
+        ({"a": one, "b": {"format": "delta", "uri": str(tmp_path)}}, None),
+        ({"a": str(tmp_path / "absent.csv")}, None),
+    ):
+        assert IngestData(sources=sources, query="SELECT 1").bytes_to_digest(store) == size, sources
+
+
 @pytest.mark.parametrize(
     "sql",
     [

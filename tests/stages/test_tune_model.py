@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lepton_airflow.checkpoints import Checkpoints
 from lepton_airflow.contract import split_pin
 from lepton_airflow.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, StoreError
@@ -307,6 +308,29 @@ def test_a_wrong_parameter_gets_a_sentence(
     assert "secret" not in str(error.value)
 
 
-def test_a_remote_store_asks_for_a_storage(dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(BadConfiguration, match="cannot hold a study's database"):
-        tune(dataset).run(RunInfo.local(tmp_path, store=Store("memory://tuning")))
+def test_a_remote_store_keeps_the_study_trial_by_trial(
+    dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(f"memory://{tmp_path.name}-tuning")
+    stage = tune(dataset, trials=5, pruner="none")
+
+    def values(folder: str) -> list[float]:
+        copies = Checkpoints(store, store.keys("studies")[0].rpartition("/")[0], tmp_path / folder, 0.0)
+        found = copies.latest()
+        assert found is not None
+        storage = f"sqlite:///{found.path / 'study.db'}"
+        (name,) = optuna.get_all_study_names(storage)
+        return [t.value for t in optuna.load_study(study_name=name, storage=storage).trials if t.value]
+
+    with caplog.at_level(logging.INFO):
+        two = lambda: sum("of 5)" in r.getMessage() for r in caplog.records) >= 2  # noqa: E731
+        with pytest.raises(Preempted):
+            stage.run(RunInfo.local(tmp_path / "one", store=store, should_stop=two))
+    before = values("before")
+    assert len(before) == 2
+    with caplog.at_level(logging.INFO):  # on another machine: nothing but the store is left
+        result = stage.run(RunInfo.local(tmp_path / "two", store=store))
+    assert "taken up with 2 finished trials" in caplog.text
+    assert result.metrics["trials_complete"] == 5
+    assert values("after")[:2] == before
+    assert len(values("again")) == 5
