@@ -38,7 +38,7 @@ from lepton_airflow import settings, window as windows
 from lepton_airflow.contract import Receipt, Request, RunIdentity
 from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
 from lepton_airflow.runners import Runner
-from lepton_airflow.stages import Stage, all_stages, build, choices, markers, stage_name
+from lepton_airflow.stages import Stage, all_stages, build, choices, get_stage, markers, stage_name
 from lepton_airflow.store import Connection, Store
 
 _COMMON: dict[str, Any] = {
@@ -371,16 +371,22 @@ def _returns(stage: type[Stage]) -> str:
     return "\n".join(lines)
 
 
-def _named_operators() -> dict[str, type[StageOperator]]:
-    made = {}
-    for name, stage in all_stages().items():
-        namespace = {"__module__": __name__, "__qualname__": f"{name}Operator"}
-        made[f"{name}Operator"] = type(StageOperator)(
-            f"{name}Operator", (StageOperator,), namespace, stage=stage
-        )
-    return made
+def __getattr__(name: str) -> Any:
+    """The operator of a stage, made when it is asked for: a DAG file then imports only the stages that it uses."""
+    if name == "__all__":
+        return __dir__()
+    stage_of = name.removesuffix("Operator")
+    if stage_of == name or not name[0].isupper():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        stage = get_stage(stage_of)
+    except BadConfiguration as error:
+        raise AttributeError(f"there is no {name}: {error}") from None
+    made = type(StageOperator)(
+        name, (StageOperator,), {"__module__": __name__, "__qualname__": name}, stage=stage
+    )
+    return globals().setdefault(name, made)
 
 
-_NAMED = _named_operators()
-globals().update(_NAMED)
-__all__ = ["StageOperator", *_NAMED]  # noqa: PLE0604 - names all
+def __dir__() -> list[str]:
+    return ["StageOperator", *(f"{name}Operator" for name in all_stages())]
