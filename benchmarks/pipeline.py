@@ -1,7 +1,7 @@
 """What running flights_retrain as Airflow tasks costs over a plain script, and what the cache saves.
 
 One month, three times: by a plain script that calls the same libraries in one process, by a real Airflow, and by that
-Airflow again with the run cleared. `overhead_seconds_per_task` and `overhead_ratio` compare the sum of the task
+Airflow again with the run cleared. Airflow's database is PostgreSQL where that is installed, else sqlite. `overhead_seconds_per_task` and `overhead_ratio` compare the sum of the task
 durations that Airflow shows with the script's wall time; `cached_speedup` is first over second run, in task time.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,20 @@ DAG, MONTH, NEXT = "flights_retrain", "2013-05-01T00:00:00+00:00", "2013-06-01T0
 
 def measure() -> dict[str, float]:
     """Seconds of the plain script, of the first and of the second run."""
-    from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow
+    from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow, LocalPostgres
+    from lepton_airflow.testing.local_postgres import pg_ctl
 
     sys.path.insert(0, str(ROOT / "demo"))
     from flights import land
 
     raw = land(ROOT / ".cache" / "flights")
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
+    with tempfile.TemporaryDirectory() as folder, LocalPostgres() if pg_ctl() else nullcontext() as server:
+        home, database = Path(folder), server.new_database() if server else None
         env = {"AIRFLOW__LEPTON__STORE": str(home / "store"), "AIRFLOW_VAR_FLIGHTS_RAW": str(raw)}
         with LocalMlflow(home / "mlflow") as mlflow:
             env["AIRFLOW_CONN_MLFLOW_DEFAULT"] = mlflow.connection
             with (
-                LocalAirflow(home / "airflow", ROOT / "dags", env=env) as airflow,
+                LocalAirflow(home / "airflow", ROOT / "dags", env=env, database=database) as airflow,
                 LocalEndpoint("flights-late", str(home / "store"), home / "endpoint"),
                 LocalEndpoint("plain", str(home / "plain" / "store"), home / "plain endpoint"),
             ):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import shutil
-import socket
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import TypedDict
 
 import pytest
+
+from lepton_airflow.testing import LocalPostgres
+from lepton_airflow.testing.local_postgres import Address
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,54 +58,18 @@ def _require_program(program: str, package: str) -> Path:
     pytest.skip(reason)
 
 
-class PostgresAddress(TypedDict):
-    """Where a test reaches its PostgreSQL server."""
-
-    host: str
-    port: int
-    user: str
-    password: str
-    dbname: str
-
-
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresAddress]:
+def postgres_server() -> Iterator[LocalPostgres]:
     """A real PostgreSQL server on a free loopback port, made for this session and removed after it."""
-    pg_ctl = _require_program("pg_ctl", "postgresql")
-    # Not under pytest's own temporary folder, whose parents are closed to the server's user.
-    home = Path(tempfile.mkdtemp(prefix="postgres-"))
-    account: dict[str, object] = {"cwd": home}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root; the package brings the user postgres
-        shutil.chown(home, "postgres", "postgres")
-        account |= {"user": "postgres", "group": "postgres", "extra_groups": []}
+    _require_program("pg_ctl", "postgresql")
+    with LocalPostgres() as server:
+        yield server
 
-    def call(*command: object) -> None:
-        done = subprocess.run(
-            [str(part) for part in command], check=False, capture_output=True, text=True, **account
-        )  # type: ignore[call-overload]
-        assert done.returncode == 0, f"{command[0]} failed: {done.stderr or done.stdout}"
 
-    address = PostgresAddress(
-        host="127.0.0.1", port=_free_port(), user="lepton", password=secrets.token_hex(8), dbname="postgres"
-    )
-    password = home / "password"
-    password.write_text(address["password"])
-    data = home / "data"
-    try:
-        call(
-            *(pg_ctl.with_name("initdb"), "-D", data, "-U", address["user"], "--pwfile", password),
-            *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync"),
-        )
-        options = f"-c listen_addresses=127.0.0.1 -c port={address['port']} -c fsync=off -k {home}"
-        call(pg_ctl, "start", "-w", "-D", data, "-l", home / "log", "-o", options)
-        try:
-            yield address
-        finally:
-            call(
-                pg_ctl, "stop", "-w", "-m", "immediate", "-D", data
-            )  # by the pid that its data folder records
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+@pytest.fixture
+def postgres(postgres_server: LocalPostgres) -> Address:
+    """Where a test reaches its PostgreSQL server."""
+    return postgres_server.address
 
 
 @pytest.fixture(scope="session")
@@ -117,23 +78,9 @@ def new_airflow_database(request: pytest.FixtureRequest) -> Callable[[], str | N
 
     def make() -> str | None:
         try:
-            address: PostgresAddress = request.getfixturevalue("postgres")
+            server: LocalPostgres = request.getfixturevalue("postgres_server")
         except pytest.skip.Exception:
             return None
-        import psycopg2
-
-        name = f"airflow_{secrets.token_hex(4)}"
-        with closing(psycopg2.connect(**address)) as server:
-            server.autocommit = True  # a database cannot be created within a transaction
-            server.cursor().execute(f"CREATE DATABASE {name}")
-        where = f"{address['user']}:{address['password']}@{address['host']}:{address['port']}"
-        return f"postgresql+psycopg2://{where}/{name}"
+        return server.new_database()
 
     return make
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lepton_airflow.testing.local_airflow import LocalAirflow
 from lepton_airflow.testing.local_endpoint import LocalEndpoint
 from lepton_airflow.testing.local_mlflow import LocalMlflow
+from lepton_airflow.testing.local_postgres import LocalPostgres
 
 if TYPE_CHECKING:
     from lepton_airflow.testing.conformance import (
@@ -22,6 +23,7 @@ __all__ = [
     "LocalAirflow",
     "LocalEndpoint",
     "LocalMlflow",
+    "LocalPostgres",
     "LocalRunnerConformance",
     "RunnerConformance",
     "StageConformance",
