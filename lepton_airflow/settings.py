@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from lepton_airflow import runners
-from lepton_airflow.environments import default_root
 from lepton_airflow.errors import BadConfiguration, did_you_mean
 
 
@@ -44,6 +43,8 @@ def default_store() -> str:
 
 def environments() -> Path:
     """Where the runner ``Venv`` keeps the environments it builds."""
+    from lepton_airflow.environments import default_root
+
     return Path(setting("environments") or default_root()).expanduser().absolute()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -23,6 +22,7 @@ import sysconfig
 import types
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -367,12 +367,12 @@ _NOT_STAGE_CODE = frozenset(
 
 def versions(stage: type[Stage]) -> dict[str, str]:
     """Installed versions of a stage's engines; absent ones are left out, and the stage says so when it needs them."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for name in stage.engines:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 
@@ -428,7 +428,9 @@ def all_stages() -> dict[str, type[Stage]]:
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, Stage) and value.__module__ == module.__name__:
                 found[value.__name__] = value
-    for entry in importlib.metadata.entry_points(group="lepton_airflow.stages"):
+    from importlib.metadata import entry_points  # costs a process of a stage 20 ms
+
+    for entry in entry_points(group="lepton_airflow.stages"):
         try:
             found[entry.name] = entry.load()
         except Exception as error:  # noqa: BLE001 - one broken package must not break every DAG
