@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -32,7 +32,8 @@ sys.path.append(str(ROOT / "tests" / "cluster"))
 import disturb  # noqa: E402 - the arena of the drills
 from disturb import Arena  # noqa: E402
 
-from lepton_airflow.testing import LocalAirflow  # noqa: E402
+from lepton_airflow.testing import LocalAirflow, LocalPostgres  # noqa: E402
+from lepton_airflow.testing.local_postgres import pg_ctl  # noqa: E402
 
 GOALS = {"parse_ratio_vs_kpo": "at most 0.55", "parse_ratio_vs_empty": "at most 1.15"}
 DAG_FILE = ROOT / "dags" / "flights_retrain_pods.py"
@@ -129,13 +130,19 @@ def arenas() -> Iterator[dict[str, Arena]]:
     disturb.kubectl("create", "namespace", namespace)
     before = os.umask(0)  # pods are another user
     try:
-        with tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="lepton-bench-") as folder,
+            LocalPostgres() if pg_ctl() else nullcontext() as server,
+        ):
+            database = server.new_database() if server else None
             shared = Path(folder, "shared")
             shared.mkdir(mode=0o777)
             Path(folder).chmod(0o755)
             environment = disturb.environment(IMAGE, namespace, shared, plain=True)
             dags = ROOT / "tests" / "cluster" / "bundle"
-            with LocalAirflow(Path(folder, "airflow"), dags, parallelism=4, env=environment) as airflow:
+            with LocalAirflow(
+                Path(folder, "airflow"), dags, parallelism=4, env=environment, database=database
+            ) as airflow:
                 for kind in ("drill", "plain"):
                     for how in ("sync", "deferred", "impatient"):
                         airflow.wait_for_dag(f"{kind}_{how}")

@@ -244,9 +244,11 @@ class Task:
         """
         self.until_state("deferred")
 
+        says = r"pod \S+ runs" if self.arena.kind == "drill" else r"\(ID \d+\) starting"
+
         def watched() -> bool:
             log = self.arena.airflow.log(self.dag, self.run, "stage", int(self.instance["try_number"]))
-            return re.search(r"pod \S+ runs", log) is not None
+            return re.search(says, log) is not None
 
         self.until(watched, "its trigger to see it run")
 
