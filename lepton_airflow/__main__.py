@@ -438,15 +438,19 @@ def _pods_sweep(args: argparse.Namespace) -> int:
 
     cluster, items = _pods(args)
     gone = [item for item in items if item.why] if args.dry_run else sweep(cluster, items)
-    if gone:
-        print("\n".join(table(gone)))
-    kinds = [item.kind for item in gone]
+    if items:  # what stays is listed too, with why
+        print("\n".join(table(items)))
     done = "would be deleted" if args.dry_run else "deleted"
     print(
-        f"{kinds.count('pod')} pods and {kinds.count('secret')} Secrets {done} in namespace {cluster.namespace}; "
-        f"{len(items) - len(gone)} stay"
+        f"{_counted(gone)} {done} in namespace {cluster.namespace}; {_counted(i for i in items if i not in gone)} left"
     )
     return 0
+
+
+def _counted(items: Iterable[Item]) -> str:
+    kinds = [item.kind for item in items]
+    pods, secrets = kinds.count("pod"), kinds.count("secret")
+    return f"{pods} pod{'s' * (pods != 1)} and {secrets} Secret{'s' * (secrets != 1)}"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Cluster:
 
     def __init__(self, settings: Pod, *, in_airflow: bool) -> None:
         from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+        from airflow.providers.common.compat.sdk import AirflowNotFoundException
         from kubernetes.config import ConfigException
 
         conn_id = settings.kubernetes_conn_id or ("kubernetes_default" if in_airflow else None)
@@ -60,6 +61,11 @@ class Cluster:
         )
         try:
             self._core = self._operator.client
+        except AirflowNotFoundException:
+            raise BadConfiguration(
+                f"Pod(kubernetes_conn_id={conn_id!r}): there is no such Connection; make it in Airflow (Admin, Connections) or "
+                f"set AIRFLOW_CONN_{str(conn_id).upper()}."
+            ) from None
         except (ConfigException, OSError) as error:
             raise BadConfiguration(
                 f"Pod: no way to a cluster is configured ({error}): set kubernetes_conn_id to a Connection, config_file "

@@ -31,6 +31,7 @@ class Item:
 
     :ivar thing: it as the API server's JSON.
     :ivar why: why it may go, in words; empty while it is needed, or while nobody knows.
+    :ivar stays: why it does not, in words.
     """
 
     kind: str  # pod, secret
@@ -39,6 +40,7 @@ class Item:
     state: str
     reason: str
     why: str
+    stays: str = ""
 
     @property
     def name(self) -> str:
@@ -146,17 +148,21 @@ def _pod(
     reason = found.reason if found and not leaving(pod) else ""
     who = identity(pod)
     known = states.get(_task(who)) if who and who["deployment"] == deployment else None
-    why = ""
+    why = stays = ""
     if leaving(pod):
-        pass
+        stays = "it is being deleted"
     elif note(pod, SETTLED):
         why = "its end was taken into account"
     elif known in _ENDED:
         why = f"its task is {known} in Airflow"
-    elif known is None and older_than_s is not None and age_s >= older_than_s:
+    elif known is not None:
+        stays = f"its task is {known} in Airflow"
+    elif older_than_s is not None and age_s >= older_than_s:
         still = "has ended" if ended(pod) is not None else "has not ended"
         why = f"no Airflow here knows its task, and it {still} after {age_s:.0f} s"
-    return Item("pod", pod, age_s, state, reason, why)
+    else:
+        stays = "no Airflow here knows its task, so only --older-than-s lets it go"
+    return Item("pod", pod, age_s, state, reason, why, stays)
 
 
 def _secret(secret: Mapping[str, Any], used: set[str | None], now: float) -> Item:
@@ -172,7 +178,7 @@ def _task(who: Mapping[str, Any]) -> Task:
 
 
 def table(items: Sequence[Item]) -> list[str]:
-    """The items as lines: kind and name, age, state and reason, stage, owner, and why it may go."""
+    """The items as lines: kind and name, age, state and reason, stage, owner, and why it may go or stays."""
     rows = [
         [
             f"{item.kind}/{item.name}",
@@ -180,7 +186,7 @@ def table(items: Sequence[Item]) -> list[str]:
             f"{item.state} {item.reason}".strip(),
             item.thing["metadata"].get("labels", {}).get(STAGE, ""),
             item.owner,
-            f"may go: {item.why}" if item.why else "",
+            f"may go: {item.why}" if item.why else f"stays: {item.stays}" if item.stays else "",
         ]
         for item in items
     ]

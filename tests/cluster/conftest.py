@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import secrets
 import socket
@@ -182,3 +183,15 @@ def hidden(cluster: Cluster, namespace: str) -> Callable[[str], list[str]]:
         ]
 
     return holders
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What stages say; Airflow's own logging may keep it from pytest's."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lepton_airflow.stage")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)

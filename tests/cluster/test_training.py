@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,18 +39,6 @@ def rows(shared: Path) -> str:
     return (
         prepared.run(RunInfo.local(shared / "run", store=Store(str(shared / "store")))).artifacts["train"].uri
     )
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What stages say; Airflow's own logging may keep it from pytest's."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("lepton_airflow.stage")
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
 
 
 def _train(rows: str, shared: Path, run_id: str) -> Request:

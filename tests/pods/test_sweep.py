@@ -173,6 +173,7 @@ def test_the_table_names_age_state_owner_and_reason(airflow_says: dict[Task, str
         "Failed OOM",
         "TrainModel",
         "retrain.train[2] r1 try 3",
+        "stays: no Airflow here knows its task, so only --older-than-s lets it go",
     ]
     assert [cell.strip() for cell in second.split("  ") if cell.strip()][:2] == [
         "secret/train-1-secret",
