@@ -423,7 +423,8 @@ def full_quota(arena: Arena, how: str) -> Outcome:
         task.until(
             lambda: "exceeded quota" in _text(task) or "Quota 'team'" in _text(task), "the refusal in the log"
         )
-        state = task.until_state("deferred", "up_for_retry", "success", "failed")
+        waits = "running" if how == "sync" else "deferred"
+        state = task.until_state(waits, "up_for_retry", "success", "failed")
         task.go()
         kubectl("delete", "pod", "another", "-n", name, "--wait=false")
         ended = task.end(state_while_full=state)
