@@ -46,7 +46,7 @@ def measure() -> dict[str, Any]:
     def note(drill: str, column: str, run: Callable[[], Outcome]) -> None:
         try:
             o = run()
-            cell = f"{o.state}, {o.pods} pods, {o.alive} left, {o.tries} tries, {o.seconds:.0f} s"
+            cell = f"{o.state}, pods {o.pods}, left {o.alive}, tries {o.tries}, {o.seconds:.0f} s"
         except Exception as error:  # noqa: BLE001 - a drill that does not come to its end is a result too
             cell = f"no end: {str(error).partition(';')[0]}"
         cells.setdefault(drill, {})[column] = cell
