@@ -1,4 +1,4 @@
-"""Write lepton_airflow/operators.pyi: the operators are made from the stages at import, which type checkers do not see.
+"""Write lepton_airflow/operators.pyi: the operators are made from the stages when they are asked for, which type checkers do not see.
 
     .venv/bin/python .ci/make_stub.py
 

@@ -1,8 +1,9 @@
 """What running flights_retrain as Airflow tasks costs over a plain script, and what the cache saves.
 
 One month, three times: by a plain script that calls the same libraries in one process, by a real Airflow, and by that
-Airflow again with the run cleared. Airflow's database is PostgreSQL where that is installed, else sqlite. `overhead_seconds_per_task` and `overhead_ratio` compare the sum of the task
-durations that Airflow shows with the script's wall time; `cached_speedup` is first over second run, in task time.
+Airflow again with the run cleared. Airflow's database is PostgreSQL where that is installed, else sqlite.
+`overhead_seconds_per_task` and `overhead_ratio` compare the sum of the task durations that Airflow shows with the script's
+wall time; `cached_speedup` is first over second run, in task time.
 """
 
 from __future__ import annotations

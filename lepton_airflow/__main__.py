@@ -439,7 +439,7 @@ def _pods_sweep(args: argparse.Namespace) -> int:
     cluster, items = _pods(args)
     gone = [item for item in items if item.why] if args.dry_run else sweep(cluster, items)
     if items:  # what stays is listed too, with why
-        print("\n".join(table(items)))
+        print("\n".join(table(items, () if args.dry_run else gone)))
     done = "would be deleted" if args.dry_run else "deleted"
     print(
         f"{_counted(gone)} {done} in namespace {cluster.namespace}; {_counted(i for i in items if i not in gone)} left"

@@ -32,9 +32,8 @@ from lepton_airflow.store import Connection, Store, now
 
 log = logging.getLogger(__name__)
 
-_QUICKLY_READ = (
-    64 << 20
-)  # bytes; a tenth of a second for their digest, where a process takes half a second to start
+# Bytes: their digest takes a tenth of a second, and a process half a second to start.
+_QUICKLY_READ = 64 << 20
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
 

@@ -376,17 +376,16 @@ def __getattr__(name: str) -> Any:
     if name == "__all__":
         return __dir__()
     stage_of = name.removesuffix("Operator")
-    if stage_of == name or not name[0].isupper():
+    if stage_of == name or name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         stage = get_stage(stage_of)
+        namespace = {"__module__": __name__, "__qualname__": name}
+        made = type(StageOperator)(name, (StageOperator,), namespace, stage=stage)
     except BadConfiguration as error:
         raise AttributeError(f"there is no {name}: {error}") from None
-    made = type(StageOperator)(
-        name, (StageOperator,), {"__module__": __name__, "__qualname__": name}, stage=stage
-    )
     return globals().setdefault(name, made)
 
 
 def __dir__() -> list[str]:
-    return ["StageOperator", *(f"{name}Operator" for name in all_stages())]
+    return ["StageOperator", *(f"{name}Operator" for name in all_stages() if name.isidentifier())]

@@ -5,6 +5,8 @@ Layout under the root::
     artifacts/<first 32 hex digits of the digest>/<name>     a file, or a directory of files
     receipts/<run key>.json                                  what the task instance last did
     cache/<stage>/<cache key>.json                           the receipt that a hit returns
+    checkpoints/<run key>/…                                  what a stage that was ended goes on from
+    studies/<run key>….db                                    the same of TuneModel, where the store is a local directory
     exclusive keys (ledger/…, registrations/…)               made once, by create_exclusive
 
 The path of an artifact holds its digest, so writing it again writes the same bytes: concurrent writers do no harm,
@@ -33,6 +35,7 @@ from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, Int
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
+_MANY_FILES = 1000  # to look at them all takes longer than to start a process
 # Object stores show an object only when its upload is complete, so they need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
 
@@ -184,17 +187,23 @@ class Store:
             return digest_of([[n, self._stream_digest(fs, f"{base}/{n}")] for n in names])
 
     def local_bytes(self, pattern: str) -> int | None:
-        """How large the files are that a URI or a pattern names [bytes]; None where they are not of this machine, or not there."""
+        """How large the files are that a URI or a pattern names [bytes].
+
+        None where that is not quickly known: they are elsewhere, not there, or more than 1,000; nor where a path means another
+        file in another working directory.
+        """
         plain, _ = split_pin(pattern)
-        fs, _ = self._resolve(plain)
-        if not _is_local(fs):
+        if not plain.startswith(("/", "~", "file://", "local://")):
             return None
-        found = [Path(self._resolve(uri)[1]) for uri in self.glob(plain)]
-        return (
-            sum(f.stat().st_size for path in found for f in (_files(path) if path.is_dir() else [path]))
-            if found
-            else None
-        )
+        size = count = 0
+        for uri in self.glob(plain):
+            path = Path(self._resolve(uri)[1])
+            for file in path.rglob("*") if path.is_dir() else [path]:
+                count += 1
+                if count > _MANY_FILES:
+                    return None
+                size += file.stat().st_size if file.is_file() else 0
+        return size if count else None
 
     def glob(self, uri: str) -> list[str]:
         """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted; a plain URI if it exists.

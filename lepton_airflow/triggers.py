@@ -477,8 +477,7 @@ def _hook(cluster: Mapping[str, Any]) -> tuple[Any, Any]:
             ) from None
     hook = AsyncKubernetesHook(
         config_dict=config,
-        # A kubeconfig says all: the first Connection that a triggerer looks up has Airflow build its own API, for seconds.
-        conn_id=cluster["kubernetes_conn_id"] or (None if config else "kubernetes_default"),
+        conn_id=cluster["kubernetes_conn_id"] or "kubernetes_default",
         in_cluster=cluster["in_cluster"],
         cluster_context=cluster["cluster_context"],
     )

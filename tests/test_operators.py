@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import BadConfiguration, LeptonError, Preempted, RunnerError
 from lepton_airflow.operators import StageOperator, TrainModelOperator
 from lepton_airflow.runners import InProcess, Subprocess
-from lepton_airflow.stages import Result, RunInfo, Stage, all_stages
+from lepton_airflow.stages import Result, RunInfo, Stage, all_stages, get_stage
 from lepton_airflow.store import Store
 from lepton_airflow.testing import until
 from lepton_airflow.testing.probe_stages import Copy, Fail, Hang, Look, Resume
@@ -567,3 +568,26 @@ def test_mypy_knows_the_operators(tmp_path: Path) -> None:
     assert 'Unexpected keyword argument "datset"' in errors[0]
     assert 'Missing named argument "dataset"' in errors[1]
     assert 'Unexpected keyword argument "retrys"' in errors[2]
+
+
+def test_every_operator_can_be_imported_at_once() -> None:
+    everything: dict[str, Any] = {}
+    exec("from lepton_airflow.operators import *", everything)
+    assert {"StageOperator", *(f"{name}Operator" for name in all_stages())} <= set(everything)
+    assert pickle.loads(pickle.dumps(TrainModelOperator)) is TrainModelOperator
+    with pytest.raises(ImportError):
+        from lepton_airflow.operators import NoSuchOperator  # noqa: F401
+
+
+def test_stages_of_other_packages_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(kw_only=True)
+    class Clash(Stage):
+        runner: str = ""  # an argument of every operator
+
+    theirs = {"score": get_stage("TrainModel"), "acme-score": Stage, "Clash": Clash}
+    monkeypatch.setattr("lepton_airflow.stages.all_stages", lambda: theirs)
+    monkeypatch.setattr("lepton_airflow.operators.all_stages", lambda: theirs)
+    assert operators.scoreOperator.stage is get_stage("TrainModel")  # type: ignore[attr-defined]
+    assert dir(operators) == ["ClashOperator", "StageOperator", "scoreOperator"]
+    assert not hasattr(operators, "ClashOperator")
+    monkeypatch.delattr(operators, "scoreOperator")

@@ -170,15 +170,16 @@ def _secret(secret: Mapping[str, Any], used: set[str | None], now: float) -> Ite
     age_s = now - seconds(meta["creationTimestamp"])
     owned = bool(meta.get("ownerReferences")) or meta["name"] in used
     why = "it has no pod" if not owned and age_s >= ORPHANED_S else ""
-    return Item("secret", secret, age_s, "Owned" if owned else "Ownerless", "", why)
+    stays = "it goes with its pod" if owned else f"its pod may still come, until it is {ORPHANED_S:.0f} s old"
+    return Item("secret", secret, age_s, "Owned" if owned else "Ownerless", "", why, "" if why else stays)
 
 
 def _task(who: Mapping[str, Any]) -> Task:
     return who["dag_id"], who["task_id"], who["run_id"], int(who.get("map_index", -1))
 
 
-def table(items: Sequence[Item]) -> list[str]:
-    """The items as lines: kind and name, age, state and reason, stage, owner, and why it may go or stays."""
+def table(items: Sequence[Item], gone: Sequence[Item] = ()) -> list[str]:
+    """The items as lines: kind and name, age, state and reason, stage, owner, and why it is gone, may go, or stays."""
     rows = [
         [
             f"{item.kind}/{item.name}",
@@ -186,7 +187,7 @@ def table(items: Sequence[Item]) -> list[str]:
             f"{item.state} {item.reason}".strip(),
             item.thing["metadata"].get("labels", {}).get(STAGE, ""),
             item.owner,
-            f"may go: {item.why}" if item.why else f"stays: {item.stays}" if item.stays else "",
+            f"{'deleted' if item in gone else 'may go'}: {item.why}" if item.why else f"stays: {item.stays}",
         ]
         for item in items
     ]

@@ -176,7 +176,7 @@ class Stage:
         return digests
 
     def bytes_to_digest(self, store: Store) -> int | None:
-        """How much :meth:`input_digests` would read [bytes]; None: more than local files, or nobody knows."""
+        """How much :meth:`input_digests` would read [bytes]; None: other than a few local files, or nobody knows."""
         values = [
             value
             for name, marker in markers(type(self)).items()
@@ -352,6 +352,7 @@ _NOT_STAGE_CODE = frozenset(
         "operators.py",
         "triggers.py",
         "plugin",
+        "pods",
         "runners",
         "testing",
         "serving",

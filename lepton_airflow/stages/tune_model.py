@@ -45,8 +45,8 @@ class TuneModel(Stage):
     whose mean over the folds so far is worse than the median of earlier trials at that fold is pruned.
 
     The study lives in ``storage`` under the run key and a digest of what is being tuned, so changed data or another space
-    start a new one, while a larger ``trials`` goes on with the old. After a kill the finished trials stand, and the one
-    that was running is run again with its parameters.
+    start a new one, while a larger ``trials`` goes on with the old. After a kill the finished trials stand, and what was
+    running is run again: with its parameters, except that a copy in a remote store may not know them yet.
 
     Returns the value ``best`` (hyperparameters for TrainModel, the fixed ones included), and the artifacts ``trials``
     (JSON), ``history`` and ``importance`` (PNG; the latter from four finished trials and two parameters on).
@@ -139,7 +139,7 @@ class TuneModel(Stage):
             {k: [type(d).__name__, vars(d)] for k, d in space.items()},
         ]
         name = f"{run.run_key}-{digest_of(tuned)[:12]}"
-        in_store = self.storage is None and self.storage_connection is None
+        in_store = not self.storage and not self.storage_connection
         with _StudyFile.of(run, name) if in_store else nullcontext() as file:
             study = self._study(run, file.url if file else self._storage_url(run), name, metric)
             with Workers(scorer, self.workers, run.should_stop) as workers:
@@ -147,8 +147,11 @@ class TuneModel(Stage):
                 search.take_up()
                 search.go()
             study.set_user_attr("finished", True)
-            if file:
-                file.keep(search.done)
+            if file and not file.keep(search.done):
+                raise StoreError(
+                    f"the finished study could not be brought to the store {run.store.root}, see the warning above: the next try "
+                    "goes on from what is there."
+                )
         return self._result(run, study, metric, list(space))
 
     def _metric(self, task: str) -> str:
@@ -205,13 +208,13 @@ class TuneModel(Stage):
             raise BadConfiguration("storage and storage_connection both name a storage; keep one.")
         if self.storage_connection:
             return _connection_url(run.connection(self.storage_connection))
-        assert self.storage is not None
+        storage = self.storage or ""
         try:
-            url = make_url(self.storage)
+            url = make_url(storage)
             url.get_dialect()
         except ArgumentError:
             raise BadConfiguration(
-                f"storage={self.storage!r} is no database URL; expected one such as "
+                f"storage={storage!r} is no database URL; expected one such as "
                 "postgresql+psycopg2://user@host/database or sqlite:////absolute/path.db."
             ) from None
         if url.password:
@@ -219,7 +222,7 @@ class TuneModel(Stage):
                 "storage holds a password, which would be kept in the DAG and the receipt: make an Airflow Connection "
                 "of it and name that in storage_connection."
             )
-        return self.storage
+        return storage
 
     def _result(self, run: RunInfo, study: optuna.Study, metric: str, names: list[str]) -> Result:
         trials = study.get_trials(deepcopy=False)
@@ -275,7 +278,7 @@ class TuneModel(Stage):
 class _StudyFile:
     """The study as a file in the store; of a store that is no local directory, a copy that goes there after every trial.
 
-    The process of the search alone writes it, so the copy in the store is never behind by more than what runs.
+    The process of the search alone writes it.
     """
 
     path: Path
@@ -286,9 +289,7 @@ class _StudyFile:
     def of(cls, run: RunInfo, name: str) -> Iterator[_StudyFile]:
         """The file of the study of that name, as the last try left it."""
         if run.store.root.startswith("file://"):
-            from urllib.request import url2pathname
-
-            folder = Path(url2pathname(run.store.root.removeprefix("file://"))) / "studies"
+            folder = Path(run.store.root.removeprefix("file://")) / "studies"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -298,10 +299,11 @@ class _StudyFile:
             yield cls(folder / f"{name}.db")
             return
         scratch = run.workdir / "study"
-        copies = Checkpoints(run.store, f"studies/{name}", scratch, 0.0)
+        copies = Checkpoints(run.store, f"checkpoints/{run.run_key}/{name}", scratch, 0.0)
         try:
-            scratch.mkdir()
+            scratch.mkdir(exist_ok=True)
             file = cls(run.workdir / "study.db", copies)
+            file.path.unlink(missing_ok=True)  # of another run in the same folder: what counts is the store
             if found := copies.latest():
                 shutil.copyfile(found.path / "study.db", file.path)
             yield file
@@ -311,12 +313,15 @@ class _StudyFile:
     @property
     def url(self) -> str:
         """The URL for Optuna."""
-        return f"sqlite:///{self.path}"
+        from sqlalchemy.engine import URL
 
-    def keep(self, done: int) -> None:
+        return URL.create(
+            "sqlite", database=str(self.path)
+        ).render_as_string()  # which a path may need quoted
+
+    def keep(self, done: int) -> bool:
         """Bring the study to the store as it is now; in vain it costs a warning, and the next trial brings it along."""
-        if self.copies:
-            self.copies.save(done, self._write, {}, wait=True)
+        return self.copies is None or self.copies.save(done, self._write, {}, wait=True)
 
     def _write(self, folder: Path) -> None:
         with (

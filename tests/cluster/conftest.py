@@ -187,11 +187,23 @@ def hidden(cluster: Cluster, namespace: str) -> Callable[[str], list[str]]:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What stages say; Airflow's own logging may keep it from pytest's."""
+    """What anybody says here; Airflow's own logging may keep it from pytest's."""
+    records: list[logging.LogRecord] = []
     lines: list[str] = []
+
+    def emit(record: logging.LogRecord) -> None:
+        if record not in records:  # a record passes several of these loggers
+            records.append(record)
+            lines.append(record.getMessage())
+
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("lepton_airflow.stage")
-    logger.addHandler(handler)
+    handler.emit = emit  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in (None, "lepton_airflow", "lepton_airflow.stage")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
     yield lines
-    logger.removeHandler(handler)
+    for logger, level in zip(loggers, before, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)

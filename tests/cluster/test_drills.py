@@ -168,4 +168,4 @@ def test_a_pod_that_no_triggerer_could_end_is_swept(arena: Arena, drilled: Drill
     assert outcome.notes["left"] == 1
     assert "drill_deferred.stage" in listed
     (line,) = (line for line in swept.splitlines() if line.startswith(f"pod/{outcome.notes['pod']} "))
-    assert line.endswith("may go: its task is failed in Airflow")
+    assert line.endswith("deleted: its task is failed in Airflow")

@@ -341,7 +341,10 @@ def test_postgres_rows_of_many_types_join_a_file(postgres: Any, tmp_path: Path) 
     assert set(stage.input_digests(run) or {}) == {"orders", "names"}  # … unless the user names its state
 
 
-def test_what_must_be_read_to_know_the_inputs_is_known_of_local_files_only(tmp_path: Path) -> None:
+def test_what_must_be_read_to_know_the_inputs_is_known_of_local_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     store = RunInfo.local(tmp_path).store
     one, two = write(tmp_path / "a 1.csv", "x\n1\n"), write(tmp_path / "a 2.csv", "x\n22\n")
     remote = "memory://somewhere/a.csv"
@@ -352,6 +355,7 @@ def test_what_must_be_read_to_know_the_inputs_is_known_of_local_files_only(tmp_p
         ({"a": one, "b": {"connection": "shop_db", "sql": "SELECT 1 AS x"}}, None),
         ({"a": one, "b": {"format": "delta", "uri": str(tmp_path)}}, None),
         ({"a": str(tmp_path / "absent.csv")}, None),
+        ({"a": "a 1.csv"}, None),  # in another working directory it is another file
     ):
         assert IngestData(sources=sources, query="SELECT 1").bytes_to_digest(store) == size, sources
 

@@ -315,7 +315,7 @@ def test_a_remote_store_keeps_the_study_trial_by_trial(
     stage = tune(dataset, trials=5, pruner="none")
 
     def values(folder: str) -> list[float]:
-        copies = Checkpoints(store, store.keys("studies")[0].rpartition("/")[0], tmp_path / folder, 0.0)
+        copies = Checkpoints(store, store.keys("checkpoints")[0].rpartition("/")[0], tmp_path / folder, 0.0)
         found = copies.latest()
         assert found is not None
         storage = f"sqlite:///{found.path / 'study.db'}"
@@ -334,3 +334,17 @@ def test_a_remote_store_keeps_the_study_trial_by_trial(
     assert result.metrics["trials_complete"] == 5
     assert values("after")[:2] == before
     assert len(values("again")) == 5
+
+
+@pytest.mark.parametrize("store", ["odd a%20b?#/store", "memory://odd-tuning"])
+def test_a_second_run_in_the_same_folder_goes_on_with_the_study(
+    dataset: str, tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Store(store if "://" in store else str(tmp_path / store))
+    for trials in (2, 3):  # an empty storage is none
+        stage = tune(dataset, trials=trials, storage="", storage_connection="", pruner="none")
+        with caplog.at_level(logging.INFO):
+            result = stage.run(RunInfo.local(tmp_path / "a%20b?#", store=kept))
+        assert result.metrics["trials_complete"] == trials
+    assert "taken up with 2 finished trials" in caplog.text
+    assert len(kept.keys("studies")) + len(kept.keys("checkpoints")) > 0
