@@ -175,6 +175,9 @@ def test_the_table_names_age_state_owner_and_reason(airflow_says: dict[Task, str
         "retrain.train[2] r1 try 3",
         "stays: no Airflow here knows its task, so only --older-than-s lets it go",
     ]
+    (old,) = _judge(Seen([_pod(created=EARLIER, phase="Failed")], []), older_than_s=60)
+    assert "  may go: no Airflow here knows its task" in table([old])[0]
+    assert "  deleted: no Airflow here knows its task" in table([old], [old])[0]
     assert [cell.strip() for cell in second.split("  ") if cell.strip()][:2] == [
         "secret/train-1-secret",
         "1 min",
