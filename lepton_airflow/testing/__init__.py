@@ -1,4 +1,4 @@
-"""What a test of a DAG, a stage or a runner needs: a real Airflow on this machine, and the runners' conformance suites."""
+"""What a test of a DAG, a stage or a runner needs: real servers on this machine, and the runners' conformance suites."""
 
 from typing import TYPE_CHECKING, Any
 
