@@ -254,7 +254,7 @@ class QuantizeModelOperator(StageOperator):
         model: ArtifactUri | XComArg | str,
         calibration: ArtifactUri | XComArg | str,
         dataset: ArtifactUri | XComArg | str,
-        candidates: Sequence[str] | str | XComArg = ...,
+        candidates: Sequence[str] | str | XComArg | None = ...,
         metric: str | XComArg | None = ...,
         max_loss: float | str | XComArg | None = ...,
         min_speedup: float | str | XComArg = ...,

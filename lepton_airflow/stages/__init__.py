@@ -213,10 +213,14 @@ def _flat(value: Any) -> list[str]:
 
 
 @_once_a_class
+def _hints(stage: type[Stage]) -> dict[str, Any]:
+    return typing.get_type_hints(stage, include_extras=True)
+
+
+@_once_a_class
 def markers(stage: type[Stage]) -> dict[str, str]:
     """Which fields of a stage are artifacts, code or connections."""
-    hints = typing.get_type_hints(stage, include_extras=True)
-    found = {f.name: _marker(hints[f.name]) for f in fields(stage)}
+    found = {f.name: _marker(_hints(stage)[f.name]) for f in fields(stage)}
     return {name: marker for name, marker in found.items() if marker}
 
 
@@ -224,7 +228,7 @@ def markers(stage: type[Stage]) -> dict[str, str]:
 def choices(stage: type[Stage]) -> dict[str, tuple[Any, ...]]:
     """The values that each field takes, of those that take one of a few (``Literal``)."""
     found = {}
-    for name, hint in typing.get_type_hints(stage).items():
+    for name, hint in _hints(stage).items():
         options = typing.get_args(hint) if _is_union(hint) else (hint,)
         if all(o is type(None) or typing.get_origin(o) is typing.Literal for o in options):
             found[name] = tuple(value for o in options for value in typing.get_args(o))

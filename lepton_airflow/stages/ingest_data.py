@@ -24,13 +24,13 @@ from lepton_airflow.dataset import (
     select_statement,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, require
-from lepton_airflow.sorting import MIN_MEMORY_MB, sort_parquet
-from lepton_airflow.sources import Landed, Landing, NoFiles, Source
 from lepton_airflow.stages import Result, RunInfo, Stage
 from lepton_airflow.store import Store, total_bytes
 
 if TYPE_CHECKING:
     import duckdb
+
+    from lepton_airflow.sources import Landed, Source
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ class IngestData(Stage):
         return sorted({s.connection for s in self._sources() if s.connection})
 
     def _sources(self) -> list[Source]:
+        from lepton_airflow.sources import Source
+
         if not self.sources:
             raise BadConfiguration(
                 "sources is empty: expected at least one name with a URI, e.g. {'flights': 'raw/*.csv'}."
@@ -116,6 +118,8 @@ class IngestData(Stage):
             error, raw); values ``rows``, ``sources`` (rows, rejected, digest, and version if it is a lake's table) and
             ``schema``.
         """
+        from lepton_airflow.sorting import MIN_MEMORY_MB
+
         require("duckdb", "IngestData", self.extra)
         if not 0 <= self.max_rejected_share <= 1:
             raise BadConfiguration(
@@ -162,6 +166,8 @@ class IngestData(Stage):
     @contextmanager
     def _if_absent(self) -> Iterator[None]:
         """Skip instead of failing over files that are not there, if the user said so."""
+        from lepton_airflow.sources import NoFiles
+
         try:
             yield
         except NoFiles as error:
@@ -177,6 +183,8 @@ class IngestData(Stage):
         run: RunInfo,
     ) -> tuple[list[Landed], dict[str, str], dict[str, Artifact]]:
         """Land the sources and run the query; its rows are in the scratch space then, in any order."""
+        from lepton_airflow.sources import Landing
+
         landing, landed = Landing(con, run), []
         for source in sources:
             began = time.monotonic()
@@ -197,6 +205,8 @@ class IngestData(Stage):
     def _sort(self, unsorted: Path, target: Path, run: RunInfo) -> int:
         import duckdb
         import pyarrow as pa
+
+        from lepton_airflow.sorting import sort_parquet
 
         try:
             return sort_parquet(

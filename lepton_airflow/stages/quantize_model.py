@@ -23,13 +23,14 @@ from lepton_airflow.package import (
     row_fingerprints,
     write_package,
 )
-from lepton_airflow.quantization import METHODS, Candidate, Comparison, Judge, Work, compare, cpu_flags
 from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage, cpu_model, versions
 from lepton_airflow.store import digest_path
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from lepton_airflow.quantization import Candidate, Comparison, Judge
 
     Feeds = dict[int, list[dict[str, NDArray[Any]]]]
 
@@ -61,7 +62,7 @@ class QuantizeModel(Stage):
     :param calibration: rows that activation ranges are taken from, ``prepare.output["train"]``.
     :param dataset: rows that the candidates are judged on, ``prepare.output["valid"]``; never the test split, since
         choosing on it would spend the rows that evaluation needs. The new package names both as touched.
-    :param candidates: which formats to try; an empty list tries none.
+    :param candidates: which formats to try; None: all of them; an empty list tries none.
     :param metric: what must not get worse; None: ``roc_auc`` for classification, ``rmse`` for regression.
     :param max_loss: how much of the metric may be lost [of the metric]; None: 0.005, and for MAE and RMSE 0.5% of the
         original's.
@@ -90,7 +91,7 @@ class QuantizeModel(Stage):
     model: ArtifactUri
     calibration: ArtifactUri
     dataset: ArtifactUri
-    candidates: list[str] = field(default_factory=lambda: list(METHODS))
+    candidates: list[str] | None = None
     metric: str | None = None
     max_loss: float | None = None
     min_speedup: float = 1.1
@@ -107,6 +108,8 @@ class QuantizeModel(Stage):
     seed: int = 0
 
     def run(self, run: RunInfo) -> Result:
+        from lepton_airflow.quantization import METHODS, Work, compare
+
         for library in self.engines:
             require(library, "QuantizeModel", self.extra)
         self._check_numbers()
@@ -138,7 +141,7 @@ class QuantizeModel(Stage):
                 timing=self._timing(package, paths["dataset"]),
             ),
             judge,
-            self.candidates,
+            list(METHODS) if self.candidates is None else self.candidates,
             min_speedup=self.min_speedup,
             max_slowdown=self.max_slowdown,
             min_shrink=self.min_shrink,
@@ -191,6 +194,7 @@ class QuantizeModel(Stage):
         return info
 
     def _judge(self, package: ModelPackage, rows: EvaluationRows, path: Path) -> Judge:
+        from lepton_airflow.quantization import Judge
         from lepton_airflow.statistics.metrics import CLASSIFICATION, REGRESSION
 
         names = CLASSIFICATION if package.card.task == "classification" else REGRESSION
@@ -293,6 +297,8 @@ class QuantizeModel(Stage):
         return run.save("model", folder)
 
     def _report(self, run: RunInfo, found: Comparison, judge: Judge, rows: EvaluationRows) -> Artifact:
+        from lepton_airflow.quantization import cpu_flags
+
         record = {
             "summary": _summary(found),
             "chosen": found.chosen,

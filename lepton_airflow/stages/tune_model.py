@@ -9,7 +9,6 @@ import logging
 import math
 import shutil
 import sqlite3
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lepton_airflow.checkpoints import Checkpoints
 from lepton_airflow.contract import Artifact, digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Preempted, StoreError, require
 from lepton_airflow.stages import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+    from lepton_airflow.checkpoints import Checkpoints
     from lepton_airflow.search import Workers
     from lepton_airflow.store import Connection
 
@@ -298,6 +297,8 @@ class _StudyFile:
                 ) from error
             yield cls(folder / f"{name}.db")
             return
+        from lepton_airflow.checkpoints import Checkpoints
+
         scratch = run.workdir / "study"
         copies = Checkpoints(run.store, f"checkpoints/{run.run_key}/{name}", scratch, 0.0)
         try:
@@ -456,7 +457,7 @@ class _Search:
             self._fail(running, f"{self.metric} is {value} on fold {len(running.values) + 1}")
             return
         running.values.append(value)
-        mean = statistics.fmean(running.values)
+        mean = math.fsum(running.values) / len(running.values)
         running.trial.report(mean, step=len(running.values) - 1)
         running.trial.set_user_attr("folds", running.values)
         if len(running.values) == self.stage.folds:
