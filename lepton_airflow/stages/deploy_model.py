@@ -15,13 +15,14 @@ from lepton_airflow import endpoints
 from lepton_airflow.contract import Artifact, Receipt, canonical_json, digest_of, pin, split_pin
 from lepton_airflow.endpoints import Desired, Status, check_endpoint_name
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped, require
-from lepton_airflow.package import ModelCard, ModelPackage, feature_frame
 from lepton_airflow.registry import Ledger, LedgerEntry, check_model_name, is_newer
 from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
 from lepton_airflow.store import now
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lepton_airflow.package import ModelCard, ModelPackage
 
 log = logging.getLogger(__name__)
 
@@ -292,6 +293,8 @@ class _Wanted:
         return golden, window
 
     def _computed(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
+        from lepton_airflow.package import ModelPackage, feature_frame
+
         model = ModelPackage.open(self.run.fetch(package))
         rows = feature_frame(self._rows(model), model.card.features)
         answers = model.predict(rows).reshape(len(rows), -1)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
-from lepton_airflow.evaluation import EvaluationRows, load_rows
-from lepton_airflow.package import ModelCard, ModelPackage, overlap
 from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
+
+    from lepton_airflow.evaluation import EvaluationRows
+    from lepton_airflow.package import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class EvaluateModel(Stage):
 
     def run(self, run: RunInfo) -> Result:
         from lepton_airflow import plots, report
+        from lepton_airflow.evaluation import load_rows
+        from lepton_airflow.package import ModelPackage, overlap
 
         for library in self.engines:
             require(library, "EvaluateModel", self.extra)

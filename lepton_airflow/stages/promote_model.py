@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, require
-from lepton_airflow.evaluation import EvaluationRows, check_kinds, load_rows
 from lepton_airflow.lease import lease
 from lepton_airflow.mlflow_registry import MlflowRegistry, glance, open_registry, resolve_tracking
-from lepton_airflow.package import ModelPackage, overlap
 from lepton_airflow.registry import (
     Ledger,
     LedgerEntry,
@@ -31,6 +29,8 @@ from lepton_airflow.store import now
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from lepton_airflow.package import ModelPackage
 
 log = logging.getLogger(__name__)
 
@@ -214,12 +214,15 @@ class _Bench:
     """The rows and the candidate's scores on them, kept while the champion may change under our hands."""
 
     def __init__(self, stage: PromoteModel, run: RunInfo, candidate: Registration) -> None:
+        from lepton_airflow.evaluation import load_rows
+        from lepton_airflow.package import ModelPackage, overlap
+
         self.stage = stage
         self.run = run
         self.candidate = candidate
         self.path = run.fetch(stage.dataset)
         self.package = ModelPackage.open(run.fetch(candidate.package))
-        self.rows: EvaluationRows = load_rows(self.path, self.package.card, stage.cluster_column)
+        self.rows = load_rows(self.path, self.package.card, stage.cluster_column)
         touched = overlap(self.package, self.path, self.rows.info)
         if touched:
             raise BadConfiguration(
@@ -231,6 +234,8 @@ class _Bench:
 
     def judge(self, champion: LedgerEntry | None) -> _Finding:
         """The decision about the candidate as long as this one is champion."""
+        from lepton_airflow.evaluation import check_kinds
+        from lepton_airflow.package import ModelPackage, overlap
         from lepton_airflow.statistics.paired import paired_test, verdict
 
         stage, candidate, rows = self.stage, self.candidate, self.rows

@@ -14,15 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lepton_airflow.contract import Artifact, pin, split_pin
 from lepton_airflow.dataset import DatasetInfo, read_info
 from lepton_airflow.errors import BadConfiguration, did_you_mean, require
-from lepton_airflow.evaluation import EvaluationRows, check_kinds, load_rows
-from lepton_airflow.package import (
-    OUTPUTS,
-    ModelPackage,
-    Touched,
-    parquet_feeds,
-    row_fingerprints,
-    write_package,
-)
 from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage, cpu_model, versions
 from lepton_airflow.store import digest_path
 
@@ -30,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lepton_airflow.evaluation import EvaluationRows
+    from lepton_airflow.package import ModelPackage
     from lepton_airflow.quantization import Candidate, Comparison, Judge
 
     Feeds = dict[int, list[dict[str, NDArray[Any]]]]
@@ -108,6 +101,8 @@ class QuantizeModel(Stage):
     seed: int = 0
 
     def run(self, run: RunInfo) -> Result:
+        from lepton_airflow.evaluation import load_rows
+        from lepton_airflow.package import OUTPUTS, ModelPackage, parquet_feeds, write_package
         from lepton_airflow.quantization import METHODS, Work, compare
 
         for library in self.engines:
@@ -184,6 +179,8 @@ class QuantizeModel(Stage):
                 raise BadConfiguration(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
     def _usable(self, name: str, path: Path, package: ModelPackage) -> DatasetInfo:
+        from lepton_airflow.evaluation import check_kinds
+
         info = read_info(path)
         if info.split == "test":
             raise BadConfiguration(
@@ -220,6 +217,8 @@ class QuantizeModel(Stage):
         """By batch size, feeds of real rows; where the dataset has too few, they come again."""
         import numpy as np
 
+        from lepton_airflow.package import parquet_feeds
+
         parts = list(parquet_feeds(path, package.card.features, _TIMED_ROWS, _TIMED_ROWS))
         sample = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         present = len(next(iter(sample.values())))
@@ -243,6 +242,8 @@ class QuantizeModel(Stage):
     ) -> Artifact:
         """The package to go on with: the one that was given, or a new one beside it that says where it comes from."""
         import numpy as np
+
+        from lepton_airflow.package import Touched, row_fingerprints, write_package
 
         given = _sha256(run, self.model)
         if found.chosen == "fp32":

@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import pin, split_pin
 from lepton_airflow.errors import BadConfiguration, Skipped
 from lepton_airflow.lease import Lease, lease
 from lepton_airflow.mlflow_registry import PACKAGE, RUN_KEY, SUPERSEDED, MlflowRegistry, glance, open_registry
-from lepton_airflow.package import ModelCard, ModelPackage
 from lepton_airflow.registry import (
     Registration,
     alias_targets,
@@ -25,6 +24,9 @@ from lepton_airflow.registry import (
 )
 from lepton_airflow.stages import ArtifactUri, ConnectionId, Result, RunInfo, Stage
 from lepton_airflow.store import Connection, now
+
+if TYPE_CHECKING:
+    from lepton_airflow.package import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class RegisterModel(Stage):
     on_backfill: Literal["register_only", "skip", "full"] = "register_only"
 
     def run(self, run: RunInfo) -> Result:
+        from lepton_airflow.package import ModelPackage
+
         check_model_name(self.name)
         if self.alias in ("champion", "previous"):
             raise BadConfiguration(f"alias={self.alias!r} is moved by PromoteModel alone: pass another one.")
