@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _MANY_FILES = 1000  # to look at them all takes longer than to start a process
+# Each of five tries of a request to S3 waits so long to connect; s3fs' own 5 s fail a fit over 30 s without a network.
+_CONNECT_S = 15
 # Object stores show an object only when its upload is complete, so they need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
 
@@ -607,11 +609,11 @@ def _storage_options(protocol: str, connection: Connection | None) -> dict[str, 
     """What fsspec needs to know for a Connection; a Connection's extra may hold more under ``storage_options``."""
     # Other processes write to the same store: a listing from a minute ago would hide what they made.
     options: dict[str, Any] = {"use_listings_cache": False} if protocol in _ATOMIC_PUT - {"memory"} else {}
-    if connection is None:
-        return options
-    options |= connection.extra.get("storage_options", {})
+    extra = connection.extra if connection else {}  # named as Airflow's Amazon provider names them
+    options |= extra.get("storage_options", {})
     if protocol in ("s3", "s3a"):
-        extra = connection.extra  # named as Airflow's Amazon provider names them
+        options["config_kwargs"] = {"connect_timeout": _CONNECT_S, **options.get("config_kwargs", {})}
+    if connection and protocol in ("s3", "s3a"):
         for key, value in (
             ("key", connection.login or extra.get("aws_access_key_id")),
             ("secret", connection.password or extra.get("aws_secret_access_key")),

@@ -357,6 +357,13 @@ def test_a_connection_of_the_amazon_provider_opens_a_store() -> None:
     fs = Store("s3://bucket/x", Connection("s3", "aws", extra=extra)).fs
     assert (fs.key, fs.secret, fs.token) == (KEY, SECRET, "short-lived")
     assert fs.client_kwargs == {"region_name": "eu-central-1"}
+    assert fs.config_kwargs == {"connect_timeout": 15}
+
+
+def test_how_s3_is_waited_for_can_be_told() -> None:
+    options = {"config_kwargs": {"connect_timeout": 3, "read_timeout": 7}}
+    told = Connection("s3", "aws", extra={"storage_options": options})
+    assert Store("s3://bucket/x", told).fs.config_kwargs == {"connect_timeout": 3, "read_timeout": 7}
 
 
 def test_connections_show_no_secret() -> None:
