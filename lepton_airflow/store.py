@@ -514,9 +514,11 @@ class Store:
                 isinstance(error, PermissionError) and self._local
             ):  # in a pod, seldom the user who made the folder
                 reason += f" for user {os.geteuid()}"
+            advice = "Check that it is reachable, writable and has space"
+            if self.connection is None and "Credentials" in type(error).__name__:
+                advice = "Name the Connection that opens it, in store_conn_id or [lepton] store_conn_id"
             raise StoreError(
-                f"store {self.root}: {doing} failed: {reason}. Check that it is reachable, writable and has space; "
-                "nothing that was there is changed."
+                f"store {self.root}: {doing} failed: {reason}. {advice}; nothing that was there is changed."
             ) from error
 
 

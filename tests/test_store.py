@@ -327,6 +327,16 @@ def test_an_s3_store_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
         assert SECRET not in str(caught.value)
 
 
+def test_without_credentials_s3_says_where_to_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    store = Store("s3://bucket/without")
+    with pytest.raises(StoreError, match=r"Name the Connection that opens it, in store_conn_id"):
+        store.write("a", b"1")
+
+
 def test_a_missing_bucket_is_a_sentence(s3: str) -> None:
     store = Store(
         "s3://no-such-bucket/x",

@@ -168,6 +168,10 @@ class Pod(Runner):
                     raise BadConfiguration(
                         f"Pod({name}={value!r}) cannot be rendered: {error}. Mend the template."
                     ) from None
+                if name in _TEXTS and values[name] in (None, "None"):
+                    raise BadConfiguration(
+                        f"Pod({name}={value!r}) renders to None: give what the template names a value."
+                    )
         return replace(self, **values)
 
 

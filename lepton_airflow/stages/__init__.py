@@ -260,14 +260,17 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and module_name != error.name and not module_name.startswith(error.name + "."):
-            raise  # the user's module was found; something that it imports was not
+            raise BadConfiguration(
+                f"{wanted}={reference!r}: {module_name!r} imports {error.name!r}, which is not installed where the stage runs: "
+                "install it there, in the worker's environment or the image or environment that the runner names."
+            ) from error
         raise BadConfiguration(
             f"{wanted}={reference!r}: no module {module_name!r} where the stage runs. Put it beside the DAG file, "
             "in the plugins folder, or install it there."
         ) from None
     function = getattr(module, attribute, None)
     if not callable(function):
-        names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module_name]
         raise BadConfiguration(
             f"{wanted}={reference!r}: module {module_name!r} has no function {attribute!r}; "
             f"{did_you_mean(attribute, names)}"

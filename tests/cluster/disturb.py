@@ -456,12 +456,21 @@ def rbac_denied(arena: Arena, how: str) -> Outcome:
 
 def marked_failed(arena: Arena, how: str) -> Outcome:
     """A person marks the task failed while the stage runs."""
+    return _marked(arena, how, "failed")
+
+
+def marked_success(arena: Arena, how: str) -> Outcome:
+    """A person marks the task as success while the stage runs."""
+    return _marked(arena, how, "success")
+
+
+def _marked(arena: Arena, how: str, state: str) -> Outcome:
     task = arena.start(how)
     task.until_it_runs()
     if how != "sync":
         task.until_watched()
     arena.airflow.api(
-        "PATCH", f"/dags/{task.dag}/dagRuns/{task.run}/taskInstances/stage", {"new_state": "failed"}
+        "PATCH", f"/dags/{task.dag}/dagRuns/{task.run}/taskInstances/stage", {"new_state": state}
     )
     return task.end()
 

@@ -5,6 +5,7 @@ One Airflow for all. What takes a component of it away comes last, when the othe
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +39,7 @@ def arena(
     with LocalAirflow(
         home, HERE / "bundle", parallelism=5, env=environment, database=new_airflow_database()
     ) as airflow:
-        for name in ("sync", "deferred", "impatient"):
+        for name in ("sync", "deferred", "prepared_sync", "prepared_deferred", "impatient"):
             airflow.wait_for_dag(f"drill_{name}")
         with disturb.arena(airflow, namespace, shared, "drill") as made:
             yield made
@@ -48,8 +49,8 @@ def arena(
 def drilled(arena: Arena) -> Mapping[str, Future[Outcome]]:
     """The drills that do not disturb each other, all at once."""
     together: dict[str, tuple[Callable[..., Outcome], str]] = {
-        "undisturbed": (disturb.undisturbed, "deferred"),
-        "undisturbed sync": (disturb.undisturbed, "sync"),
+        "undisturbed": (disturb.undisturbed, "prepared_deferred"),
+        "undisturbed sync": (disturb.undisturbed, "prepared_sync"),
         "pod deleted": (disturb.pod_deleted, "deferred"),
         "pod deleted sync": (disturb.pod_deleted, "sync"),
         "evicted": (disturb.evicted, "deferred"),
@@ -60,6 +61,7 @@ def drilled(arena: Arena) -> Mapping[str, Future[Outcome]]:
         "wrong namespace": (disturb.wrong_namespace, "deferred"),
         "RBAC denied": (disturb.rbac_denied, "deferred"),
         "marked failed": (disturb.marked_failed, "deferred"),
+        "marked success": (disturb.marked_success, "deferred"),
         "cleared": (disturb.cleared, "deferred"),
         "no receipt": (disturb.no_receipt, "deferred"),
         "worker killed": (disturb.worker_killed, "sync"),
@@ -82,7 +84,9 @@ def _is(outcome: Outcome, state: str, *, pods: int, tries: int, says: str = "") 
 
 @pytest.mark.parametrize("name", ["undisturbed", "undisturbed sync"])
 def test_without_a_disturbance_one_pod_is_made(drilled: Drilled, name: str) -> None:
-    _is(drilled[name].result(), "success", pods=1, tries=1, says="The file came.")
+    outcome = drilled[name].result()
+    _is(outcome, "success", pods=1, tries=1, says="The file came.")
+    assert re.findall(r"fetched part (\d+) of 500", outcome.log) == [str(n) for n in range(500)]
 
 
 @pytest.mark.parametrize("name", ["pod deleted", "pod deleted sync", "evicted"])
@@ -124,9 +128,11 @@ def test_missing_rights_fail_at_once_and_are_named(drilled: Drilled) -> None:
     _is(outcome, "failed", pods=0, tries=1, says=":nobody may not list pods in namespace")
 
 
-def test_marking_failed_ends_the_pod(drilled: Drilled) -> None:
-    outcome = drilled["marked failed"].result()
-    _is(outcome, "failed", pods=1, tries=1)
+@pytest.mark.parametrize("state", ["failed", "success"])
+def test_marking_a_task_ends_its_pod(drilled: Drilled, state: str) -> None:
+    outcome = drilled[f"marked {state}"].result()
+    _is(outcome, state, pods=1, tries=1)
+    assert "The file came." not in outcome.log
 
 
 def test_clearing_ends_with_exactly_one_live_pod(drilled: Drilled) -> None:

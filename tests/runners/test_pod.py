@@ -62,6 +62,9 @@ def test_templates_are_taken_and_rendered_into_a_copy() -> None:
     assert pod.image == "stage:{{ v }}"
     with pytest.raises(BadConfiguration, match="memory='lots'"):
         pod.rendered(lambda value: "lots" if value == "{{ m }}" else value)
+    for nothing in ("None", None):  # the latter where Airflow renders to native objects
+        with pytest.raises(BadConfiguration, match=r"Pod\(image='{{ i }}'\) renders to None"):
+            Pod(image="{{ i }}").rendered(lambda value: nothing if value == "{{ i }}" else value)  # noqa: B023
 
 
 def test_repr_is_stable_and_holds_the_settings_alone() -> None:

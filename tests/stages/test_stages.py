@@ -273,8 +273,11 @@ def test_loading_code_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
         BadConfiguration, match="module 'mine_ok' has no function 'trian'; did you mean 'train'"
     ):
         load_code("mine_ok:trian", "trainer")
-    with pytest.raises(ModuleNotFoundError, match="mine_a"):  # found, but what it imports is not there
+    with pytest.raises(BadConfiguration, match=r"'mine_ab' imports 'mine_a', which is not installed where"):
         load_code("mine_ab:f", "trainer")
+    (tmp_path / "mine_im.py").write_text("from textwrap import dedent\ndef train(): ...\n")
+    with pytest.raises(BadConfiguration, match=r"no function 'xyz'; (?!.*dedent).*train"):
+        load_code("mine_im:xyz", "trainer")
 
 
 # -- run -----------------------------------------------------------------------------------------------------------------

@@ -56,9 +56,19 @@ def pod(**settings: object) -> Pod:
     )
 
 
+FETCH = {  # before the stage, as a team's own image might fetch something
+    "name": "fetch",
+    "image": DRILLS["image"],
+    "imagePullPolicy": "IfNotPresent",
+    "command": ["python", "-c", "for n in range(500): print(f'fetched part {n} of 500')"],
+}
+PREPARED = {"spec": {"initContainers": [FETCH]}}
+
 for name, settings in {
     "sync": {"deferrable": False},
     "deferred": {"deferrable": True},
+    "prepared_sync": {"deferrable": False, "pod_template": PREPARED},
+    "prepared_deferred": {"deferrable": True, "pod_template": PREPARED},
     "impatient": {"deferrable": True, "schedule_timeout_s": 10.0, "start_timeout_s": 15.0},
 }.items():
     with DAG(f"drill_{name}", **COMMON):
