@@ -1,6 +1,6 @@
 """The wheel, with the core's dependencies and no engine, works on the oldest Airflow that is supported.
 
-The environment is made once (a minute) in ``.cache``; the package is built anew for each run, as a wheel, so that what
+The environment is made once in ``.cache``; the package is built anew for each run, as a wheel, so that what
 is tried is what would be installed.
 """
 
@@ -39,19 +39,22 @@ def airflow_31() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not complete.exists():
             shutil.rmtree(home, ignore_errors=True)
-            pip = [
-                str(python),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                "-c",
-                str(PINS),
-            ]
+            uv = [sys.executable, "-m", "uv"]  # installs in a fifth of pip's time
             for command in (
-                [sys.executable, "-m", "venv", str(home)],
-                [*pip, *core, "pytest", "pytest-timeout"],
+                [*uv, "venv", "--quiet", "--python", sys.executable, str(home)],
+                [
+                    *uv,
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--python",
+                    str(python),
+                    "-c",
+                    str(PINS),
+                    *core,
+                    "pytest",
+                    "pytest-timeout",
+                ],
             ):
                 done = subprocess.run(command, check=False, capture_output=True, text=True)
                 assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr}"
