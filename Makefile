@@ -8,7 +8,7 @@ help: ## Show this list
 
 setup: ## Make .venv with the pinned versions; every other target does it by itself
 	@.ci/setup
-	@$(python) -m compileall -q lepton_airflow # each task imports it; nobody else compiles an editable install for sure
+	-@$(python) -m compileall -q lepton_airflow # pip compiles no editable install, and every task imports it
 
 demo: setup ## Start Airflow, retrain on real flights month by month, print what happened and where to look
 	@$(python) demo/run.py up

@@ -81,12 +81,15 @@ def _machine() -> str:
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], check=True, cwd=HERE, capture_output=True, text=True
     ).stdout
+    changed = subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", ":!/docs"], check=False, cwd=HERE
+    ).returncode
     versions = ", ".join(
         f"{p} {version(p)}" for p in ("apache-airflow", "duckdb", "onnxruntime", "scikit-learn")
     )
     return (
         f"Measured on {os.cpu_count()} cores of {cpu}, {memory_gib:.0f} GiB, with Python {platform.python_version()}, {versions}, "
-        f"at {revision.strip()}"
+        f"at {revision.strip()}{' with changes' if changed else ''}"
     )
 
 

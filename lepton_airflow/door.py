@@ -21,6 +21,7 @@ from urllib.parse import quote, quote_plus, unquote
 
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import (
+    BadConfiguration,
     ContractError,
     LeptonError,
     MissingExtra,
@@ -169,9 +170,13 @@ def _run(kind: type[Stage], stage: Stage, run: RunInfo) -> Result:
         result = stage.run(run)
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        if not kind.extra or library not in ENGINE_MODULES:
-            raise
-        raise MissingExtra(kind.__name__, library, kind.extra) from error
+        if kind.extra and library in ENGINE_MODULES:
+            raise MissingExtra(kind.__name__, library, kind.extra) from error
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+        raise BadConfiguration(
+            f"{kind.__name__}: there is no module {error.name!r} where the stage runs; {frames[-1].filename} line "
+            f"{frames[-1].lineno} asks for it. Put it beside the DAG file, or install it where the stage runs."
+        ) from error
     if not isinstance(result, Result):
         raise ContractError(f"{kind.__name__}.run returned {type(result).__name__}, expected a Result.")
     return result

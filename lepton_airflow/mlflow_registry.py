@@ -26,12 +26,13 @@ from urllib.parse import quote, urlencode
 from urllib.request import urlopen
 
 from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError, require
-from lepton_airflow.package import ModelCard
 from lepton_airflow.store import Connection
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+    from lepton_airflow.package import ModelCard
 
 log = logging.getLogger(__name__)
 

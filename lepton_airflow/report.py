@@ -6,9 +6,10 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.package import ModelCard
+if TYPE_CHECKING:
+    from lepton_airflow.package import ModelCard
 
 TITLES = {
     "accuracy": "Accuracy",

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _MANY_FILES = 1000  # to look at them all takes longer than to start a process
-# Each of five tries of a request to S3 waits so long to connect; s3fs' own 5 s fail a fit over 30 s without a network.
+# So long does each of five tries of a request to S3 wait to connect: with s3fs' own 5 s, half a minute in which a network
+# loses all packets fails a fit. A refused connection is given up after ten seconds as before.
 _CONNECT_S = 15
 # Object stores show an object only when its upload is complete, so they need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
@@ -515,8 +516,11 @@ class Store:
             ):  # in a pod, seldom the user who made the folder
                 reason += f" for user {os.geteuid()}"
             advice = "Check that it is reachable, writable and has space"
-            if self.connection is None and "Credentials" in type(error).__name__:
-                advice = "Name the Connection that opens it, in store_conn_id or [lepton] store_conn_id"
+            if "Credentials" in type(error).__name__:
+                advice = (
+                    "Name a Connection that has them (store_conn_id for the store, a source's connection for a source), or "
+                    "give this machine its own"
+                )
             raise StoreError(
                 f"store {self.root}: {doing} failed: {reason}. {advice}; nothing that was there is changed."
             ) from error
@@ -614,7 +618,11 @@ def _storage_options(protocol: str, connection: Connection | None) -> dict[str, 
     extra = connection.extra if connection else {}  # named as Airflow's Amazon provider names them
     options |= extra.get("storage_options", {})
     if protocol in ("s3", "s3a"):
-        options["config_kwargs"] = {"connect_timeout": _CONNECT_S, **options.get("config_kwargs", {})}
+        import fsspec
+
+        machine = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})  # an argument would hide it
+        told = machine | options.get("config_kwargs", {})
+        options["config_kwargs"] = {"connect_timeout": _CONNECT_S} | told
     if connection and protocol in ("s3", "s3a"):
         for key, value in (
             ("key", connection.login or extra.get("aws_access_key_id")),

@@ -312,3 +312,22 @@ def test_a_termination_message_keeps_how_the_stage_ended() -> None:
     assert told.summary.startswith("naïve")
     short = replace(receipt, error=None, summary="s", metrics={"m": 1.0})
     assert Receipt.from_json(in_brief(short)) == short
+
+
+def test_a_missing_module_is_named_with_the_line_that_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asks_for_more.py").write_text(
+        "from lepton_airflow.stages import Stage\n"
+        "class AsksForMore(Stage):\n"
+        "    def run(self, run):\n"
+        "        import no_such_library.part\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    receipt = perform(
+        Request(stage="asks_for_more:AsksForMore", parameters={}, store=str(tmp_path / "store"))
+    )
+    assert receipt.error is not None
+    assert (receipt.error["kind"], receipt.error["exit_code"]) == ("BadConfiguration", 80)
+    assert "no module 'no_such_library' where the stage runs" in receipt.error["message"]
+    assert "asks_for_more.py line 4 asks for it" in receipt.error["message"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from lepton_airflow.contract import Artifact, split_pin
@@ -328,12 +329,13 @@ def test_an_s3_store_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_without_credentials_s3_says_where_to_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    store = Store("s3://bucket/without")
-    with pytest.raises(StoreError, match=r"Name the Connection that opens it, in store_conn_id"):
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    store = Store("s3://bucket/x", Connection("s3", "aws", extra={"endpoint_url": "http://127.0.0.1:9"}))
+    with pytest.raises(StoreError, match=r"Name a Connection that has them \(store_conn_id for the store"):
         store.write("a", b"1")
 
 
@@ -370,10 +372,16 @@ def test_a_connection_of_the_amazon_provider_opens_a_store() -> None:
     assert fs.config_kwargs == {"connect_timeout": 15}
 
 
-def test_how_s3_is_waited_for_can_be_told() -> None:
+def test_how_s3_is_waited_for_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"config_kwargs": {"connect_timeout": 3, "read_timeout": 7}}
     told = Connection("s3", "aws", extra={"storage_options": options})
-    assert Store("s3://bucket/x", told).fs.config_kwargs == {"connect_timeout": 3, "read_timeout": 7}
+    assert Store("s3://bucket/x", told).fs.config_kwargs == options["config_kwargs"]
+    machine = {"config_kwargs": {"read_timeout": 9, "signature_version": "s3v4"}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", machine)
+    assert Store("s3://bucket/y").fs.config_kwargs == machine["config_kwargs"] | {"connect_timeout": 15}
+    assert (
+        Store("s3://bucket/y", told).fs.config_kwargs == machine["config_kwargs"] | options["config_kwargs"]
+    )
 
 
 def test_connections_show_no_secret() -> None:

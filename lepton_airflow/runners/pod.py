@@ -168,10 +168,15 @@ class Pod(Runner):
                     raise BadConfiguration(
                         f"Pod({name}={value!r}) cannot be rendered: {error}. Mend the template."
                     ) from None
-                if name in _TEXTS and values[name] in (None, "None"):
-                    raise BadConfiguration(
-                        f"Pod({name}={value!r}) renders to None: give what the template names a value."
-                    )
+                if name in _TEXTS and values[name] in (
+                    None,
+                    "None",
+                ):  # Jinja renders None as Python writes it
+                    if getattr(type(self), name, "") is not None:
+                        raise BadConfiguration(
+                            f"Pod({name}={value!r}) renders to None: give what the template names a value."
+                        )
+                    values[name] = None
         return replace(self, **values)
 
 

@@ -228,7 +228,8 @@ def markers(stage: type[Stage]) -> dict[str, str]:
 def choices(stage: type[Stage]) -> dict[str, tuple[Any, ...]]:
     """The values that each field takes, of those that take one of a few (``Literal``)."""
     found = {}
-    for name, hint in _hints(stage).items():
+    for name, marked in _hints(stage).items():
+        hint = marked.__origin__ if typing.get_origin(marked) is Annotated else marked
         options = typing.get_args(hint) if _is_union(hint) else (hint,)
         if all(o is type(None) or typing.get_origin(o) is typing.Literal for o in options):
             found[name] = tuple(value for o in options for value in typing.get_args(o))
@@ -260,17 +261,18 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and module_name != error.name and not module_name.startswith(error.name + "."):
-            raise BadConfiguration(
-                f"{wanted}={reference!r}: {module_name!r} imports {error.name!r}, which is not installed where the stage runs: "
-                "install it there, in the worker's environment or the image or environment that the runner names."
-            ) from error
+            raise  # the user's module was found; something that it imports was not
         raise BadConfiguration(
             f"{wanted}={reference!r}: no module {module_name!r} where the stage runs. Put it beside the DAG file, "
             "in the plugins folder, or install it there."
         ) from None
     function = getattr(module, attribute, None)
     if not callable(function):
-        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module_name]
+        package = module_name.partition(".")[
+            0
+        ]  # what it re-exports is its own; what it imports from elsewhere is not
+        functions = {n: v for n, v in vars(module).items() if inspect.isfunction(v)}
+        names = [n for n, v in functions.items() if v.__module__.partition(".")[0] == package]
         raise BadConfiguration(
             f"{wanted}={reference!r}: module {module_name!r} has no function {attribute!r}; "
             f"{did_you_mean(attribute, names)}"

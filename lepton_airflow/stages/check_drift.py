@@ -21,13 +21,14 @@ from lepton_airflow.errors import (
     did_you_mean,
     require,
 )
-from lepton_airflow.package import ModelCard
 from lepton_airflow.registry import Ledger, check_model_name
 from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
+
+    from lepton_airflow.package import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,8 @@ class CheckDrift(Stage):
     # -- the reference -----------------------------------------------------------------------------------------------
 
     def _reference(self, run: RunInfo) -> _Reference:
+        from lepton_airflow.package import ModelCard
+
         uri, who = self.reference, "the reference"
         if self.name is not None:
             check_model_name(self.name)

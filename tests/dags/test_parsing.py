@@ -37,6 +37,18 @@ HEAVY = [
     "sqlalchemy_adbc",
     "torch",
 ]
+# Of ours, what only the work of a stage needs: every task parses its DAG.
+WORK = {
+    "checkpoints",
+    "environments",
+    "evaluation",
+    "package",
+    "quantization",
+    "search",
+    "sorting",
+    "sources",
+    "training",
+}
 
 # Runs in an interpreter of its own. A look-up or a connection while parsing ends it with what was tried.
 PARSE = """
@@ -57,6 +69,7 @@ dags = [o for o in gc.get_objects() if issubclass(type(o), airflow.sdk.DAG)]  # 
 print(json.dumps({
     "dags": sorted({d.dag_id for d in dags}),
     "heavy": sorted({m.partition(".")[0] for m in set(sys.modules) - before} & set(sys.argv[2:])),
+    "ours": sorted(m.partition(".")[2] for m in set(sys.modules) - before if m.startswith("lepton_airflow.")),
 }))
 """
 
@@ -74,6 +87,7 @@ def test_a_dag_file_parses_with_airflow_alone(file: Path, tmp_path: Path) -> Non
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["dags"] == [file.stem]
     assert found["heavy"] == []
+    assert not WORK & set(found["ours"])
 
 
 def test_twelve_tasks_each_have_a_pod() -> None:

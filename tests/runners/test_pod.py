@@ -65,6 +65,8 @@ def test_templates_are_taken_and_rendered_into_a_copy() -> None:
     for nothing in ("None", None):  # the latter where Airflow renders to native objects
         with pytest.raises(BadConfiguration, match=r"Pod\(image='{{ i }}'\) renders to None"):
             Pod(image="{{ i }}").rendered(lambda value: nothing if value == "{{ i }}" else value)  # noqa: B023
+        pod = Pod(image="stage:1", service_account="{{ a }}")
+        assert pod.rendered(lambda value: nothing if value == "{{ a }}" else value).service_account is None  # noqa: B023
 
 
 def test_repr_is_stable_and_holds_the_settings_alone() -> None:
