@@ -175,7 +175,7 @@ def _run(kind: type[Stage], stage: Stage, run: RunInfo) -> Result:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
         raise BadConfiguration(
             f"{kind.__name__}: there is no module {error.name!r} where the stage runs; {frames[-1].filename} line "
-            f"{frames[-1].lineno} asks for it. Put it beside the DAG file, or install it where the stage runs."
+            f"{frames[-1].lineno} asks for it. Put it beside the DAG file or install it; for a pod, into the image."
         ) from error
     if not isinstance(result, Result):
         raise ContractError(f"{kind.__name__}.run returned {type(result).__name__}, expected a Result.")

@@ -134,7 +134,7 @@ class StageOperator(BaseOperator):
         kept: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Go on after a deferral: the same as :meth:`execute`, for what is done is read off the runner's own place."""
-        told = {name: event[name] for name in ("read", "refused") if name in event} if event else {}
+        told = {name: event[name] for name in ("read", "refused", "tail") if name in event} if event else {}
         return self._perform(context, {**(kept or {}), **told})
 
     def _perform(self, context: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:

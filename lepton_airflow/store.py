@@ -514,7 +514,7 @@ class Store:
             if (
                 isinstance(error, PermissionError) and self._local
             ):  # in a pod, seldom the user who made the folder
-                reason += f" for user {os.geteuid()}"
+                reason += f" for user {os.geteuid()}{_owner(error.filename)}"
             advice = "Check that it is reachable, writable and has space"
             if "Credentials" in type(error).__name__:
                 advice = (
@@ -529,6 +529,14 @@ class Store:
 _GRACE_S = 3600.0
 _KEEPING = ("cache", "registrations", "ledger", "endpoints")  # the records whose artifacts are kept
 _DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # their own errors are no OSErrors
+
+
+def _owner(path: Any) -> str:
+    """Whose the folder of a file is that could not be touched."""
+    try:
+        return f", in a folder of user {os.stat(os.path.dirname(path)).st_uid}"
+    except (OSError, TypeError):
+        return ""
 
 
 def _altered(uri: str, found: str, wanted: str) -> str:

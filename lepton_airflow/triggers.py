@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -46,6 +46,7 @@ _WATCH_S = 280  # a watch is renewed so often, with the credentials of then
 _SURE_S = 10.0  # a refusal must last so long: an API server that just started knows no roles yet
 _AWAY_S = 15.0  # longest pause between two questions to an API server that is away
 _AWAY_LIMIT_S = 900.0  # then the worker asks, and fails the try if it gets no answer either
+_TAIL_LINES, _TAIL_BYTES = 50, 8192  # of the log, for the worker: an event is a row of Airflow's database
 _LOG_BYTES = (
     1 << 20
 )  # of one look: what is more is left to the worker, so that one task's log holds up no other's
@@ -93,6 +94,7 @@ class PodTrigger(BaseTrigger):
         self.refused = refused
         self._fired = False
         self._said = ""
+        self._tail: deque[tuple[int, str]] = deque(maxlen=_TAIL_LINES)
         self._hide: Callable[[str], str] | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -117,7 +119,7 @@ class PodTrigger(BaseTrigger):
             said = await (self._room(namespace) if self.refused else self._change(namespace))
         await asyncio.sleep(max(0.0, _SOONEST_S - (time.monotonic() - started)))
         self._fired = True
-        yield TriggerEvent({"read": self.read, "refused": said})  # type: ignore[no-untyped-call]
+        yield TriggerEvent({"read": self.read, "refused": said, "tail": self._last_lines()})  # type: ignore[no-untyped-call]
 
     async def _change(self, namespace: _Namespace) -> str:
         """Until the next step is another than to wait; what the API server refused, if it did."""
@@ -197,7 +199,19 @@ class PodTrigger(BaseTrigger):
             for stamp, line in await namespace.log(pod, container, after):
                 level, text = level_of(self._hide(line))
                 self.log.log(level, "%s", text)
+                self._tail.append((level, text))
                 self.read[container] = stamp
+
+    def _last_lines(self) -> list[tuple[int, str]]:
+        """The last lines that were logged here, as many as an event may hold."""
+        kept: list[tuple[int, str]] = []
+        left = _TAIL_BYTES
+        for level, text in reversed(self._tail):
+            left -= len(text.encode())
+            if left < 0:
+                break
+            kept.append((level, text))
+        return kept[::-1]
 
     async def on_kill(self) -> None:
         """Delete the pod when somebody ends or clears the task while it is deferred; only a pod that this try owns."""

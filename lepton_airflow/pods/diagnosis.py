@@ -419,8 +419,9 @@ def _exit_code(seen: _Seen, ended: Mapping[str, Any]) -> Diagnosis:
     if code in (128 + signal.SIGKILL, 128 + signal.SIGTERM):
         return Diagnosis(
             "Killed",
-            f"{seen.stage} was ended from outside in pod {seen.name} (exit code {code}), though nobody deleted the pod and it was within "
-            f"its memory limit: most likely node {seen.node} itself ran out of memory; ask for what it really needs (memory=…).",
+            f"{seen.stage} was ended from outside in pod {seen.name} (exit code {code}); nobody deleted the pod, and it was within "
+            f"its memory limit. If nobody killed its process, node {seen.node} itself ran out of memory: ask for what it really "
+            "needs (memory=…).",
             "retry",
         )
     how = f"exit code {code}"

@@ -161,7 +161,7 @@ class Pod(Runner):
         for name, value in values.items():
             if isinstance(value, (str, list, dict)):
                 try:
-                    values[name] = render(value)
+                    values[name] = _rendered(value, render)
                 except Exception as error:
                     if type(error).__module__.partition(".")[0] != "jinja2":
                         raise
@@ -195,6 +195,9 @@ class _Held:
     read: dict[str, str] = field(
         default_factory=dict
     )  # container: the time of its last line in the task's log
+    # Of these, what this worker logged itself. Airflow lets a trigger overwrite what an earlier one of the same try logged.
+    own: dict[str, str] = field(default_factory=dict)
+    tail: list[tuple[int, str]] = field(default_factory=list)  # the last lines that the trigger logged
     refused: str = ""  # why the triggerer may not wait for the pod
 
 
@@ -358,7 +361,7 @@ class _Run:
         assert step.until is not None
         self._say(phase_of(step))
         if self._defers():
-            self._defer()
+            self._defer(step.pod)
         started = time.monotonic()
         if (
             not self._read_logs(step.pod, min(step.until, time.time() + _FOLLOW_S))
@@ -378,7 +381,7 @@ class _Run:
             raise _timed_out(self.request)
         self._say(f"waiting: {diagnosis.sentence}")
         if self._defers():
-            self._defer(pod)
+            self._defer(refused=pod)
         time.sleep(_POLL_S)
 
     def _defers(self) -> bool:
@@ -390,7 +393,7 @@ class _Run:
 
         return bool(conf.getboolean("operators", "default_deferrable", fallback=False))
 
-    def _defer(self, refused: dict[str, Any] | None = None) -> NoReturn:
+    def _defer(self, pod: Seen | None = None, refused: dict[str, Any] | None = None) -> NoReturn:
         from airflow.providers.common.compat.sdk import TaskDeferred
 
         from lepton_airflow.triggers import PodTrigger
@@ -402,6 +405,9 @@ class _Run:
                 "Forbidden",
                 DO_NOT_RETRY,
             )
+        if pod is not None and self.held.read != self.held.own:
+            self._read_logs(pod, time.time() + _QUIET_S, again=True)
+        self.held.tail = []
         s, clocks = self.settings, self.clocks
         if self.held.refused_since is not None:
             until = self.held.refused_since + clocks.admission_s
@@ -430,10 +436,11 @@ class _Run:
             log.info("%s", what)
             self.said = what
 
-    def _read_logs(self, pod: Seen, until: float = math.inf) -> bool:
+    def _read_logs(self, pod: Seen, until: float = math.inf, *, again: bool = False) -> bool:
         """Bring the lines that were not logged yet into the task's log, following them; whether there were any.
 
         :param until: when to leave a log that goes on [Unix time].
+        :param again: those too that the trigger logged, for another trigger is going to overwrite them.
         """
         from lepton_airflow.pods.lifecycle import container_state, containers
 
@@ -441,12 +448,12 @@ class _Run:
         for container in containers(pod):
             if container_state(pod, container)[0] == "waiting":
                 continue
-            after = self.held.read.get(container, "")
+            after = (self.held.own if again else self.held.read).get(container, "")
             for stamp, line in self.cluster.log_lines(pod, container, after, _QUIET_S):
                 level, text = level_of(self.hide(line))
                 log.log(level, "%s", text)
                 self.last_lines.append(text)
-                self.held.read[container] = stamp
+                self.held.read[container] = self.held.own[container] = stamp
                 any_lines = True
                 if time.time() >= until:
                     break
@@ -459,18 +466,24 @@ class _Run:
         from lepton_airflow.pods.diagnosis import diagnose
         from lepton_airflow.pods.lifecycle import ended
 
-        if pod is not None:
-            self._read_logs(pod)
         receipt = self._receipt(pod)
         if receipt is not None and (receipt.error is None or int(receipt.error["exit_code"]) != PREEMPTED):
+            if pod is not None:
+                self._read_logs(pod)
             if receipt.error:
                 self._report(pod)
             self._clear_away(pod, failed=receipt.error is not None)
             return settle(self.request, receipt)
         seen = pod or self._gone()
         diagnosis = diagnose(seen, self.cluster.events(seen))
-        again = diagnosis is not None and diagnosis.then == "resubmit"
-        if receipt is not None and not (again and self._may_resubmit()):  # preempted once too often
+        again = diagnosis is not None and diagnosis.then == "resubmit" and self._may_resubmit()
+        if pod is not None:
+            self._read_logs(pod, again=again and self._defers())
+        elif again and self.held.tail:
+            log.info("the last lines of the pod that is gone:")
+            for level, text in self.held.tail:
+                log.log(level, "%s", text)
+        if receipt is not None and not again:  # preempted once too often
             self._clear_away(pod, failed=True)
             return settle(self.request, receipt)
         if diagnosis is None:
@@ -535,7 +548,7 @@ class _Run:
             self.held.resubmitted,
             self.settings.preemption_limit,
         )
-        self.held.uid, self.held.nonce, self.held.read = None, "", {}
+        self.held.uid, self.held.nonce, self.held.read, self.held.own, self.held.tail = None, "", {}, {}, []
 
     def _may_resubmit(self) -> bool:
         return self.held.resubmitted < self.settings.preemption_limit
@@ -683,6 +696,18 @@ def _is_template(value: Any) -> bool:
     return isinstance(value, str) and ("{{" in value or "{%" in value)
 
 
+def _rendered(value: Any, render: Callable[[Any], Any]) -> Any:
+    """A value with its templates rendered, at any depth; numbers that Airflow's native rendering makes are text again."""
+    if isinstance(value, dict):
+        return {k: _rendered(v, render) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rendered(v, render) for v in value]
+    if not _is_template(value):
+        return value
+    made = render(value)
+    return str(made) if isinstance(made, (int, float)) and not isinstance(made, bool) else made
+
+
 _TEXTS = (
     *("image", "namespace", "cpu", "memory", "cpu_limit", "memory_limit", "gpu_resource", "service_account"),
     *("priority_class", "runtime_class", "image_pull_policy", "queue", "python", "keep_pod"),
@@ -768,6 +793,10 @@ def _check(s: Pod) -> None:
                 raise BadConfiguration(
                     f"Pod(security=…): {key!r} is unknown; {did_you_mean(key, OF_CONTAINER | OF_POD | OF_SPEC)}"
                 )
+        if s.security.get("runAsUser") == 0 and s.security.get("runAsNonRoot", s.pod_template) is None:
+            raise BadConfiguration(
+                f"Pod(security={s.security!r}): pods run as root only where that is said; add 'runAsNonRoot': False."
+            )
 
 
 def _check_volume(volume: Any) -> None:

@@ -263,8 +263,8 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
         if error.name and module_name != error.name and not module_name.startswith(error.name + "."):
             raise  # the user's module was found; something that it imports was not
         raise BadConfiguration(
-            f"{wanted}={reference!r}: no module {module_name!r} where the stage runs. Put it beside the DAG file, "
-            "in the plugins folder, or install it there."
+            f"{wanted}={reference!r}: no module {error.name!r} where the stage runs. Put it beside the DAG file; for a pod, "
+            "into the image, on PYTHONPATH."
         ) from None
     function = getattr(module, attribute, None)
     if not callable(function):

@@ -94,6 +94,11 @@ def test_a_pod_that_is_taken_away_is_submitted_again_in_the_same_try(drilled: Dr
     outcome = drilled[name].result()
     _is(outcome, "success", pods=2, tries=1)
     assert outcome.starts == 2
+    # What the first pod wrote is there, too: the second trigger of a try overwrites the log of the first.
+    assert re.findall(r"start \d of the stage", outcome.log) == [
+        "start 1 of the stage",
+        "start 2 of the stage",
+    ]
     assert "was deleted, and not by this task" in outcome.log or "exit code 75" in outcome.log
 
 

@@ -47,8 +47,8 @@ def test_a_pod_has_few_rights_unless_it_is_given_more() -> None:
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     assert (spec["automountServiceAccountToken"], spec["restartPolicy"]) == (False, "Never")
-    more = base(security={"runAsUser": 0, "fsGroup": 5, "automountServiceAccountToken": True})
-    assert stage(more)["securityContext"]["runAsUser"] == 0
+    more = base(security={"runAsUser": 7, "fsGroup": 5, "automountServiceAccountToken": True})
+    assert stage(more)["securityContext"]["runAsUser"] == 7
     assert stage(more)["securityContext"]["runAsNonRoot"] is True
     assert more["spec"]["securityContext"]["fsGroup"] == 5
     assert more["spec"]["automountServiceAccountToken"] is True

@@ -38,6 +38,7 @@ REQUESTED = Request(stage="Copy", parameters={}, store="")
         ({"volumes": [{"name": "d", "mount": "/d", "pcv": "x"}]}, "'pcv' is unknown; did you mean 'pvc'"),
         ({"volumes": [{"name": "d", "mount": "d", "pvc": "x"}]}, "mount='d'; expected as in"),
         ({"security": {"runAsuser": 0}}, "'runAsuser' is unknown; did you mean 'runAsUser'"),
+        ({"security": {"runAsUser": 0}}, "add 'runAsNonRoot': False"),
         ({"keep_pod": "sometimes"}, "one of never, failed, always"),
         ({"image_pull_policy": "always"}, "one of Always"),
         ({"run_timeout_s": 0}, "seconds, more than zero"),
@@ -67,6 +68,12 @@ def test_templates_are_taken_and_rendered_into_a_copy() -> None:
             Pod(image="{{ i }}").rendered(lambda value: nothing if value == "{{ i }}" else value)  # noqa: B023
         pod = Pod(image="stage:1", service_account="{{ a }}")
         assert pod.rendered(lambda value: nothing if value == "{{ a }}" else value).service_account is None  # noqa: B023
+
+
+def test_what_looks_like_a_number_stays_text_where_airflow_renders_to_native_objects() -> None:
+    pod = Pod(image="stage:1", cpu="{{ c }}", env={"THREADS": "1", "BATCH": "{{ b }}"})
+    seen = pod.rendered(lambda value: 2)
+    assert (seen.cpu, seen.env) == ("2", {"THREADS": "1", "BATCH": "2"})
 
 
 def test_repr_is_stable_and_holds_the_settings_alone() -> None:

@@ -35,6 +35,7 @@ def wait_for_file(folder: str, megabytes: int) -> int:
     starts, go = Path(folder, "starts"), Path(folder, "go")
     with starts.open("a") as out:
         out.write(f"{os.uname().nodename}\n")
+    print(f"start {len(starts.read_text().split())} of the stage", flush=True)
     held = bytearray(b"x") * (megabytes << 20)
     while not go.exists():
         time.sleep(0.05)
