@@ -93,6 +93,7 @@ class PodTrigger(BaseTrigger):
         self.connections = connections
         self.refused = refused
         self._fired = False
+        self._gone = False
         self._said = ""
         self._tail: deque[tuple[int, str]] = deque(maxlen=_TAIL_LINES)
         self._hide: Callable[[str], str] | None = None
@@ -119,7 +120,8 @@ class PodTrigger(BaseTrigger):
             said = await (self._room(namespace) if self.refused else self._change(namespace))
         await asyncio.sleep(max(0.0, _SOONEST_S - (time.monotonic() - started)))
         self._fired = True
-        yield TriggerEvent({"read": self.read, "refused": said, "tail": self._last_lines()})  # type: ignore[no-untyped-call]
+        last = {"tail": self._last_lines()} if self._gone else {}  # else the pod itself can be asked
+        yield TriggerEvent({"read": self.read, "refused": said} | last)  # type: ignore[no-untyped-call]
 
     async def _change(self, namespace: _Namespace) -> str:
         """Until the next step is another than to wait; what the API server refused, if it did."""
@@ -130,6 +132,7 @@ class PodTrigger(BaseTrigger):
                 found = await namespace.look(self.run_key)
                 step = Step("wait") if found is None else self._decide(found)
             if step.do != "wait":
+                self._gone = step.do == "gone"
                 return ""
             wait_s = _AWAY_S
             if step.pod is not None:

@@ -252,6 +252,16 @@ class Task:
 
         self.until(watched, "its trigger to see it run")
 
+    def until_logged(self, text: str) -> None:
+        """Wait until the task's log holds what the pod wrote: of a pod that is gone before, nobody has it."""
+        if self.arena.kind == "drill":  # a plain pod's log comes at its end
+
+            def logged() -> bool:
+                log = self.arena.airflow.log(self.dag, self.run, "stage", int(self.instance["try_number"]))
+                return text in log
+
+            self.until(logged, f"{text!r} in its log")
+
     def go(self) -> None:
         """Let the stage end."""
         (self.folder / "go").touch()
@@ -361,6 +371,7 @@ def pod_deleted(arena: Arena, how: str) -> Outcome:
     """Somebody deletes the pod while the stage runs."""
     task = arena.start(how)
     pod = task.until_it_runs()
+    task.until_logged("start 1 of the stage")
     kubectl("delete", "pod", pod, "-n", arena.namespace, "--wait=false")
     return _once_more(task)
 
@@ -379,6 +390,7 @@ def evicted(arena: Arena, how: str) -> Outcome:
     """The pod is evicted, as ``kubectl drain`` does."""
     task = arena.start(how)
     pod = task.until_it_runs()
+    task.until_logged("start 1 of the stage")
     version = "policy/v1" if "policy/v1\n" in kubectl("api-versions") else "policy/v1beta1"
     if '"minor": "20"' in kubectl("get", "--raw", "/version"):
         version = "policy/v1beta1"
