@@ -120,7 +120,7 @@ class PodTrigger(BaseTrigger):
             said = await (self._room(namespace) if self.refused else self._change(namespace))
         await asyncio.sleep(max(0.0, _SOONEST_S - (time.monotonic() - started)))
         self._fired = True
-        last = {"tail": self._last_lines()} if self._gone else {}  # else the pod itself can be asked
+        last = {"tail": self._last_lines()} if self._gone else {}  # else the worker can ask the pod
         yield TriggerEvent({"read": self.read, "refused": said} | last)  # type: ignore[no-untyped-call]
 
     async def _change(self, namespace: _Namespace) -> str:
@@ -132,7 +132,9 @@ class PodTrigger(BaseTrigger):
                 found = await namespace.look(self.run_key)
                 step = Step("wait") if found is None else self._decide(found)
             if step.do != "wait":
-                self._gone = step.do == "gone"
+                if step.pod is not None and leaving(step.pod):  # it may be gone when the worker asks
+                    await self._forward(namespace, step.pod)
+                self._gone = step.do == "gone" or (step.pod is not None and leaving(step.pod))
                 return ""
             wait_s = _AWAY_S
             if step.pod is not None:
