@@ -477,9 +477,8 @@ class _Run:
         seen = pod or self._gone()
         diagnosis = diagnose(seen, self.cluster.events(seen))
         again = diagnosis is not None and diagnosis.then == "resubmit" and self._may_resubmit()
-        if pod is not None:
-            self._read_logs(pod, again=again and self._defers())
-        elif again and self.held.tail:
+        read = pod is not None and self._read_logs(pod, again=again and self._defers())
+        if again and not read and self.held.tail:  # a pod that is leaving may have no log any more
             log.info("the last lines of the pod that is gone:")
             for level, text in self.held.tail:
                 log.log(level, "%s", text)
