@@ -50,8 +50,8 @@ def _make(folder: Path) -> None:
     """The reference, its profile, and the current window, in which two columns have moved."""
     import duckdb
 
-    from lepton_airflow.dataset import DatasetInfo
-    from lepton_airflow.profile import reference_profile
+    from lepton_airflow.data.dataset import DatasetInfo
+    from lepton_airflow.data.profile import reference_profile
 
     con = duckdb.connect()
     for name, start, shift in (("before", 0, 0), ("now", ROWS, 50)):
@@ -90,8 +90,8 @@ _SIDES = {
 import json, resource, sys, time
 from pathlib import Path
 import numpy, scipy.stats
-from lepton_airflow.dataset import connect, literal
-from lepton_airflow.drift import judge_columns
+from lepton_airflow.data.dataset import connect, literal
+from lepton_airflow.evaluation.drift import judge_columns
 folder = Path(sys.argv[1])
 (folder / "work").mkdir(exist_ok=True)
 start = time.perf_counter()

@@ -156,10 +156,10 @@ def _paired(case: Case, device: str) -> tuple[list[float], list[float]]:
 
 
 def _run(device: str, folder: Path, said: Callable[[str], None]) -> Any:
-    from lepton_airflow.checkpoints import Checkpoints
-    from lepton_airflow.dataset import DatasetInfo
+    from lepton_airflow.data.dataset import DatasetInfo
     from lepton_airflow.store import Store
-    from lepton_airflow.training import TrainerRun
+    from lepton_airflow.store.checkpoints import Checkpoints
+    from lepton_airflow.training.trainer import TrainerRun
 
     return TrainerRun(
         info=DatasetInfo(target="y", task="classification", features=["x"]),
@@ -316,7 +316,7 @@ def _write_rows(folder: Path, rows: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lepton_airflow.dataset import DatasetInfo
+    from lepton_airflow.data.dataset import DatasetInfo
 
     draw = np.random.default_rng(0)
     x = draw.normal(size=(rows, 20)).astype(np.float32)

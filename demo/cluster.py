@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from flights import land
 from run import alone, backfill, follow, print_table, runs_of, say
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.errors import LeptonError
 from lepton_airflow.pods import MANAGED_BY, MANAGER
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow, processes
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 
-DOOR = ("fsspec", "psutil")  # as in lepton_airflow/environments.py
+DOOR = ("fsspec", "psutil")  # as in lepton_airflow/execution/environments.py
 
 
 def requirements(project: Mapping[str, list[str]], core: Sequence[str], extras: Sequence[str]) -> list[str]:

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from lepton_airflow import __version__
+from lepton_airflow.connections import connections_from_json
 from lepton_airflow.errors import BadConfiguration, ContractError, LeptonError, StoreError, require
-from lepton_airflow.stages import all_stages, describe, get_stage
-from lepton_airflow.store import Store, connections_from_json
+from lepton_airflow.sdk.description import describe
+from lepton_airflow.stages import all_stages, get_stage
+from lepton_airflow.store.files import Store
 
 if TYPE_CHECKING:
     from lepton_airflow.pods.cluster import Cluster
@@ -183,9 +185,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from lepton_airflow.connections import redactor
     from lepton_airflow.contract import Request
-    from lepton_airflow.door import in_brief, perform, redactor, stop_on_sigterm
-    from lepton_airflow.processes import end_with_parent
+    from lepton_airflow.execution.processes import end_with_parent
+    from lepton_airflow.execution.run_stage import in_brief, perform, stop_on_sigterm
 
     if args.parent_fd is not None:
         end_with_parent(args.parent_fd, args.scratch)
@@ -363,7 +366,7 @@ def _environments(args: argparse.Namespace) -> Path:
 
 
 def _envs_ls(args: argparse.Namespace) -> int:
-    from lepton_airflow import environments
+    from lepton_airflow.execution import environments
 
     for e in environments.kept(_environments(args)):
         used = datetime.fromtimestamp(e.used, UTC).isoformat(timespec="seconds")
@@ -374,8 +377,8 @@ def _envs_ls(args: argparse.Namespace) -> int:
 
 def _envs_build(args: argparse.Namespace) -> int:
     from lepton_airflow import settings
-    from lepton_airflow.environments import Environment
-    from lepton_airflow.processes import end_with_parent
+    from lepton_airflow.execution.environments import Environment
+    from lepton_airflow.execution.processes import end_with_parent
 
     if args.parent_fd is not None:
         end_with_parent(args.parent_fd, args.scratch)
@@ -392,7 +395,7 @@ def _envs_build(args: argparse.Namespace) -> int:
 
 
 def _envs_prune(args: argparse.Namespace) -> int:
-    from lepton_airflow import environments
+    from lepton_airflow.execution import environments
 
     removed = environments.prune(_environments(args), args.older_than_s)
     for e in removed:

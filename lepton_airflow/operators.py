@@ -34,12 +34,15 @@ from airflow.providers.common.compat.sdk import (
 )
 from airflow.sdk import Asset, AssetAlias, BaseOperator, BaseOperatorLink
 
-from lepton_airflow import settings, window as windows
+from lepton_airflow import settings
+from lepton_airflow.airflow import window as windows
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request, RunIdentity
 from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
 from lepton_airflow.runners import Runner
-from lepton_airflow.stages import Stage, all_stages, build, choices, get_stage, markers, stage_name
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.sdk.stage import Stage, choices, markers
+from lepton_airflow.stages import all_stages, build, get_stage, stage_name
+from lepton_airflow.store.files import Store
 
 _COMMON: dict[str, Any] = {
     "runner": None,

@@ -43,7 +43,7 @@ def default_store() -> str:
 
 def environments() -> Path:
     """Where the runner ``Venv`` keeps the environments it builds."""
-    from lepton_airflow.environments import default_root
+    from lepton_airflow.execution.environments import default_root
 
     return Path(setting("environments") or default_root()).expanduser().absolute()
 

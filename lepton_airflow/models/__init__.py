@@ -12,16 +12,24 @@ One file is one model, and a new file here is a new name. A model's file holds
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from lepton_airflow.errors import BadConfiguration, did_you_mean
-from lepton_airflow.models._torch import fit_torch
+from lepton_airflow.sdk.closure import package_digest
+from lepton_airflow.sdk.code import code_digest, is_code, load_code
+from lepton_airflow.training.torch_loop import fit_torch
+from lepton_airflow.training.trainer import Trainer
 
-__all__ = ["at_least", "fit_torch", "load", "names"]
+__all__ = ["at_least", "find", "fit_torch", "load", "names"]
 
 
 @cache
@@ -39,6 +47,38 @@ def load(name: str) -> ModuleType:
             f"trainer={name!r} is no standard model and no reference module:function; {did_you_mean(name, names())}"
         )
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def find(name: str, task: str) -> Trainer:
+    """The standard model of that name, or the user's ``module:function``, as a trainer for ``task``."""
+    if is_code(name):
+        fit = load_code(name, "trainer")
+        space = getattr(sys.modules[fit.__module__], "SEARCH_SPACE", {})
+        _load_torch_for(fit)
+        return Trainer(name, fit, None, space, code_digest(name))
+    module = load(name)
+    if task not in module.TASKS:
+        fitting = [n for n in names() if task in load(n).TASKS]
+        raise BadConfiguration(
+            f"trainer={name!r} does {' and '.join(module.TASKS)}, the dataset asks for {task}: use one of "
+            f"{', '.join(fitting)}."
+        )
+    return Trainer(name, module.fit, module.DEFAULTS, module.SEARCH_SPACE, code_of(name))
+
+
+def code_of(name: str) -> str:
+    """sha256 of the source that a trainer is made of: a standard model's with all of ours that it uses, or the user's own."""
+    return code_digest(name) if is_code(name) else package_digest(f"{__name__}.{name}")
+
+
+def _load_torch_for(fit: Callable[..., Any]) -> None:
+    """Import torch now if the user's module does so later: ``fit_model`` seeds only what is loaded."""
+    path = getattr(sys.modules[fit.__module__], "__file__", None) or ""
+    source = Path(path).read_text(errors="replace") if path.endswith(".py") else ""
+    if re.search(r"^\s*(?:import|from)\s+torch\b", source, re.MULTILINE):
+        # Whoever imports it is told when it is missing.
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("torch")
 
 
 def at_least(least: float, hyperparameters: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from sklearn.compose import ColumnTransformer
 
-    from lepton_airflow.training import TrainerRun
+    from lepton_airflow.training.trainer import TrainerRun
 
 
 def scaled_and_one_hot(

@@ -17,7 +17,7 @@ from lepton_airflow.models import _columns
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lepton_airflow.training import TrainerRun
+    from lepton_airflow.training.trainer import TrainerRun
 
 TASKS = ("regression",)
 DEFAULTS: dict[str, Any] = {"alpha": 1.0, "max_categories": 100, "min_frequency": 10}

@@ -19,7 +19,7 @@ from lepton_airflow.models import _columns
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lepton_airflow.training import TrainerRun
+    from lepton_airflow.training.trainer import TrainerRun
 
 TASKS = ("classification",)
 DEFAULTS: dict[str, Any] = {

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from lepton_airflow.training import TrainerRun
+    from lepton_airflow.training.trainer import TrainerRun
 
 TASKS = ("classification", "regression")
 DEFAULTS: dict[str, Any] = {

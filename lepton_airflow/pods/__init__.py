@@ -1,7 +1,7 @@
 """A stage in a Kubernetes pod: what the pod looks like, what to do about what is seen of it, and how it is asked.
 
 ``manifest`` and ``lifecycle`` are pure and ``diagnosis`` too; only ``cluster`` talks to the API server. The runner
-:class:`lepton_airflow.runners.Pod` and the trigger :class:`lepton_airflow.triggers.PodTrigger` stand on them.
+:class:`lepton_airflow.runners.Pod` and the trigger :class:`lepton_airflow.triggers.pod.PodTrigger` stand on them.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, digest_of
 from lepton_airflow.pods import (
     CONTAINER,
@@ -27,7 +28,6 @@ from lepton_airflow.pods import (
     SUBMISSION,
     TRY,
 )
-from lepton_airflow.store import Connection
 
 if TYPE_CHECKING:
     from lepton_airflow.runners.pod import Pod

@@ -16,9 +16,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import RunnerError, from_record
-from lepton_airflow.store import Connection
 
 
 class Runner(ABC):

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.door import perform
+from lepton_airflow.execution.run_stage import perform
 from lepton_airflow.runners import Runner, settle
-from lepton_airflow.store import Connection
 
 
 @dataclass

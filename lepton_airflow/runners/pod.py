@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import (
     DO_NOT_RETRY,
@@ -33,7 +34,7 @@ from lepton_airflow.errors import (
     did_you_mean,
 )
 from lepton_airflow.runners import Runner, level_of, settle
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store.files import Store
 
 if TYPE_CHECKING:
     from lepton_airflow.pods.diagnosis import Diagnosis
@@ -207,7 +208,7 @@ class _Run:
     def __init__(
         self, settings: Pod, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]
     ) -> None:
-        from lepton_airflow.door import redactor
+        from lepton_airflow.connections import redactor
         from lepton_airflow.pods import LOCAL_TRY
         from lepton_airflow.pods.cluster import Cluster
         from lepton_airflow.pods.lifecycle import Clocks
@@ -396,7 +397,7 @@ class _Run:
     def _defer(self, pod: Seen | None = None, refused: dict[str, Any] | None = None) -> NoReturn:
         from airflow.providers.common.compat.sdk import TaskDeferred
 
-        from lepton_airflow.triggers import PodTrigger
+        from lepton_airflow.triggers.pod import PodTrigger
 
         if self.held.refused:
             self.delete_own()  # nobody would wait for it

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
+from lepton_airflow.connections import Connection, redactor
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.door import recall, redactor
 from lepton_airflow.errors import (
     DO_NOT_RETRY,
     PREEMPTED,
@@ -35,9 +35,9 @@ from lepton_airflow.errors import (
     RunnerError,
     from_record,
 )
-from lepton_airflow.processes import MARK, kill_marked, signal_group
+from lepton_airflow.execution.processes import MARK, kill_marked, signal_group
+from lepton_airflow.execution.run_stage import recall
 from lepton_airflow.runners import Runner, level_of, settle
-from lepton_airflow.store import Connection
 
 if TYPE_CHECKING:
     import psutil

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import lepton_airflow
-from lepton_airflow import environments, settings
-from lepton_airflow.environments import DOOR, PACKAGE, Environment
+from lepton_airflow import settings
 from lepton_airflow.errors import (
     DO_NOT_RETRY,
     BadConfiguration,
@@ -23,6 +22,8 @@ from lepton_airflow.errors import (
     RunnerError,
     did_you_mean,
 )
+from lepton_airflow.execution import environments
+from lepton_airflow.execution.environments import DOOR, PACKAGE, Environment
 from lepton_airflow.runners.subprocess import Interpreter, Subprocess, log, own_interpreter
 from lepton_airflow.stages import get_stage
 

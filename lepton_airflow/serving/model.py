@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import psutil
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.endpoints import Desired
+from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import BadInput, LeptonError
-from lepton_airflow.package import OUTPUTS, ModelCard
+from lepton_airflow.packaging.package import OUTPUTS, ModelCard
 from lepton_airflow.serving.protocol import Output, Refused, parse, render, request_body
-from lepton_airflow.store import Store
+from lepton_airflow.store.files import Store
 
 if TYPE_CHECKING:
     import onnxruntime

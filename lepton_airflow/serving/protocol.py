@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.errors import did_you_mean
-from lepton_airflow.package import Feature
+from lepton_airflow.packaging.package import Feature
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from lepton_airflow import endpoints
-from lepton_airflow.endpoints import Desired, Status, Verdict
+from lepton_airflow.delivery import endpoints
+from lepton_airflow.delivery.endpoints import Desired, Status, Verdict
 from lepton_airflow.errors import LeptonError, StoreError
 from lepton_airflow.serving.model import ServedModel, measure, over_budget
-from lepton_airflow.store import Store, now
+from lepton_airflow.store.files import Store, now
 
 log = logging.getLogger(__name__)
 

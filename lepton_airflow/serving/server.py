@@ -27,13 +27,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from lepton_airflow import __version__, endpoints
-from lepton_airflow.endpoints import Status, check_endpoint_name
+from lepton_airflow import __version__
+from lepton_airflow.delivery import endpoints
+from lepton_airflow.delivery.endpoints import Status, check_endpoint_name
 from lepton_airflow.errors import BadConfiguration, StoreError, did_you_mean
 from lepton_airflow.serving.model import ServedModel
 from lepton_airflow.serving.protocol import Refused, metadata
 from lepton_airflow.serving.reconcile import Reconciler
-from lepton_airflow.store import Store
+from lepton_airflow.store.files import Store
 
 log = logging.getLogger(__name__)
 

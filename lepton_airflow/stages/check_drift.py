@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import pin, split_pin
-from lepton_airflow.dataset import connect, interruptible, literal, quote, read_info
-from lepton_airflow.drift import ColumnVerdict, check_profile, is_number, judge_columns
+from lepton_airflow.data.dataset import connect, interruptible, literal, quote, read_info
 from lepton_airflow.errors import (
     BadConfiguration,
     BadInput,
@@ -21,14 +20,15 @@ from lepton_airflow.errors import (
     did_you_mean,
     require,
 )
-from lepton_airflow.registry import Ledger, check_model_name
-from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
+from lepton_airflow.evaluation.drift import ColumnVerdict, check_profile, is_number, judge_columns
+from lepton_airflow.registry.ledger import Ledger, check_model_name
+from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
 
-    from lepton_airflow.package import ModelCard
+    from lepton_airflow.packaging.package import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class CheckDrift(Stage):
 
     Every column is judged on the whole window: it has drifted when its population stability index over the bins of the
     reference profile is at least ``threshold`` and chance does not explain it, counting dependent rows for what they
-    tell and all columns together (see ``lepton_airflow/drift.py``). The data have drifted when ``min_columns`` columns
+    tell and all columns together (see ``lepton_airflow/evaluation/drift.py``). The data have drifted when ``min_columns`` columns
     have; with 1, ``alpha`` is the chance of a false alarm over all columns. Evidently draws its report of a sample and
     decides nothing.
 
@@ -190,7 +190,7 @@ class CheckDrift(Stage):
     # -- the reference -----------------------------------------------------------------------------------------------
 
     def _reference(self, run: RunInfo) -> _Reference:
-        from lepton_airflow.package import ModelCard
+        from lepton_airflow.packaging.package import ModelCard
 
         uri, who = self.reference, "the reference"
         if self.name is not None:

@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lepton_airflow import endpoints
 from lepton_airflow.contract import Artifact, Receipt, canonical_json, digest_of, pin, split_pin
-from lepton_airflow.endpoints import Desired, Status, check_endpoint_name
+from lepton_airflow.delivery import endpoints
+from lepton_airflow.delivery.endpoints import Desired, Status, check_endpoint_name
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped, require
-from lepton_airflow.registry import Ledger, LedgerEntry, check_model_name, is_newer
-from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
-from lepton_airflow.store import now
+from lepton_airflow.registry.ledger import Ledger, LedgerEntry, check_model_name, is_newer
+from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
+from lepton_airflow.store.files import now
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lepton_airflow.package import ModelCard, ModelPackage
+    from lepton_airflow.packaging.package import ModelCard, ModelPackage
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ class _Wanted:
         return golden, window
 
     def _computed(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
-        from lepton_airflow.package import ModelPackage, feature_frame
+        from lepton_airflow.packaging.package import ModelPackage, feature_frame
 
         model = ModelPackage.open(self.run.fetch(package))
         rows = feature_frame(self._rows(model), model.card.features)

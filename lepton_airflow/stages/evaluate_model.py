@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
-from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
+from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
-    from lepton_airflow.evaluation import EvaluationRows
-    from lepton_airflow.package import ModelCard
+    from lepton_airflow.evaluation.rows import EvaluationRows
+    from lepton_airflow.packaging.package import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ class EvaluateModel(Stage):
     allow_overlap: bool = False
 
     def run(self, run: RunInfo) -> Result:
-        from lepton_airflow import plots, report
-        from lepton_airflow.evaluation import load_rows
-        from lepton_airflow.package import ModelPackage, overlap
+        from lepton_airflow.evaluation import plots, report
+        from lepton_airflow.evaluation.rows import load_rows
+        from lepton_airflow.packaging.package import ModelPackage, overlap
 
         for library in self.engines:
             require(library, "EvaluateModel", self.extra)
@@ -272,7 +272,7 @@ def _flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float | None
 def _summary(
     card: ModelCard, metrics: dict[str, dict[str, float | None]], rows: EvaluationRows, touched: str | None
 ) -> str:
-    from lepton_airflow.report import TITLES
+    from lepton_airflow.evaluation.report import TITLES
 
     name = _PRIMARY[card.task]
     main = metrics[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.dataset import (
+from lepton_airflow.data.dataset import (
     PARQUET,
     SCRATCH,
     bind,
@@ -24,13 +24,13 @@ from lepton_airflow.dataset import (
     select_statement,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, require
-from lepton_airflow.stages import Result, RunInfo, Stage
-from lepton_airflow.store import Store, total_bytes
+from lepton_airflow.sdk.stage import Result, RunInfo, Stage
+from lepton_airflow.store.files import Store, total_bytes
 
 if TYPE_CHECKING:
     import duckdb
 
-    from lepton_airflow.sources import Landed, Source
+    from lepton_airflow.data.sources.files import Landed, Source
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class IngestData(Stage):
         return sorted({s.connection for s in self._sources() if s.connection})
 
     def _sources(self) -> list[Source]:
-        from lepton_airflow.sources import Source
+        from lepton_airflow.data.sources.files import Source
 
         if not self.sources:
             raise BadConfiguration(
@@ -118,7 +118,7 @@ class IngestData(Stage):
             error, raw); values ``rows``, ``sources`` (rows, rejected, digest, and version if it is a lake's table) and
             ``schema``.
         """
-        from lepton_airflow.sorting import MIN_MEMORY_MB
+        from lepton_airflow.data.sorting import MIN_MEMORY_MB
 
         require("duckdb", "IngestData", self.extra)
         if not 0 <= self.max_rejected_share <= 1:
@@ -166,7 +166,7 @@ class IngestData(Stage):
     @contextmanager
     def _if_absent(self) -> Iterator[None]:
         """Skip instead of failing over files that are not there, if the user said so."""
-        from lepton_airflow.sources import NoFiles
+        from lepton_airflow.data.sources.files import NoFiles
 
         try:
             yield
@@ -183,7 +183,7 @@ class IngestData(Stage):
         run: RunInfo,
     ) -> tuple[list[Landed], dict[str, str], dict[str, Artifact]]:
         """Land the sources and run the query; its rows are in the scratch space then, in any order."""
-        from lepton_airflow.sources import Landing
+        from lepton_airflow.data.sources.files import Landing
 
         landing, landed = Landing(con, run), []
         for source in sources:
@@ -206,7 +206,7 @@ class IngestData(Stage):
         import duckdb
         import pyarrow as pa
 
-        from lepton_airflow.sorting import sort_parquet
+        from lepton_airflow.data.sorting import sort_parquet
 
         try:
             return sort_parquet(

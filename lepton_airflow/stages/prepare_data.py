@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.dataset import (
+from lepton_airflow.data.dataset import (
     PARQUET,
     DatasetInfo,
     bind,
@@ -25,18 +25,11 @@ from lepton_airflow.dataset import (
     select_statement,
     total_order,
 )
+from lepton_airflow.data.profile import reference_profile
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
-from lepton_airflow.profile import reference_profile
-from lepton_airflow.stages import (
-    ArtifactUri,
-    CodeRef,
-    Result,
-    RunInfo,
-    Stage,
-    cache_key,
-    is_code,
-    load_code,
-)
+from lepton_airflow.sdk.code import is_code, load_code
+from lepton_airflow.sdk.fingerprint import cache_key
+from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import duckdb

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, require
-from lepton_airflow.lease import lease
-from lepton_airflow.mlflow_registry import MlflowRegistry, glance, open_registry, resolve_tracking
-from lepton_airflow.registry import (
+from lepton_airflow.evaluation.report import TITLES
+from lepton_airflow.registry.ledger import (
     Ledger,
     LedgerEntry,
     Registration,
@@ -22,15 +21,16 @@ from lepton_airflow.registry import (
     is_newer,
     registrations,
 )
-from lepton_airflow.report import TITLES
-from lepton_airflow.stages import ArtifactUri, ConnectionId, Result, RunInfo, Stage
-from lepton_airflow.store import now
+from lepton_airflow.registry.mlflow import MlflowRegistry, glance, open_registry, resolve_tracking
+from lepton_airflow.sdk.stage import ArtifactUri, ConnectionId, Result, RunInfo, Stage
+from lepton_airflow.store.files import now
+from lepton_airflow.store.lease import lease
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lepton_airflow.package import ModelPackage
+    from lepton_airflow.packaging.package import ModelPackage
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +214,8 @@ class _Bench:
     """The rows and the candidate's scores on them, kept while the champion may change under our hands."""
 
     def __init__(self, stage: PromoteModel, run: RunInfo, candidate: Registration) -> None:
-        from lepton_airflow.evaluation import load_rows
-        from lepton_airflow.package import ModelPackage, overlap
+        from lepton_airflow.evaluation.rows import load_rows
+        from lepton_airflow.packaging.package import ModelPackage, overlap
 
         self.stage = stage
         self.run = run
@@ -234,8 +234,8 @@ class _Bench:
 
     def judge(self, champion: LedgerEntry | None) -> _Finding:
         """The decision about the candidate as long as this one is champion."""
-        from lepton_airflow.evaluation import check_kinds
-        from lepton_airflow.package import ModelPackage, overlap
+        from lepton_airflow.evaluation.rows import check_kinds
+        from lepton_airflow.packaging.package import ModelPackage, overlap
         from lepton_airflow.statistics.paired import paired_test, verdict
 
         stage, candidate, rows = self.stage, self.candidate, self.rows

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import Artifact, pin, split_pin
-from lepton_airflow.dataset import DatasetInfo, read_info
+from lepton_airflow.data.dataset import DatasetInfo, read_info
 from lepton_airflow.errors import BadConfiguration, did_you_mean, require
-from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage, cpu_model, versions
-from lepton_airflow.store import digest_path
+from lepton_airflow.sdk.fingerprint import cpu_model, versions
+from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
+from lepton_airflow.store.files import digest_path
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lepton_airflow.evaluation import EvaluationRows
-    from lepton_airflow.package import ModelPackage
-    from lepton_airflow.quantization import Candidate, Comparison, Judge
+    from lepton_airflow.evaluation.rows import EvaluationRows
+    from lepton_airflow.packaging.compression.quantize import Candidate, Comparison, Judge
+    from lepton_airflow.packaging.package import ModelPackage
 
     Feeds = dict[int, list[dict[str, NDArray[Any]]]]
 
@@ -101,9 +102,9 @@ class QuantizeModel(Stage):
     seed: int = 0
 
     def run(self, run: RunInfo) -> Result:
-        from lepton_airflow.evaluation import load_rows
-        from lepton_airflow.package import OUTPUTS, ModelPackage, parquet_feeds, write_package
-        from lepton_airflow.quantization import METHODS, Work, compare
+        from lepton_airflow.evaluation.rows import load_rows
+        from lepton_airflow.packaging.compression.quantize import METHODS, Work, compare
+        from lepton_airflow.packaging.package import OUTPUTS, ModelPackage, parquet_feeds, write_package
 
         for library in self.engines:
             require(library, "QuantizeModel", self.extra)
@@ -179,7 +180,7 @@ class QuantizeModel(Stage):
                 raise BadConfiguration(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
     def _usable(self, name: str, path: Path, package: ModelPackage) -> DatasetInfo:
-        from lepton_airflow.evaluation import check_kinds
+        from lepton_airflow.evaluation.rows import check_kinds
 
         info = read_info(path)
         if info.split == "test":
@@ -191,7 +192,7 @@ class QuantizeModel(Stage):
         return info
 
     def _judge(self, package: ModelPackage, rows: EvaluationRows, path: Path) -> Judge:
-        from lepton_airflow.quantization import Judge
+        from lepton_airflow.packaging.compression.quantize import Judge
         from lepton_airflow.statistics.metrics import CLASSIFICATION, REGRESSION
 
         names = CLASSIFICATION if package.card.task == "classification" else REGRESSION
@@ -217,7 +218,7 @@ class QuantizeModel(Stage):
         """By batch size, feeds of real rows; where the dataset has too few, they come again."""
         import numpy as np
 
-        from lepton_airflow.package import parquet_feeds
+        from lepton_airflow.packaging.package import parquet_feeds
 
         parts = list(parquet_feeds(path, package.card.features, _TIMED_ROWS, _TIMED_ROWS))
         sample = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -243,7 +244,7 @@ class QuantizeModel(Stage):
         """The package to go on with: the one that was given, or a new one beside it that says where it comes from."""
         import numpy as np
 
-        from lepton_airflow.package import Touched, row_fingerprints, write_package
+        from lepton_airflow.packaging.package import Touched, row_fingerprints, write_package
 
         given = _sha256(run, self.model)
         if found.chosen == "fp32":
@@ -298,7 +299,7 @@ class QuantizeModel(Stage):
         return run.save("model", folder)
 
     def _report(self, run: RunInfo, found: Comparison, judge: Judge, rows: EvaluationRows) -> Artifact:
-        from lepton_airflow.quantization import cpu_flags
+        from lepton_airflow.packaging.compression.quantize import cpu_flags
 
         record = {
             "summary": _summary(found),

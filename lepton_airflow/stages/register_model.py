@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import pin, split_pin
 from lepton_airflow.errors import BadConfiguration, Skipped
-from lepton_airflow.lease import Lease, lease
-from lepton_airflow.mlflow_registry import PACKAGE, RUN_KEY, SUPERSEDED, MlflowRegistry, glance, open_registry
-from lepton_airflow.registry import (
+from lepton_airflow.registry.ledger import (
     Registration,
     alias_targets,
     as_window,
@@ -22,11 +21,20 @@ from lepton_airflow.registry import (
     registration_of,
     registrations,
 )
-from lepton_airflow.stages import ArtifactUri, ConnectionId, Result, RunInfo, Stage
-from lepton_airflow.store import Connection, now
+from lepton_airflow.registry.mlflow import (
+    PACKAGE,
+    RUN_KEY,
+    SUPERSEDED,
+    MlflowRegistry,
+    glance,
+    open_registry,
+)
+from lepton_airflow.sdk.stage import ArtifactUri, ConnectionId, Result, RunInfo, Stage
+from lepton_airflow.store.files import now
+from lepton_airflow.store.lease import Lease, lease
 
 if TYPE_CHECKING:
-    from lepton_airflow.package import ModelCard
+    from lepton_airflow.packaging.package import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +82,7 @@ class RegisterModel(Stage):
     on_backfill: Literal["register_only", "skip", "full"] = "register_only"
 
     def run(self, run: RunInfo) -> Result:
-        from lepton_airflow.package import ModelPackage
+        from lepton_airflow.packaging.package import ModelPackage
 
         check_model_name(self.name)
         if self.alias in ("champion", "previous"):

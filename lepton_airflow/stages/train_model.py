@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lepton_airflow import __version__
 from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, require
-from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage, versions
+from lepton_airflow.sdk.closure import package_digest
+from lepton_airflow.sdk.fingerprint import versions
+from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
-    from lepton_airflow.fitted import Fitted
-    from lepton_airflow.package import Touched
-    from lepton_airflow.training import Curves, Rows, Trainer
+    from lepton_airflow.packaging.export.fitted import Fitted
+    from lepton_airflow.packaging.package import Touched
+    from lepton_airflow.training.rows import Rows
+    from lepton_airflow.training.trainer import Curves, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,11 @@ _PROBE_ROWS = 200  # rows whose values are made missing, or unseen, column by co
 class TrainModel(Stage):
     """Fit a model and package it as ONNX with its preprocessing inside.
 
-    Returns the artifact ``model`` (a directory: see :mod:`lepton_airflow.package`), with ``folds`` also ``out_of_fold``
+    Returns the artifact ``model`` (a directory: see :mod:`lepton_airflow.packaging.package`), with ``folds`` also ``out_of_fold``
     (Parquet: ``row``, ``fold``, ``target`` and ``p_0`` … ``p_{k-1}`` or ``prediction``; one line per row that was held
     out, ``row`` counted from 0 in the dataset), and ``curves`` (PNG) when the trainer reported losses. The metrics are
     those of the rows trained on (``train_…``), of ``valid`` and out of fold, and where there is a GPU what the fits of
-    this try made of it (``gpu_…``: see :mod:`lepton_airflow.gpu`).
+    this try made of it (``gpu_…``: see :mod:`lepton_airflow.training.gpu`).
 
     A try that was killed is resumed: folds that are done are read back, and a trainer that keeps checkpoints goes on from
     the last one. Other data, code, hyperparameters or library versions start anew.
@@ -91,9 +93,12 @@ class TrainModel(Stage):
         """Fit, check, package."""
         for library in ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "pandas", "pyarrow"):
             require(library, "TrainModel", self.extra)
-        from lepton_airflow.gpu import Readings
-        from lepton_airflow.package import OUTPUTS, ModelCard, row_fingerprints, write_package
-        from lepton_airflow.training import Curves, Rows, Trainer, score
+        from lepton_airflow import models
+        from lepton_airflow.packaging.package import OUTPUTS, ModelCard, row_fingerprints, write_package
+        from lepton_airflow.training.fit import score
+        from lepton_airflow.training.gpu import Readings
+        from lepton_airflow.training.rows import Rows
+        from lepton_airflow.training.trainer import Curves
 
         if self.threads < 1:
             raise BadConfiguration(f"threads={self.threads}: expected at least 1.")
@@ -106,7 +111,7 @@ class TrainModel(Stage):
         if valid is not None and valid_path is not None:
             _check_apart(path, rows, valid_path, valid)
         profile = self._profile(run)
-        trainer = Trainer.find(self.trainer, rows.schema.task)
+        trainer = models.find(self.trainer, rows.schema.task)
         hyperparameters = trainer.complete(self.hyperparameters)
         touched = self._touched(run, rows, valid)
         data = {t.role: t.sha256 for t in touched if t.role in ("train", "valid")}
@@ -121,7 +126,7 @@ class TrainModel(Stage):
                 self.folds,
                 self.fold_by,
                 versions(type(self)),
-                __version__,  # a trainer of the user's may stand on our loop
+                package_digest("lepton_airflow.training.fit"),
             ]
         )
         kept = f"checkpoints/{run.run_key}"
@@ -208,8 +213,8 @@ class TrainModel(Stage):
         return path
 
     def _touched(self, run: RunInfo, rows: Rows, valid: Rows | None) -> list[Touched]:
-        from lepton_airflow.dataset import read_info
-        from lepton_airflow.package import Touched
+        from lepton_airflow.data.dataset import read_info
+        from lepton_airflow.packaging.package import Touched
 
         def sha256(uri: str) -> str:
             return split_pin(uri)[1] or run.store.digest(uri)
@@ -246,7 +251,7 @@ class _Fitting:
         import numpy as np
         import pandas as pd
 
-        from lepton_airflow.training import make_folds
+        from lepton_airflow.training.folds import make_folds
 
         assert self.stage.folds is not None
         parts = []
@@ -286,8 +291,8 @@ class _Fitting:
         return predicted
 
     def _fit(self, name: str, subset: NDArray[np.intp] | None, curves: Curves | None) -> Fitted:
-        from lepton_airflow.checkpoints import Checkpoints
-        from lepton_airflow.training import fit_model
+        from lepton_airflow.store.checkpoints import Checkpoints
+        from lepton_airflow.training.fit import fit_model
 
         directory = self.run.workdir / "checkpoints" / name
         try:
@@ -323,7 +328,7 @@ def check_parity(
     """
     import numpy as np
 
-    from lepton_airflow.package import open_session, predict_onnx
+    from lepton_airflow.packaging.package import open_session, predict_onnx
 
     session = open_session(onnx_model)
     schema = rows.schema
@@ -401,12 +406,12 @@ def _few_values(row: pd.Series[Any]) -> str:
 def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
     """Raise BadInput when rows to stop early on, and to be judged by, are among the rows to learn from.
 
-    As for evaluation rows (:func:`lepton_airflow.package.overlap`): splits of one PrepareData run share no row; of others
+    As for evaluation rows (:func:`lepton_airflow.packaging.package.overlap`): splits of one PrepareData run share no row; of others
     the time ranges decide, both ends included, or where a side has none, equal rows.
     """
     import numpy as np
 
-    from lepton_airflow.package import row_fingerprints, time_span
+    from lepton_airflow.packaging.package import row_fingerprints, time_span
 
     ours, theirs = valid.info, rows.info
     if ours.split_id is not None and ours.split_id == theirs.split_id:

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Preempted, StoreError, require
-from lepton_airflow.stages import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
+from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-    from lepton_airflow.checkpoints import Checkpoints
-    from lepton_airflow.search import Workers
-    from lepton_airflow.store import Connection
+    from lepton_airflow.connections import Connection
+    from lepton_airflow.store.checkpoints import Checkpoints
+    from lepton_airflow.training.search import Workers
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class TuneModel(Stage):
 
     :param dataset: training rows, as PrepareData writes them.
     :param trainer: a name from ``lepton_airflow.models``, or ``module:function`` (contract: ``lepton_airflow.training``).
-    :param search_space: what to search, as ``lepton_airflow.search`` describes; None: the model's own space.
+    :param search_space: what to search, as ``lepton_airflow.training.search`` describes; None: the model's own space.
     :param hyperparameters: fixed ones, not searched.
     :param metric: what to make best (log_loss, roc_auc, brier, … or rmse, mae, r2); None: log_loss or rmse.
     :param folds: parts of the cross-validation, at least 2.
@@ -98,8 +98,8 @@ class TuneModel(Stage):
             require(library, "TuneModel", self.extra)
         import optuna
 
-        from lepton_airflow.search import Scorer, Workers, distributions
-        from lepton_airflow.training import Trainer
+        from lepton_airflow import models
+        from lepton_airflow.training.search import Scorer, Workers, distributions
 
         for name in ("trials", "workers", "threads"):
             if getattr(self, name) < 1:
@@ -110,6 +110,7 @@ class TuneModel(Stage):
         scorer = Scorer(
             path=run.fetch(self.dataset),
             trainer=self.trainer,
+            find=models.find,
             metric="",
             folds=self.folds,
             fold_by=self.fold_by,
@@ -120,7 +121,7 @@ class TuneModel(Stage):
         task = scorer.rows.schema.task
         scorer.metric = metric = self._metric(task)
         _ = scorer.fold_rows  # folds that cannot be made are refused before a study is
-        trainer = Trainer.find(self.trainer, task)
+        trainer = models.find(self.trainer, task)
         trainer.complete(self.hyperparameters)
         space = distributions(self.search_space or trainer.search_space, trainer)
         for name in space:
@@ -297,7 +298,7 @@ class _StudyFile:
                 ) from error
             yield cls(folder / f"{name}.db")
             return
-        from lepton_airflow.checkpoints import Checkpoints
+        from lepton_airflow.store.checkpoints import Checkpoints
 
         scratch = run.workdir / "study"
         copies = Checkpoints(run.store, f"checkpoints/{run.run_key}/{name}", scratch, 0.0)

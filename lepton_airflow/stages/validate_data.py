@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
-from lepton_airflow.dataset import connect, quote
+from lepton_airflow.data.dataset import connect, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
-from lepton_airflow.stages import ArtifactUri, Result, RunInfo, Stage
+from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
     import duckdb
@@ -245,7 +245,7 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
 
     from great_expectations.execution_engine.sqlalchemy_batch_data import SqlAlchemyBatchData
 
-    from lepton_airflow.gx_duckdb import DuckDBExecutionEngine
+    from lepton_airflow.data.expectations import DuckDBExecutionEngine
 
     in_database = DuckDBExecutionEngine(con)
     batch = Batch(data=SqlAlchemyBatchData(execution_engine=in_database, table_name="dataset"))

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Self
 
 import pytest
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request, RunIdentity, split_pin
 from lepton_airflow.errors import (
     BadConfiguration,
@@ -42,7 +43,7 @@ from lepton_airflow.errors import (
 )
 from lepton_airflow.runners import InProcess, Runner
 from lepton_airflow.stages import get_stage
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store import Store
 from lepton_airflow.testing.local_endpoint import LocalEndpoint
 
 PROBES = "lepton_airflow.testing.probe_stages"
@@ -585,7 +586,7 @@ def _beginning() -> Path:
     """A folder with the raw data and an empty MLflow database, whose migrations take seconds."""
     from sklearn.datasets import load_breast_cancer
 
-    from lepton_airflow.mlflow_registry import open_registry
+    from lepton_airflow.registry.mlflow import open_registry
 
     folder = _folder()
     bunch = load_breast_cancer(as_frame=True)

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.runners import Runner
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store import Store
 
 ROOT = Path(__file__).parents[2]
 KEY, SECRET = "testing", "s3-key-that-nobody-may-see"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lepton_airflow.store import Connection
+from lepton_airflow.connections import Connection
 from lepton_airflow.testing import LocalAirflow
 
 pytestmark = [pytest.mark.airflow, pytest.mark.timeout(600)]

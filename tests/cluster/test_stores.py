@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request
 from lepton_airflow.errors import BadConfiguration, LeptonError
 from lepton_airflow.runners import Runner
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store import Store
 from lepton_airflow.testing import probe
 
 pytestmark = pytest.mark.timeout(300)

@@ -26,7 +26,7 @@ import pytest
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import LeptonError
-from lepton_airflow.registry import Ledger, registrations
+from lepton_airflow.registry.ledger import Ledger, registrations
 from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalAirflow, LocalMlflow, processes
 

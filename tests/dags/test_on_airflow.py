@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.registry import Ledger
+from lepton_airflow.registry.ledger import Ledger
 from lepton_airflow.stages import get_stage
 from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalAirflow, LocalEndpoint

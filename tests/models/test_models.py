@@ -5,13 +5,14 @@ import pandas as pd
 import pytest
 
 from lepton_airflow import models
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration
-from lepton_airflow.fitted import SklearnModel
 from lepton_airflow.models import _columns
-from lepton_airflow.package import feature_frame, features_of, open_session, predict_onnx
-from lepton_airflow.search import distributions
-from lepton_airflow.training import Schema, Trainer, TrainerRun, deterministic
+from lepton_airflow.packaging.export.fitted import Schema, SklearnModel
+from lepton_airflow.packaging.package import feature_frame, features_of, open_session, predict_onnx
+from lepton_airflow.training.fit import deterministic
+from lepton_airflow.training.search import distributions
+from lepton_airflow.training.trainer import TrainerRun
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -23,7 +24,7 @@ def test_a_models_file_says_all_that_is_promised(name: str) -> None:
     assert set(module.DEFAULTS) <= documented
     assert set(module.SEARCH_SPACE) <= set(module.DEFAULTS)
     for task in module.TASKS:
-        trainer = Trainer.find(name, task)
+        trainer = models.find(name, task)
         assert set(distributions(trainer.search_space, trainer)) == set(module.SEARCH_SPACE)
         assert trainer.complete({}) == module.DEFAULTS
 

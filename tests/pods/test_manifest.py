@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, RunIdentity
 from lepton_airflow.pods import IDENTITY, NONCE, REQUEST, RUN_KEY, SUBMISSION, TRY
 from lepton_airflow.pods.manifest import merge, pod_base, pod_name, request_digest, secret_name, submission
 from lepton_airflow.runners import Pod
-from lepton_airflow.store import Connection
 
 REQUESTED = Request(
     stage="TrainModel",

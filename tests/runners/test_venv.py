@@ -19,8 +19,8 @@ import pytest
 import lepton_airflow
 from lepton_airflow import runners
 from lepton_airflow.contract import Request
-from lepton_airflow.environments import Environment
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, RunnerError
+from lepton_airflow.execution.environments import Environment
 from lepton_airflow.runners import Runner, Venv
 from lepton_airflow.stages import Stage
 from lepton_airflow.testing import LocalRunnerConformance, WorkerRunnerConformance, probe, until

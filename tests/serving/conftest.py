@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_diabetes, load_wine
 
-from lepton_airflow.dataset import DatasetInfo
-from lepton_airflow.package import ModelPackage
-from lepton_airflow.profile import reference_profile
+from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.profile import reference_profile
+from lepton_airflow.packaging.package import ModelPackage
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.train_model import TrainModel
 

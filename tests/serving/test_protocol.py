@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_airflow.package import Feature
+from lepton_airflow.packaging.package import Feature
 from lepton_airflow.serving.protocol import Inference, Output, Refused, parse, render, request_body
 
 FEATURES = [

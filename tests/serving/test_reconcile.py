@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
-from lepton_airflow import endpoints
 from lepton_airflow.contract import canonical_json, split_pin
-from lepton_airflow.endpoints import Desired, Status, Verdict
+from lepton_airflow.delivery import endpoints
+from lepton_airflow.delivery.endpoints import Desired, Status, Verdict
 from lepton_airflow.serving import reconcile
 from lepton_airflow.serving.model import scale_of
 from lepton_airflow.serving.reconcile import Reconciler

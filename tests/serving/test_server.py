@@ -26,9 +26,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 from starlette.requests import Request
 
-from lepton_airflow import endpoints
 from lepton_airflow.contract import split_pin
-from lepton_airflow.endpoints import Desired, Status
+from lepton_airflow.delivery import endpoints
+from lepton_airflow.delivery.endpoints import Desired, Status
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.serving import server as server_module
 from lepton_airflow.serving.model import ServedModel
@@ -208,7 +208,7 @@ def test_a_server_needs_no_more_than_its_extra_brings(shelf: Any, tmp_path: Path
     """Its image holds no Airflow, no pandas and no training library."""
     desired = asdict(_desired(shelf.wine.uri))
     script = (
-        "import json, sys; import lepton_airflow.serving.server; from lepton_airflow.endpoints import Desired\n"
+        "import json, sys; import lepton_airflow.serving.server; from lepton_airflow.delivery.endpoints import Desired\n"
         "from lepton_airflow.serving.model import ServedModel; from lepton_airflow.store import Store\n"
         "store, desired = Store(sys.argv[1]), Desired(**json.loads(sys.argv[2]))\n"
         "model = ServedModel.load(store, desired)\n"

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lepton_airflow.contract import Artifact
-from lepton_airflow.dataset import DatasetInfo, info_sql
-from lepton_airflow.package import ModelCard, Touched, features_of, write_package
-from lepton_airflow.store import Store, digest_path
+from lepton_airflow.data.dataset import DatasetInfo, info_sql
+from lepton_airflow.packaging.package import ModelCard, Touched, features_of, write_package
+from lepton_airflow.store import Store
+from lepton_airflow.store.files import digest_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -145,7 +146,7 @@ def _linear_onnx(info: DatasetInfo, weights: Sequence[Any]) -> bytes:
 @pytest.fixture(scope="session")
 def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database: making one takes seconds of migrations, copying it takes none."""
-    from lepton_airflow.mlflow_registry import open_registry
+    from lepton_airflow.registry.mlflow import open_registry
 
     folder = tmp_path_factory.mktemp("mlflow-template")
     with open_registry(f"sqlite:///{folder}/mlflow.db", None, folder):

@@ -13,14 +13,15 @@ import pandas as pd
 import pytest
 
 from lepton_airflow.contract import Artifact, Receipt, RunIdentity, split_pin
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.profile import reference_profile
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped
-from lepton_airflow.package import ModelCard, Touched, features_of, write_package
-from lepton_airflow.profile import reference_profile
-from lepton_airflow.registry import Ledger, LedgerEntry
-from lepton_airflow.stages import RunInfo, check_drift
+from lepton_airflow.packaging.package import ModelCard, Touched, features_of, write_package
+from lepton_airflow.registry.ledger import Ledger, LedgerEntry
+from lepton_airflow.sdk.stage import check_drift
+from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.check_drift import CheckDrift
-from lepton_airflow.store import digest_path
+from lepton_airflow.store.files import digest_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable

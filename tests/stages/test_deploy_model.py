@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lepton_airflow import endpoints
 from lepton_airflow.contract import RunIdentity, canonical_json, split_pin
-from lepton_airflow.dataset import DatasetInfo
-from lepton_airflow.endpoints import Desired, Status
+from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.delivery import endpoints
+from lepton_airflow.delivery.endpoints import Desired, Status
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Preempted, Skipped
-from lepton_airflow.package import ModelPackage
-from lepton_airflow.registry import Ledger, LedgerEntry
+from lepton_airflow.packaging.package import ModelPackage
+from lepton_airflow.registry.ledger import Ledger, LedgerEntry
 from lepton_airflow.serving.reconcile import Reconciler
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.deploy_model import DeployModel, _Wanted

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
-from lepton_airflow.package import ModelPackage, Touched
+from lepton_airflow.packaging.package import ModelPackage, Touched
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.evaluate_model import EvaluateModel
 

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request, Window
-from lepton_airflow.door import perform
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped
-from lepton_airflow.stages import Result, RunInfo, cache_key
+from lepton_airflow.execution.run_stage import perform
+from lepton_airflow.sdk.fingerprint import cache_key
+from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.ingest_data import IngestData
-from lepton_airflow.store import Connection
 
 ROOT = Path(__file__).parents[2]
 MAY = Window("2013-05-01T00:00:00+00:00", "2013-06-01T00:00:00+00:00")

@@ -19,14 +19,16 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog import load_catalog
 
-from lepton_airflow import lakes
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, Window
-from lepton_airflow.door import perform
+from lepton_airflow.data.sources import lakes
+from lepton_airflow.data.sources.files import Source
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
-from lepton_airflow.sources import Source
-from lepton_airflow.stages import Result, RunInfo, cache_key
+from lepton_airflow.execution.run_stage import perform
+from lepton_airflow.sdk.fingerprint import cache_key
+from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.ingest_data import IngestData
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store import Store
 
 ROOT = Path(__file__).parents[2]
 MAY = Window("2013-05-01T00:00:00+00:00", "2013-06-01T00:00:00+00:00")

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lepton_airflow.contract import Window
-from lepton_airflow.dataset import DatasetInfo, read_info
+from lepton_airflow.data.dataset import DatasetInfo, read_info
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
-from lepton_airflow.stages import Result, RunInfo, cache_key
+from lepton_airflow.sdk.fingerprint import cache_key
+from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.ingest_data import IngestData
 from lepton_airflow.stages.prepare_data import PrepareData
 

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 from lepton_airflow.contract import RunIdentity
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Skipped
-from lepton_airflow.package import Touched
-from lepton_airflow.registry import Ledger, Registration, find_version, record_registration
+from lepton_airflow.packaging.package import Touched
+from lepton_airflow.registry.ledger import Ledger, Registration, find_version, record_registration
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.promote_model import PromoteModel
 
@@ -292,7 +292,7 @@ def test_a_task_moves_the_champion_once_also_after_others_have(desk: Desk) -> No
 
 
 def test_a_crash_between_ledger_and_alias_is_repaired_by_the_retry(desk: Desk, monkeypatch) -> None:
-    from lepton_airflow.mlflow_registry import MlflowRegistry
+    from lepton_airflow.registry.mlflow import MlflowRegistry
 
     version = desk.register(GOOD, 4)
 

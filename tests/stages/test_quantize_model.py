@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lepton_airflow import quantization
 from lepton_airflow.contract import Receipt, split_pin
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted
-from lepton_airflow.fitted import Schema, as_fitted
-from lepton_airflow.package import (
+from lepton_airflow.packaging.compression import quantize as quantization
+from lepton_airflow.packaging.compression.quantize import Latency
+from lepton_airflow.packaging.export.fitted import Schema, as_fitted
+from lepton_airflow.packaging.package import (
     ModelCard,
     ModelPackage,
     Touched,
@@ -27,7 +28,6 @@ from lepton_airflow.package import (
     parquet_feeds,
     write_package,
 )
-from lepton_airflow.quantization import Latency
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.quantize_model import QuantizeModel
 
@@ -221,7 +221,7 @@ def test_equal_runs_give_an_equal_package_and_worse_ones_none(bench: Bench, fast
 def test_rows_without_time_are_touched_by_their_values(tmp_path: Path, write_dataset, fast) -> None:
     from sklearn.datasets import load_diabetes
 
-    from lepton_airflow.package import row_fingerprints
+    from lepton_airflow.packaging.package import row_fingerprints
 
     data = load_diabetes(as_frame=True).frame.rename(columns={"target": "progression"})
     names = [n for n in data if n != "progression"]

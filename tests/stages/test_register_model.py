@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import RunIdentity, Window, split_pin
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError, Skipped
-from lepton_airflow.mlflow_registry import open_registry
-from lepton_airflow.registry import registration_of, registrations
+from lepton_airflow.registry.ledger import registration_of, registrations
+from lepton_airflow.registry.mlflow import open_registry
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.register_model import RegisterModel
-from lepton_airflow.store import Connection
 
 INFO = DatasetInfo(
     target="late",
@@ -77,7 +77,7 @@ def test_a_version_carries_package_metrics_window_digests_and_signature(
     import numpy as np
     import pandas as pd
 
-    from lepton_airflow.package import ModelPackage
+    from lepton_airflow.packaging.package import ModelPackage
 
     model = put_model(run.store, INFO, [0.002, -0.1], WINDOW, data={"train": "ab" * 32}, code="cd" * 32)
     result = RegisterModel(
@@ -189,7 +189,7 @@ def test_killed_around_the_creation_of_the_version(moment, mlflow_sqlite, run, n
 def test_mlflow_goes_away_between_upload_and_version(
     mlflow_server, run, name, put_model, monkeypatch
 ) -> None:
-    from lepton_airflow.mlflow_registry import MlflowRegistry
+    from lepton_airflow.registry.mlflow import MlflowRegistry
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     upload = MlflowRegistry._upload
@@ -264,8 +264,8 @@ def test_what_a_server_shows_already_is_only_glanced_at(
 
 def test_the_loser_of_a_takeover_removes_its_double(mlflow_sqlite, run, name, put_model, monkeypatch) -> None:
     """A process that stood still past its lease finds that another one has registered for its run key."""
-    from lepton_airflow.lease import Lease
-    from lepton_airflow.mlflow_registry import MlflowRegistry
+    from lepton_airflow.registry.mlflow import MlflowRegistry
+    from lepton_airflow.store.lease import Lease
 
     model = put_model(run.store, INFO, [1.0, 2.0])
     stage = RegisterModel(model=model.uri, name=name, tracking_uri=mlflow_sqlite)
@@ -314,7 +314,7 @@ def test_the_record_pins_the_package_and_eviction_keeps_it(
     (registration,) = registrations(run.store, name)
     assert registration.package == model.uri
     assert registration.window == WINDOW
-    monkeypatch.setattr("lepton_airflow.store._GRACE_S", -1)
+    monkeypatch.setattr("lepton_airflow.store.files._GRACE_S", -1)
     run.store.cache_evict(older_than_s=0)
     assert run.store.intact(model)
     assert not run.store.intact(other)

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import subprocess
 import sys
+import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,10 @@ import pytest
 from lepton_airflow import stages
 from lepton_airflow.contract import Artifact, Window
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted
+from lepton_airflow.sdk.code import code_digest, load_code
+from lepton_airflow.sdk.description import describe, param_texts
+from lepton_airflow.sdk.fingerprint import cache_key
+from lepton_airflow.sdk.stage import choices
 from lepton_airflow.stages import (
     ArtifactUri,
     CodeRef,
@@ -22,12 +27,7 @@ from lepton_airflow.stages import (
     Stage,
     all_stages,
     build,
-    cache_key,
-    choices,
-    code_digest,
-    describe,
     get_stage,
-    load_code,
     stage_name,
 )
 
@@ -74,7 +74,7 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_field_is_documented(stage: type[Stage]) -> None:
     undocumented = [p.name for p in describe(stage) if not p.text]
     assert undocumented == [], f"{stage.__name__}: write a :param line for each"
-    invented = set(stages.param_texts(stage.__doc__ or "")) - {f.name for f in fields(stage)}
+    invented = set(param_texts(stage.__doc__ or "")) - {f.name for f in fields(stage)}
     assert invented == set(), f"{stage.__name__}: documents parameters that it does not have"
 
 
@@ -99,7 +99,7 @@ def test_seconds_and_the_like_stand_in_the_names(stage: type[Stage]) -> None:
 
 @EVERY
 def test_every_default_is_a_value_of_its_type(stage: type[Stage]) -> None:
-    hints = stages.typing.get_type_hints(stage)
+    hints = typing.get_type_hints(stage)
     for f in fields(stage):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if default is not MISSING:

@@ -16,9 +16,9 @@ import pytest
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, OutOfMemory, Preempted
-from lepton_airflow.package import ModelPackage
+from lepton_airflow.packaging.package import ModelPackage
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.train_model import TrainModel
 
@@ -129,7 +129,8 @@ def test_out_of_fold_predictions_come_from_models_that_did_not_see_the_cluster(t
 
 
 def test_folds_by_time_never_train_on_the_future(tmp_path: Path) -> None:
-    from lepton_airflow.training import Rows, make_folds
+    from lepton_airflow.training.folds import make_folds
+    from lepton_airflow.training.rows import Rows
 
     frame, info = real_frame("classification")
     frame["day"] = pd.Timestamp("2013-01-01") + pd.to_timedelta(np.arange(len(frame)) // 10, unit="D")
@@ -288,7 +289,7 @@ def test_the_gpus_figures_are_among_the_metrics(
     stage = TrainModel(dataset=numbers_only(tmp_path), trainer=user_module("plain"))
     monkeypatch.setitem(sys.modules, "pynvml", None)
     without = stage.run(RunInfo.local(tmp_path / "1")).metrics
-    monkeypatch.setattr("lepton_airflow.gpu.Readings.metrics", lambda self: {"gpu_count": 1.0})
+    monkeypatch.setattr("lepton_airflow.training.gpu.Readings.metrics", lambda self: {"gpu_count": 1.0})
     assert stage.run(RunInfo.local(tmp_path / "2")).metrics == without | {"gpu_count": 1.0}
 
 

@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lepton_airflow.checkpoints import Checkpoints
+from lepton_airflow.connections import Connection
 from lepton_airflow.contract import split_pin
-from lepton_airflow.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted, StoreError
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.tune_model import TuneModel
-from lepton_airflow.store import Connection, Store
+from lepton_airflow.store import Store
+from lepton_airflow.store.checkpoints import Checkpoints
 
 SPACE = {"C": {"low": 1e-4, "high": 1e2, "log": True}}
 

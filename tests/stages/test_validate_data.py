@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lepton_airflow.errors import BadConfiguration, BadInput
-from lepton_airflow.stages import RunInfo, cache_key
+from lepton_airflow.sdk.fingerprint import cache_key
+from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.validate_data import ValidateData
 
 SUITES = Path(__file__).parents[2] / "great_expectations"
@@ -510,7 +511,7 @@ def test_a_wrong_suite_gets_one_sentence(
 def test_progress_is_told_while_queries_run(
     january: str, run: RunInfo, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lepton_airflow import gx_duckdb
+    from lepton_airflow.data import expectations as gx_duckdb
 
     monkeypatch.setattr(gx_duckdb, "_TELL_S", 0.0)
     with caplog.at_level("INFO", logger="lepton_airflow"):

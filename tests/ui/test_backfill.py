@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lepton_airflow.registry import Ledger, registrations
+from lepton_airflow.registry.ledger import Ledger, registrations
 from lepton_airflow.stages import get_stage
 from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow

@@ -1,0 +1,246 @@
+"""Great Expectations on DuckDB: an execution engine whose metrics are SQL over a view, so no row reaches Python.
+
+Great Expectations knows no DuckDB. What it asks of a database it asks through SQLAlchemy, so this module brings the
+least that is missing: a SQLAlchemy dialect over one open DuckDB connection, an engine that speaks it, and own metrics
+for the two uniqueness expectations, which are window functions and wide self-joins in the original.
+
+Import it only where ``great_expectations`` and ``duckdb`` are installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import duckdb
+import sqlalchemy as sa
+from great_expectations.core.metric_domain_types import MetricDomainTypes
+from great_expectations.core.metric_function_types import MetricPartialFunctionTypes
+from great_expectations.execution_engine import SqlAlchemyExecutionEngine
+from great_expectations.expectations.metrics.column_aggregate_metric_provider import (
+    ColumnAggregateMetricProvider,
+)
+from great_expectations.expectations.metrics.map_metric_provider import (
+    ColumnMapMetricProvider,
+    MulticolumnMapMetricProvider,
+    column_condition_partial,
+    multicolumn_condition_partial,
+)
+from great_expectations.expectations.metrics.metric_provider import metric_value
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.sql.compiler import GenericTypeCompiler, IdentifierPreparer, SQLCompiler
+
+from lepton_airflow.data.dataset import quote
+
+log = logging.getLogger(__name__)
+
+_TELL_S = 10.0  # between two lines of progress in the log
+
+# -- the dialect ------------------------------------------------------------------------------------------------------
+
+
+class _Compiler(SQLCompiler):
+    def visit_custom_op_binary(self, element: Any, operator: Any, **kw: Any) -> str:
+        """PostgreSQL's ``~`` finds a pattern anywhere, as pandas does; DuckDB's ``~`` must match the whole text."""
+        if operator.opstring not in ("~", "!~"):
+            return super().visit_custom_op_binary(element, operator, **kw)
+        text, pattern = (self.process(side, **kw) for side in (element.left, element.right))
+        found = f"regexp_matches(CAST({text} AS VARCHAR), {pattern})"
+        return found if operator.opstring == "~" else f"(NOT {found})"
+
+
+class _TypeCompiler(GenericTypeCompiler):
+    def visit_FLOAT(self, type_: Any, **kw: Any) -> str:
+        return "DOUBLE"  # FLOAT has 4 bytes in DuckDB
+
+    def visit_NUMERIC(self, type_: Any, **kw: Any) -> str:
+        return (
+            "DOUBLE" if type_.precision is None else super().visit_NUMERIC(type_, **kw)
+        )  # else DECIMAL(18, 3)
+
+
+class _Preparer(IdentifierPreparer):
+    def _requires_quotes(self, value: str) -> bool:
+        return True  # DuckDB's reserved words are not SQLAlchemy's, and names come from other people's files
+
+
+class DuckDBDialect(DefaultDialect):
+    """The SQL that Great Expectations composes, as DuckDB reads it, with column types by their DuckDB names."""
+
+    name = "duckdb"
+    driver = "lepton"
+    default_paramstyle = "qmark"
+    statement_compiler = _Compiler
+    type_compiler_cls = _TypeCompiler
+    preparer = _Preparer
+    supports_statement_cache = True
+    supports_native_boolean = True
+    div_is_floordiv = False
+
+    @classmethod
+    def import_dbapi(cls) -> Any:
+        return duckdb
+
+    def do_ping(self, dbapi_connection: Any) -> bool:
+        return True
+
+    def has_table(self, connection: Any, table_name: str, schema: str | None = None, **kw: Any) -> bool:
+        return table_name in [row[0] for row in connection.exec_driver_sql("SHOW TABLES")]
+
+    def get_pk_constraint(
+        self, connection: Any, table_name: str, schema: str | None = None, **kw: Any
+    ) -> Any:
+        return {"constrained_columns": [], "name": None}
+
+    def get_columns(self, connection: Any, table_name: str, schema: str | None = None, **kw: Any) -> Any:
+        rows = connection.exec_driver_sql(f"DESCRIBE {quote(table_name)}").fetchall()
+        return [
+            {"name": row[0], "type": _type_class(row[1])(), "nullable": True, "default": None} for row in rows
+        ]
+
+
+sa.dialects.registry.register("duckdb.lepton", __name__, "DuckDBDialect")
+
+_types: dict[str, type[sa.types.TypeEngine[Any]]] = {}
+
+
+def _type_class(name: str) -> type[sa.types.TypeEngine[Any]]:
+    """One class per DuckDB type name; DECIMAL(10,2) is DECIMAL, VARCHAR[] stays itself."""
+    plain = name if name.endswith("]") else name.partition("(")[0]
+    return _types.setdefault(plain, type(plain, (sa.types.TypeEngine,), {}))
+
+
+class _TypeNames(SimpleNamespace):
+    """What GX calls a dialect module: it compares types with the attribute of the expected name, as in BIGINT."""
+
+    def __getattr__(self, name: str) -> type[sa.types.TypeEngine[Any]]:
+        try:
+            return _type_class(str(duckdb.sqltype(name)))  # TEXT and STRING are VARCHAR
+        except duckdb.Error:
+            raise AttributeError(name) from None
+
+
+class _Connection:
+    """The one connection, for SQLAlchemy: it stays open, and so keeps its views, its limits and its time zone."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self.connection = connection
+        self._queries, self._began, self._told = 0, time.monotonic(), time.monotonic()
+
+    def cursor(self) -> _Cursor:
+        return _Cursor(self)
+
+    def tell(self) -> None:
+        """Count a query, and say in the log from time to time that there is progress."""
+        self._queries += 1
+        if time.monotonic() - self._told > _TELL_S:
+            self._told = time.monotonic()
+            log.info("query %d begins after %.0f s", self._queries, self._told - self._began)
+
+    def commit(self) -> None:
+        """DuckDB commits every statement by itself."""
+
+    rollback = close = commit
+
+
+class _Cursor:
+    def __init__(self, connection: _Connection) -> None:
+        self._owner = connection
+
+    def __getattr__(self, name: str) -> Any:  # execute, fetchall, description, …
+        if name == "execute":
+            self._owner.tell()
+        return getattr(self._owner.connection, name)
+
+    def close(self) -> None:
+        """The connection outlives its cursors."""
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+class DuckDBExecutionEngine(SqlAlchemyExecutionEngine):
+    """Computes metrics over the tables and views of an open DuckDB connection.
+
+    Aggregates are bundled by GX into one query per domain. The caller closes the connection.
+    """
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        engine = sa.create_engine(
+            "duckdb+lepton://", creator=lambda: _Connection(connection), poolclass=sa.pool.StaticPool
+        )
+        super().__init__(engine=engine, create_temp_table=False)
+        # GX picks the SQL of the regex and LIKE families by this class; the compiler above does the rest.
+        self.dialect_module = _TypeNames(__name__="duckdb", dialect=postgresql.dialect)
+
+
+# -- metrics that are slow or differ ----------------------------------------------------------------------------------
+
+
+def _duplicated(table: Any, columns: list[Any]) -> Any:
+    """A condition over a source of its own: the row's values occur more than once. Nulls equal each other.
+
+    A hash aggregate and a semi-join in place of the original's window function: on 3 million distinct integers 3 times
+    as fast, and no row is wider than the key. A compound key is 2 times as fast.
+    """
+    rows = table.subquery() if isinstance(table, sa.Select) else table
+    row = sa.select(*columns).select_from(rows).subquery("lepton_row")
+    again = (
+        sa.select(*columns)
+        .select_from(rows)
+        .group_by(*columns)
+        .having(sa.func.count() > 1)
+        .subquery("lepton_again")
+    )
+    same = sa.and_(*(row.c[c.name].is_not_distinct_from(again.c[c.name]) for c in columns))
+    duplicated = sa.exists(sa.select(sa.literal(1)).select_from(again).where(same).correlate(row))
+    return (
+        sa.select(*row.c, duplicated.label("lepton_duplicated")).subquery("lepton_source").c.lepton_duplicated
+    )
+
+
+class _ColumnValuesUnique(ColumnMapMetricProvider):
+    condition_metric_name = "column_values.unique"
+
+    @column_condition_partial(
+        engine=DuckDBExecutionEngine, partial_fn_type=MetricPartialFunctionTypes.WINDOW_CONDITION_FN
+    )
+    def _duckdb(cls, column: Any, _table: Any, **kwargs: Any) -> Any:
+        return sa.not_(_duplicated(_table, [column]))
+
+
+class _CompoundColumnsUnique(MulticolumnMapMetricProvider):
+    condition_metric_name = "compound_columns.unique"
+
+    @multicolumn_condition_partial(
+        engine=DuckDBExecutionEngine, partial_fn_type=MetricPartialFunctionTypes.WINDOW_CONDITION_FN
+    )
+    def _duckdb(cls, column_list: list[Any], _table: Any, **kwargs: Any) -> Any:
+        return sa.not_(_duplicated(_table, column_list))
+
+
+class _ColumnQuantileValues(ColumnAggregateMetricProvider):
+    metric_name = "column.quantile_values"
+    value_keys = ("quantiles", "allow_relative_error")
+
+    @metric_value(engine=DuckDBExecutionEngine)
+    def _duckdb(
+        cls,
+        execution_engine: DuckDBExecutionEngine,
+        metric_domain_kwargs: dict[str, Any],
+        metric_value_kwargs: dict[str, Any],
+        **kwargs: Any,
+    ) -> list[Any]:
+        """All quantiles from one copy of the column; the original's percentile_disc holds a copy for each."""
+        selectable, _, accessor = execution_engine.get_compute_domain(
+            metric_domain_kwargs, domain_type=MetricDomainTypes.COLUMN
+        )
+        if isinstance(selectable, sa.Select):  # with a row_condition
+            selectable = selectable.subquery()
+        quantiles = [float(q) for q in metric_value_kwargs["quantiles"]]
+        found = sa.func.quantile_disc(sa.column(accessor["column"]), sa.literal_column(str(quantiles)))
+        row = execution_engine.execute_query(sa.select(found).select_from(selectable)).fetchone()
+        return list(row[0]) if row is not None and row[0] is not None else [None] * len(quantiles)

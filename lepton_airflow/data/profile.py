@@ -1,0 +1,205 @@
+"""The reference profile: what the training rows look like, small enough to travel with a model.
+
+Drift is measured against it. Version 1 is ``{"profile": 1, "rows", "window", "time_range", "target", "columns"}``,
+where a column of numbers has ``count, nulls, mean, std, min, max, quantiles, edges, counts`` and a category
+``count, nulls, distinct, top, rest``. When rows come in clusters, each column also has ``design_effect``: ``mean,
+spread, clusters``, how much less these rows tell than independent ones would.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.data.dataset import DatasetInfo, quote
+
+if TYPE_CHECKING:
+    import duckdb
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lepton_airflow.contract import Window
+
+    _Describe = Callable[[duckdb.DuckDBPyConnection, str, str], dict[str, Any]]
+
+VERSION = 1
+TOP = 100  # categories counted by name; the others are counted together
+_LABEL = 200  # characters kept of a category's name
+_GROUPS = 4096  # clusters are counted in at most so many groups, so that memory stays bounded
+
+
+def reference_profile(
+    con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo, window: Window | None
+) -> dict[str, Any]:
+    """Profile the features and the target of a table, column by column, so that memory stays bounded.
+
+    :param table: name of a table or view with the columns of ``info``.
+    """
+    names = [*info.features, *([info.target] if info.target else [])]
+    categories = {*info.categorical, *([info.target] if info.task == "classification" else [])}
+    return {
+        "profile": VERSION,
+        "rows": info.rows,
+        "window": [window.start, window.end] if window else None,
+        "time_range": info.time_range,
+        "target": info.target,
+        "columns": {
+            name: _described(
+                con, table, name, _category if name in categories else _number, info.cluster_column
+            )
+            for name in names
+        },
+    }
+
+
+def reference_counts(column: Mapping[str, Any]) -> list[int]:
+    """A profiled column's rows by bin: its numbers' bins, or its named categories and all others; then the missing."""
+    if column["kind"] == "number":
+        return [*(column["counts"] or [0]), column["nulls"]]
+    return [*(n for _, n in column["top"]), column["rest"], column["nulls"]]
+
+
+def count_rows(
+    con: duckdb.DuckDBPyConnection, table: str, name: str, column: Mapping[str, Any], cluster: str | None
+) -> NDArray[np.int64]:
+    """Count a table's rows by cluster and by the bins of :func:`reference_counts`, shape (clusters, k).
+
+    Many clusters are counted in groups of them, which depend on one another as little as they do. Without a cluster
+    column all rows are one. Nothing is held but the counts.
+    """
+    import numpy as np
+
+    bins = len(reference_counts(column))
+    group = f"hash({quote(cluster)}) % {_GROUPS}" if cluster else "0"
+    if column["kind"] == "number":
+        cases = " ".join(f"WHEN x <= {edge!r}::DOUBLE THEN {i}" for i, edge in enumerate(column["edges"]))
+        source = f"(SELECT {group} AS g, {_as_number(name)} AS x FROM {table})"
+        bin_of = f"CASE WHEN x IS NULL THEN {bins - 1} {cases} ELSE {bins - 2} END"
+        values: list[Any] = []
+    else:
+        source = (
+            f"(SELECT {group} AS g, left({quote(name)}::TEXT, {_LABEL}) AS x FROM {table}) LEFT JOIN "
+            "(SELECT x, min(b) AS b FROM (SELECT unnest($1::TEXT[]) AS x, unnest(range(len($1))) AS b) GROUP BY x) USING (x)"
+        )
+        bin_of = f"CASE WHEN x IS NULL THEN {bins - 1} ELSE coalesce(b, {bins - 2}) END"
+        values = [[label for label, _ in column["top"]]]
+    found = con.execute(
+        f"SELECT dense_rank() OVER (ORDER BY g) - 1, b, n FROM "
+        f"(SELECT g, {bin_of} AS b, count(*) AS n FROM {source} GROUP BY ALL)",
+        values,
+    ).fetchall()
+    counts = np.zeros((max((row[0] for row in found), default=-1) + 1, bins), dtype=np.int64)
+    for row, index, rows in found:
+        counts[row, index] = rows
+    return counts
+
+
+def unseen_categories(
+    con: duckdb.DuckDBPyConnection, table: str, name: str, column: Mapping[str, Any], limit: int = 20
+) -> dict[str, int] | None:
+    """Values of a table that a category's profile does not have, with their rows, the most frequent first.
+
+    None for numbers, and where the profile names only its most frequent values.
+    """
+    if column["kind"] == "number" or column["rest"]:
+        return None
+    return dict(
+        con.execute(
+            f"SELECT left({quote(name)}::TEXT, {_LABEL}) AS x, count(*) AS n FROM {table} "
+            "WHERE x NOT IN (SELECT unnest($1::TEXT[])) GROUP BY x ORDER BY n DESC, x LIMIT $2",
+            [[label for label, _ in column["top"]], limit],
+        ).fetchall()
+    )
+
+
+def _described(
+    con: duckdb.DuckDBPyConnection, table: str, name: str, describe: _Describe, cluster: str | None
+) -> dict[str, Any]:
+    from lepton_airflow.statistics.distances import design_effect
+
+    column = describe(con, table, name)
+    effect = design_effect(count_rows(con, table, name, column, cluster)) if cluster else None
+    if effect is None:
+        return column
+    rounded = effect._replace(mean=float(f"{effect.mean:.6g}"), spread=float(f"{effect.spread:.6g}"))
+    return column | {"design_effect": rounded._asdict()}
+
+
+def _as_number(name: str) -> str:
+    # NaN counts as missing: pandas, sklearn and the ONNX model see no difference. Not by nullif or isnan: DuckDB 2.0 answers
+    # these from a Parquet file's statistics, and those that Arrow writes leave NaN out.
+    value = f"{quote(name)}::DOUBLE"
+    return f"CASE WHEN isfinite({value}) OR isinf({value}) THEN {value} END"
+
+
+def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
+    """Moments, deciles, and counts in bins between the deciles.
+
+    ``counts[i]`` is the number of values in ``(edges[i-1], edges[i]]``; the first bin has no lower and the last no
+    upper bound, so any later value falls into one. A value that fills whole deciles at the lower end (no rain) is
+    an edge once and so has a bin of its own. Deciles are nearest-rank values of a sort, which spills to disk.
+    """
+    value = _as_number(name)
+    count, nulls, mean, std, low, high = _row(
+        con,
+        f"SELECT count(x), count(*) - count(x), favg(x), stddev_samp(x), min(x), max(x) FROM (SELECT {value} AS x FROM {table})",
+    )
+    found: dict[str, Any] = {
+        "kind": "number",
+        "count": count,
+        "nulls": nulls,
+        "mean": _rounded(mean),
+        "std": _rounded(std),
+        "min": low,
+        "max": high,
+    }
+    if not count:
+        return found | {"quantiles": [], "edges": [], "counts": []}
+    ranks = [max(1, -(-count * tenth // 10)) for tenth in range(11)]
+    by_rank = dict(
+        con.execute(
+            f"SELECT rank, x FROM (SELECT x, row_number() OVER (ORDER BY x) AS rank FROM (SELECT {value} AS x FROM {table}) "
+            "WHERE x IS NOT NULL) WHERE list_contains($1, rank)",
+            [ranks],
+        ).fetchall()
+    )
+    quantiles = [by_rank[rank] for rank in ranks]
+    edges = sorted(set(quantiles[1:-1]))
+    below = _row(
+        con,
+        f"SELECT {', '.join(f'count(*) FILTER (x <= {edge!r}::DOUBLE)' for edge in edges)} FROM (SELECT {value} AS x FROM {table})",
+    )
+    totals = [0, *below, count]
+    counts = [after - before for before, after in itertools.pairwise(totals)]
+    return found | {"quantiles": quantiles, "edges": edges, "counts": counts}
+
+
+def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
+    """Counts of the most frequent values by name, and of all others together."""
+    column = quote(name)
+    count, nulls, distinct = _row(
+        con, f"SELECT count({column}), count(*) - count({column}), count(DISTINCT {column}) FROM {table}"
+    )
+    top = con.execute(
+        f"SELECT {column}::TEXT AS v, count(*) AS n FROM {table} WHERE {column} IS NOT NULL GROUP BY v ORDER BY n DESC, v LIMIT {TOP}"
+    ).fetchall()
+    return {
+        "kind": "category",
+        "count": count,
+        "nulls": nulls,
+        "distinct": distinct,
+        "top": [[value[:_LABEL], n] for value, n in top],
+        "rest": count - sum(n for _, n in top),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    """Nine digits: the last bits of a parallel sum vary from run to run, and equal rows give an equal profile."""
+    return None if value is None else float(f"{value:.9g}")
+
+
+def _row(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    row = con.execute(sql).fetchone()
+    assert row is not None
+    return row

@@ -1,0 +1,1 @@
+"""What IngestData can read."""

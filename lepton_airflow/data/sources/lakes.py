@@ -1,0 +1,403 @@
+"""Delta Lake and Iceberg tables as sources: one version of a table, streamed as Arrow batches.
+
+A version, once asked for or found to be the current one, stays the same for the whole run, so that the cache key, the
+rows and the receipt speak of the same one however often the table is written meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, time, timedelta
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.connections import Connection
+from lepton_airflow.contract import digest_of
+from lepton_airflow.data.dataset import quote
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, require
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from deltalake import DeltaTable
+    from pyiceberg.catalog import Catalog
+    from pyiceberg.expressions import BooleanExpression
+    from pyiceberg.table import DataScan, Table
+
+    from lepton_airflow.data.sources.files import Source
+    from lepton_airflow.sdk.stage import RunInfo
+
+FORMATS = ("delta", "iceberg")
+SIGNS = ("=", "<", "<=", ">", ">=", "in")
+_MAX_LISTED = 20  # versions, snapshots or tables named in a message
+
+
+def open_lake(source: Source, run: RunInfo) -> Lake:
+    """The table of a source at its version: the stated one, else the one that was current when this run first asked.
+
+    :raises BadInput: there is no such table, version or snapshot; the text names those there are.
+    """
+    kind = {"delta": Delta, "iceberg": Iceberg}[str(source.format)]
+    require(kind.library, f"source {source.name!r}", "lakes")
+    connection = run.connection(source.connection) if source.connection else None
+    version, _ = run.pins.get(repr(source)) or (source.lake_version, None)
+    with _sentences(source, connection):
+        lake = kind(source, connection, version, run)
+    run.pins[repr(source)] = (
+        lake.version,
+        lake.digest,
+    )  # in a notebook, one run may see other sources of this name
+    return lake
+
+
+def lake_digest(source: Source, run: RunInfo) -> str:
+    """The digest of a source's table at its version: the table is opened for it once a run."""
+    if repr(source) not in run.pins:
+        open_lake(source, run)
+    return str(run.pins[repr(source)][1])
+
+
+class Lake(ABC):
+    """One version of one table.
+
+    :ivar identity: tells this table from one that was made anew under its name.
+    :ivar version: number of the Delta version, or id of the Iceberg snapshot.
+    :ivar schema: names and types of the columns that are read.
+    """
+
+    library: str
+    identity: str
+    version: int
+    schema: pa.Schema
+
+    @property
+    def digest(self) -> str:
+        """Names the rows: two equal digests are the same version of the same table, read by the same release."""
+        from importlib.metadata import version
+
+        return digest_of([self.identity, self.version, version(self.library)])
+
+    def __init__(
+        self, source: Source, connection: Connection | None, version: int | None, run: RunInfo
+    ) -> None:
+        self.source, self.connection, self.run = source, connection, run
+        self._open(version)
+
+    @abstractmethod
+    def _open(self, version: int | None) -> None:
+        """Find the table and the version, and set the attributes."""
+
+    @abstractmethod
+    def _stream(self) -> Iterator[pa.RecordBatch]:
+        """The rows that the filters let through."""
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The columns and rows asked for, in no order; a batch without rows comes first."""
+        import pyarrow as pa
+
+        yield pa.RecordBatch.from_pylist([], schema=self.schema)
+        with _sentences(self.source, self.connection):
+            for batch in self._stream():
+                yield batch.select(self.schema.names).cast(self.schema)
+
+    def _project(self, schema: pa.Schema) -> pa.Schema:
+        import pyarrow as pa
+
+        wanted = self.source.columns or schema.names
+        for column in [*wanted, *(column for column, _, _ in self.source.filters)]:
+            if column not in schema.names:
+                raise BadInput(
+                    f"source {self.source.name!r}: column {column!r} is not in version {self.version} of the table; "
+                    f"{did_you_mean(column, schema.names)}"
+                )
+        self._types = {name: schema.field(name).type for name in schema.names}
+        return pa.schema([schema.field(name) for name in wanted])
+
+    def _filters(self) -> Iterator[tuple[str, str, Any]]:
+        """The source's filters with the window's bounds in the form that suits each column."""
+        for column, sign, value in self.source.filters:
+            if value in ("$window_start", "$window_end"):
+                window = self.run.need_window(f"source {self.source.name!r}: its filters use {value}")
+                moment = datetime.fromisoformat(window.start if value == "$window_start" else window.end)
+                yield column, sign, self._bound(column, sign, moment)
+            else:
+                yield column, sign, value
+
+    def _bound(self, column: str, sign: str, moment: datetime) -> str:
+        import pyarrow as pa
+
+        kind = self._types[column]
+        if pa.types.is_date(kind):
+            utc = moment.astimezone(UTC)
+            # A date stands for its midnight: a bound within a day moves to the midnight that lets the same dates through.
+            later = sign in (">=", "<") and utc.time() != time.min
+            return date.isoformat(utc.date() + timedelta(days=int(later)))
+        if pa.types.is_timestamp(kind):
+            return moment.isoformat() if kind.tz else moment.astimezone(UTC).replace(tzinfo=None).isoformat()
+        raise BadConfiguration(
+            f"source {self.source.name!r}: filters compare column {column!r} ({kind}) with the window: expected a date or "
+            "a timestamp; select the rows in the query instead."
+        )
+
+
+class Delta(Lake):
+    """A version of a Delta Lake table, through ``deltalake``; deletion vectors and column mapping are understood."""
+
+    library = "deltalake"
+    _table: DeltaTable
+
+    def _open(self, version: int | None) -> None:
+        import pyarrow as pa
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+
+        uri = str(self.source.uri)
+        try:
+            table = DeltaTable(uri, storage_options=self._options(uri))
+        except TableNotFoundError:
+            raise BadInput(
+                f"source {self.source.name!r}: there is no Delta table at {uri}: expected its folder, with _delta_log in it."
+            ) from None
+        latest = table.version()
+        if version is not None and version != latest:
+            try:
+                table.load_as_version(version)
+            except DeltaError:
+                first = min(
+                    entry["version"]
+                    for entry in DeltaTable(uri, storage_options=self._options(uri)).history()
+                )
+                raise BadInput(
+                    f"source {self.source.name!r}: {uri} has no version {version}; its log goes from {first} to {latest}."
+                ) from None
+        self._table, self.version = table, table.version()
+        self.identity = str(table.metadata().id)
+        self.schema = self._project(pa.schema(table.schema().to_arrow()))
+
+    def _options(self, uri: str) -> dict[str, str]:
+        connection = self.connection
+        store = self.run.store
+        if connection is None and uri.partition("://")[0] == store.protocol:
+            connection = store.connection
+        if connection is None:
+            return {}
+        extra = connection.extra
+        endpoint = extra.get("endpoint_url") or connection.host
+        named = {
+            "AWS_ACCESS_KEY_ID": connection.login or extra.get("aws_access_key_id"),
+            "AWS_SECRET_ACCESS_KEY": connection.password or extra.get("aws_secret_access_key"),
+            "AWS_SESSION_TOKEN": extra.get("aws_session_token"),
+            "AWS_REGION": extra.get("region_name"),
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ALLOW_HTTP": "true" if endpoint and endpoint.startswith("http://") else None,
+        }
+        aws = uri.startswith(("s3://", "s3a://"))
+        return {k: str(v) for k, v in named.items() if v and aws} | extra.get("delta", {})
+
+    def _stream(self) -> Iterator[pa.RecordBatch]:
+        import pyarrow as pa
+
+        conditions = [f"{quote(column)} {_sql(sign, value)}" for column, sign, value in self._filters()]
+        scan = self._table.scan(columns=self.schema.names, predicate=" AND ".join(conditions) or None)
+        yield from pa.RecordBatchReader.from_stream(scan)
+
+
+class Iceberg(Lake):
+    """A snapshot of an Iceberg table, through ``pyiceberg`` and whichever catalog it knows."""
+
+    library = "pyiceberg"
+    _scan: DataScan
+
+    def _open(self, version: int | None) -> None:
+        from pyiceberg.catalog import load_catalog
+        from pyiceberg.io.pyarrow import schema_to_pyarrow
+
+        properties = self._properties()
+        table = self._find(load_catalog(properties.pop("name", "default"), **properties))
+        snapshots = {snapshot.snapshot_id: snapshot.timestamp_ms for snapshot in table.snapshots()}
+        current = table.current_snapshot()
+        if current is None:
+            raise BadInput(
+                f"source {self.source.name!r}: table {self.source.table} has no snapshot: nothing was ever written."
+            )
+        if version is not None and version not in snapshots:
+            last = list(snapshots.items())[-_MAX_LISTED:]
+            there = ", ".join(f"{number} ({_moment(at_ms)})" for number, at_ms in last)
+            raise BadInput(
+                f"source {self.source.name!r}: table {self.source.table} has no snapshot {version}; known: {there}."
+            )
+        self.version = current.snapshot_id if version is None else version
+        self.identity = str(table.metadata.table_uuid)
+        # A snapshot is read with the columns it was written with, today as in a year.
+        whole = table.scan(snapshot_id=self.version)
+        self.schema = self._project(schema_to_pyarrow(whole.projection(), include_field_ids=False))
+        self._scan = whole.update(row_filter=self._expression(), selected_fields=tuple(self.schema.names))
+
+    def _properties(self) -> dict[str, Any]:
+        connection = self.connection
+        if connection is None:
+            return dict(self.source.catalog)
+        extra = connection.extra
+        named = {
+            "client.access-key-id": connection.login or extra.get("aws_access_key_id"),
+            "client.secret-access-key": connection.password or extra.get("aws_secret_access_key"),
+            "client.session-token": extra.get("aws_session_token"),
+            "client.region": extra.get("region_name"),
+            "s3.endpoint": extra.get("endpoint_url") or connection.host,
+        }
+        aws = connection.type in ("aws", "s3")
+        return (
+            {k: str(v) for k, v in named.items() if v and aws}
+            | dict(self.source.catalog)
+            | extra.get("iceberg", {})
+        )
+
+    def _find(self, catalog: Catalog) -> Table:
+        from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
+
+        name = str(self.source.table)
+        try:
+            return catalog.load_table(name)
+        except NoSuchTableError:
+            pass
+        try:
+            listed = [".".join(parts) for parts in catalog.list_tables(name.rpartition(".")[0])]
+            there = did_you_mean(name, listed[:_MAX_LISTED])
+        except NoSuchNamespaceError:
+            spaces = [".".join(parts) for parts in catalog.list_namespaces()]
+            there = f"nor a namespace {name.rpartition('.')[0]!r}; {did_you_mean(name.rpartition('.')[0], spaces[:_MAX_LISTED])}"
+        raise BadInput(f"source {self.source.name!r}: the catalog has no table {name!r}; {there}")
+
+    def _expression(self) -> BooleanExpression:
+        from pyiceberg import expressions as iceberg
+
+        signs = {"=": iceberg.EqualTo, "<": iceberg.LessThan, "<=": iceberg.LessThanOrEqual,
+                 ">": iceberg.GreaterThan, ">=": iceberg.GreaterThanOrEqual, "in": iceberg.In}  # fmt: skip
+        found: BooleanExpression = iceberg.AlwaysTrue()
+        for column, sign, value in self._filters():
+            found = iceberg.And(found, signs[sign](column, value))
+        return found
+
+    def _stream(self) -> Iterator[pa.RecordBatch]:
+        from pyiceberg.io.pyarrow import ArrowScan, _read_all_delete_files
+
+        scan = self._scan
+        reader = ArrowScan(scan.table_metadata, scan.io, scan.projection(), scan.row_filter)
+        for task in scan.plan_files():
+            # What is public holds the rows of all data files, each perhaps of a gigabyte, in a list before the first.
+            deletes = _read_all_delete_files(scan.io, [task])
+            yield from reader._record_batches_from_scan_tasks_and_deletes([task], deletes)  # noqa: SLF001
+
+
+def _sql(sign: str, value: Any) -> str:
+    if sign == "in":
+        return f"IN ({', '.join(_sql_value(item) for item in value)})"
+    return f"{sign} {_sql_value(value)}"
+
+
+def _sql_value(value: Any) -> str:
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else json.dumps(value)
+
+
+def _moment(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")
+
+
+def check_lake(source: Source) -> None:
+    """Raise BadConfiguration, with the right form, where a source's options for a lake do not fit together."""
+    what = f"source {source.name!r}"
+    if source.format == "delta":
+        if not isinstance(source.uri, str) or not source.uri or source.sql or source.table or source.catalog:
+            raise BadConfiguration(
+                f"{what} needs the one uri of a Delta table: {{'format': 'delta', 'uri': …, 'version': …}}."
+            )
+    elif (
+        not source.table
+        or "." not in source.table
+        or not (source.catalog or source.connection)
+        or source.uri
+        or source.sql
+    ):
+        raise BadConfiguration(
+            f"{what} needs a table, as namespace.table, and its catalog: {{'format': 'iceberg', 'catalog': {{'type': 'rest', 'uri': …}}, "
+            "'table': 'db.orders', 'snapshot_id': …}."
+        )
+    for key, value in source.catalog.items():
+        if _is_secret(key, value):
+            raise BadConfiguration(
+                f"{what}: catalog[{key!r}] is a secret, which a DAG must not hold: put it into the extra of an Airflow "
+                f'Connection, as {{"iceberg": {{"{key}": …}}}}, and name that as connection.'
+            )
+    if not isinstance(source.columns, (list, tuple)):
+        raise BadConfiguration(f"{what}: columns={source.columns!r}: expected a list of names.")
+    if not isinstance(source.filters, (list, tuple)):
+        raise BadConfiguration(
+            f"{what}: filters={source.filters!r}: expected a list of [column, sign, value]."
+        )
+    for item in source.filters:
+        if (
+            not isinstance(item, (list, tuple))
+            or len(item) != 3
+            or not isinstance(item[0], str)
+            or item[1] not in SIGNS
+        ):
+            raise BadConfiguration(
+                f"{what}: filters has {item!r}: expected [column, sign, value] with a sign of {' '.join(SIGNS)}."
+            )
+        if (item[1] == "in") != isinstance(item[2], (list, tuple)):
+            raise BadConfiguration(
+                f"{what}: filters has {item!r}: a list of values goes with 'in', and only with it."
+            )
+        if item[2] in (None, [], ()) or (item[1] == "in" and None in item[2]):
+            raise BadConfiguration(
+                f"{what}: filters has {item!r}: no row compares with nothing: select missing values in the query."
+            )
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    """Whether a property, or one inside it (``auth`` of a REST catalog), is called like a secret or is a URL with one."""
+    if isinstance(value, Mapping):
+        return any(_is_secret(inner, item) for inner, item in value.items())
+    return bool(_SECRET.search(key) or _URL_PASSWORD.search(str(value)))
+
+
+_SECRET = re.compile(
+    r"pass(word|wd)|secret|token|credential|(access|account|api|private)-key|connection-string", re.IGNORECASE
+)
+_URL_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+# SQLAlchemy's and pyiceberg's, and what Rust's object store says, which reaches us as one of Arrow's errors.
+_PASSING_KINDS = frozenset({"InterfaceError", "OperationalError", "ServerError", "ServiceUnavailableError"})
+_PASSING = re.compile(
+    r"Generic \w+ error|timed? ?out|connection (refused|reset|closed|aborted)|error sending request"
+    r"|too many requests|slow ?down",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def _sentences(source: Source, connection: Connection | None) -> Iterator[None]:
+    """Say in one sentence what a library of many error classes and page-long messages could not do."""
+    try:
+        yield
+    except LeptonError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Rust's, Arrow's, SQLAlchemy's, requests' and botocore's share no base
+        where = source.table or source.uri
+        text = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error) or type(error).__name__).split())
+        text = _URL_PASSWORD.sub("://***@", text)
+        if connection is not None and connection.password:
+            text = text.replace(connection.password, "***")
+        if isinstance(error, FileNotFoundError) or "not found: No such file" in text:
+            raise BadInput(
+                f"source {source.name!r}: files of {source.format} table {where} are gone; an old version loses them to VACUUM "
+                f"or to the expiry of snapshots: read a newer one. ({text[-200:]})"
+            ) from None
+        # A store or a catalog that does not answer may answer the next try; anything else would fail the same way.
+        passing = type(error).__name__ in _PASSING_KINDS or _PASSING.search(text)
+        unreachable = isinstance(error, OSError) or passing
+        kind = LeptonError if unreachable else BadInput
+        raise kind(
+            f"source {source.name!r}: {source.format} table {where} cannot be read: {text[:400]}"
+        ) from None

@@ -1,0 +1,1 @@
+"""Whether a model is good, and whether the world has moved."""

@@ -1,0 +1,172 @@
+"""Has the data moved away from what a model learnt? The verdict on every column, from a profile and the whole window.
+
+DuckDB counts the current rows in the bins of the reference profile, so nothing is held but counts, and every row takes
+part. A column has drifted when both hold:
+
+- its population stability index is at least ``threshold``: the move is large enough to matter;
+- chance does not explain it: the p-value of :func:`~lepton_airflow.statistics.stability_test`, which knows that the
+  rows of a cluster depend on one another, is at most ``alpha`` after Holm's correction for the number of columns.
+
+Missing values are a bin of their own, so a column that empties drifts too. A column that is gone, or whose numbers have
+become text, has drifted without any test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lepton_airflow.data.profile import VERSION, count_rows, reference_counts, unseen_categories
+from lepton_airflow.errors import BadInput
+
+if TYPE_CHECKING:
+    import duckdb
+
+_NUMBERS = re.compile(
+    r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN"
+)  # in DuckDB
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnVerdict:
+    """Whether one column has drifted, and the numbers behind it.
+
+    :ivar distance: population stability index over the profile's bins [nats]; None when it cannot be taken.
+    :ivar by_chance: what the distance is on average when nothing has moved.
+    :ivar p_value: chance of a larger distance when nothing has moved, this column alone.
+    :ivar p_adjusted: the same, corrected for the number of columns.
+    :ivar missing: share of rows without a value, before and now.
+    :ivar unseen: values that the reference rows do not have, with their rows now, the most frequent ones; None where
+        the profile does not name all of its values.
+    """
+
+    name: str
+    role: Literal["feature", "target"]
+    drifted: bool
+    reason: str
+    distance: float | None = None
+    by_chance: float | None = None
+    p_value: float | None = None
+    p_adjusted: float | None = None
+    missing: list[float] = field(default_factory=list)
+    unseen: dict[str, int] | None = None
+
+
+def is_number(kind: str) -> bool:
+    """Whether the values of a DuckDB type can be taken as numbers."""
+    return _NUMBERS.fullmatch(kind) is not None
+
+
+def check_profile(profile: Mapping[str, Any], where: str) -> None:
+    """Refuse what is no reference profile, or one of a later version, or one of no rows."""
+    version = profile.get("profile") if isinstance(profile, Mapping) else None
+    if not isinstance(version, int) or "columns" not in profile:
+        raise BadInput(
+            f"{where} is no reference profile: expected prepare.output['profile'], or a model package."
+        )
+    if version > VERSION:
+        raise BadInput(
+            f"{where} is a profile of version {version}, this lepton_airflow knows up to {VERSION}: upgrade lepton_airflow."
+        )
+    if not profile["rows"]:
+        raise BadInput(f"{where} describes no rows: nothing can drift away from it.")
+
+
+def judge_columns(
+    con: duckdb.DuckDBPyConnection,
+    table: str,
+    profile: Mapping[str, Any],
+    cluster_column: str | None = None,
+    threshold: float = 0.25,
+    alpha: float = 0.05,
+) -> list[ColumnVerdict]:
+    """Judge every profiled column of a table, those that moved most first.
+
+    :param table: a table or view of the current rows; a target that it does not have yet is passed over.
+    :param cluster_column: column that names dependent rows; without one, they are as dependent as the profile says.
+    """
+    from lepton_airflow.statistics.distances import holm
+
+    kinds = {name: kind for name, kind, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
+    found = []
+    for name, column in profile["columns"].items():
+        role: Literal["feature", "target"] = "target" if name == profile["target"] else "feature"
+        if name not in kinds and role == "target":
+            continue
+        structural = _structural(column, kinds.get(name))
+        if structural:
+            found.append(ColumnVerdict(name=name, role=role, drifted=True, reason=structural))
+        else:
+            found.append(_measured(con, table, name, role, column, cluster_column))
+    tested = [v for v in found if v.p_value is not None]
+    adjusted = dict(
+        zip([v.name for v in tested], holm([v.p_value for v in tested if v.p_value is not None]), strict=True)
+    )
+    judged = [_decided(v, adjusted.get(v.name), threshold, alpha) for v in found]
+    return sorted(judged, key=lambda v: (not v.drifted, v.distance is not None, -(v.distance or 0.0), v.name))
+
+
+def _structural(column: Mapping[str, Any], kind: str | None) -> str:
+    """Why a column cannot be compared at all, or nothing."""
+    if kind is None:
+        return "the column is gone"
+    if column["kind"] == "number" and not is_number(kind):
+        return f"numbers have become {kind}"
+    return ""
+
+
+def _measured(
+    con: duckdb.DuckDBPyConnection,
+    table: str,
+    name: str,
+    role: Literal["feature", "target"],
+    column: Mapping[str, Any],
+    cluster: str | None,
+) -> ColumnVerdict:
+    """The distance and its p-value; ``drifted`` waits for the other columns."""
+    from lepton_airflow.statistics.distances import DesignEffect, design_effect, stability_test
+
+    counts = count_rows(con, table, name, column, cluster)
+    before, now = reference_counts(column), counts.sum(axis=0)
+    known = [DesignEffect(**column["design_effect"])] if "design_effect" in column else []
+    own = design_effect(counts) if cluster else None
+    # With equal distributions both sides have the same; few current clusters say little about it, and a
+    # reference of smaller clusters says too little. Rows depend on one another also where no column says so.
+    effect = max([*known, *([own] if own else [])], key=lambda e: e.mean, default=None)
+    test = stability_test(before, now, effect)
+    missing = [round(float(counts[-1] / sum(counts)), 6) for counts in (before, now)]
+    return ColumnVerdict(
+        name=name,
+        role=role,
+        drifted=False,
+        reason="" if effect or not cluster else "all rows are one cluster, which cannot be told from chance",
+        distance=round(test.distance, 6),
+        by_chance=round(test.by_chance, 6),
+        p_value=test.p_value if effect or not cluster else None,
+        missing=missing,
+        unseen=unseen_categories(con, table, name, column),
+    )
+
+
+def _decided(
+    verdict: ColumnVerdict, p_adjusted: float | None, threshold: float, alpha: float
+) -> ColumnVerdict:
+    """The verdict with its reason, once the correction for all columns is known."""
+    if p_adjusted is None or verdict.distance is None:
+        return verdict
+    far, sure = verdict.distance >= threshold, p_adjusted <= alpha
+    reason = f"PSI {verdict.distance:.2f}"
+    if far and not sure:
+        reason += f", which chance explains (by chance {verdict.by_chance:.2f}, p {p_adjusted:.2g})"
+    if far and sure:
+        before, now = verdict.missing
+        if now == 1:
+            reason = f"every value is missing ({reason})"
+        elif abs(now - before) >= 0.05:
+            reason += f", missing {before:.1%} before and {now:.1%} now"
+        if verdict.unseen:
+            names = ", ".join(repr(label[:40]) for label in list(verdict.unseen)[:3])
+            reason += f", values never seen before: {names}"
+    return replace(verdict, drifted=far and sure, reason=reason, p_adjusted=p_adjusted)

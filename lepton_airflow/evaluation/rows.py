@@ -1,0 +1,113 @@
+"""The rows that a model is judged on: their labels and clusters, and what does not fit refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
+from lepton_airflow.errors import BadConfiguration, BadInput
+from lepton_airflow.packaging.package import ModelCard
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """The rows of one dataset, for models of one task.
+
+    :ivar y: (n,) class numbers in the order of the model's classes, or the target itself in a regression.
+    :ivar clusters: (n,) keys of what is dependent, or None.
+    :ivar frame: further columns that were asked for.
+    """
+
+    info: DatasetInfo
+    y: NDArray[Any]
+    clusters: NDArray[Any] | None
+    cluster_column: str | None
+    frame: pd.DataFrame
+
+
+def load_rows(
+    path: Path, card: ModelCard, cluster_column: str | None = None, columns: Sequence[str] = ()
+) -> EvaluationRows:
+    """Read what a model with this card can be judged on; predictions come from ``predict_parquet`` in the same order.
+
+    ``cluster_column`` is the dataset's own when None. Raises BadInput when the target is missing on some row, is no
+    number in a regression or a class that the model does not know; BadConfiguration when the dataset is for another
+    task or target.
+    """
+    info = read_info(path)
+    for what, mine, theirs in (("task", card.task, info.task), ("target", card.target, info.target)):
+        if mine != theirs:
+            raise BadConfiguration(
+                f"the model's {what} is {mine!r}, the dataset's is {theirs!r}: pass a split of the data that the model "
+                "was made for."
+            )
+    check_kinds(card, info)
+    cluster_column = cluster_column or info.cluster_column
+    wanted = dict.fromkeys([card.target, *([cluster_column] if cluster_column else []), *columns])
+    frame = load_frame(path, list(wanted))
+    if frame.empty:
+        raise BadInput(
+            f"{path.name} has 0 rows, expected some to judge a model on; check the window and the filters."
+        )
+    target = frame[card.target]
+    missing = int(target.isna().sum())
+    if missing:
+        raise BadInput(
+            f"target {card.target!r} is missing in {missing:,} of {len(frame):,} rows: drop those rows when preparing."
+        )
+    y = _class_numbers(target, card) if card.task == "classification" else _numbers(target)
+    clusters = frame[cluster_column].to_numpy() if cluster_column else None
+    return EvaluationRows(info, y, clusters, cluster_column, frame)
+
+
+def check_kinds(card: ModelCard, info: DatasetInfo) -> None:
+    """Refuse a dataset in which a model's text has become numbers, or its numbers text: it would match no category.
+
+    A column of digits that was read as text last month and as numbers this month is such a case.
+    """
+    kinds = {False: "a number", True: "text"}
+    for feature in card.features:
+        mine, theirs = feature.kind == "category", feature.name in info.categorical
+        if feature.name in info.features and mine != theirs:
+            raise BadInput(
+                f"feature {feature.name!r} is {kinds[theirs]} in the dataset, the model was trained on it as {kinds[mine]}: "
+                "cast it to one type in PrepareData's features."
+            )
+
+
+def _class_numbers(target: pd.Series[Any], card: ModelCard) -> NDArray[np.int64]:
+    import numpy as np
+
+    number_of = {label: number for number, label in enumerate(card.classes)}
+    labels = target.tolist()
+    unknown = sorted({repr(label) for label in labels if label not in number_of})
+    if unknown:
+        raise BadInput(
+            f"target {card.target!r} has the values {', '.join(unknown[:5])}, which the model does not know; it was "
+            f"trained on {', '.join(map(repr, card.classes[:10]))}. Train it on data with all classes, or drop these rows."
+        )
+    return np.fromiter((number_of[label] for label in labels), np.int64, len(labels))
+
+
+def _numbers(target: pd.Series[Any]) -> NDArray[np.float64]:
+    import numpy as np
+
+    try:
+        y = target.to_numpy(dtype=np.float64)
+    except (TypeError, ValueError):
+        raise BadInput(
+            f"target {target.name!r} has dtype {target.dtype}, expected numbers for a regression."
+        ) from None
+    if not np.isfinite(y).all():
+        raise BadInput(
+            f"target {target.name!r} is infinite in {int((~np.isfinite(y)).sum()):,} rows: drop them."
+        )
+    return y

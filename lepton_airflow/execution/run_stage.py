@@ -1,0 +1,284 @@
+"""What happens around a stage, wherever it runs: cache, scratch space, receipt, and a stop when asked for one."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import logging
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lepton_airflow.connections import Connection, redact
+from lepton_airflow.contract import Receipt, Request
+from lepton_airflow.errors import (
+    BadConfiguration,
+    ContractError,
+    LeptonError,
+    MissingExtra,
+    OutOfMemory,
+    Preempted,
+)
+from lepton_airflow.sdk.fingerprint import cache_key, versions
+from lepton_airflow.sdk.stage import Result, RunInfo, Stage
+from lepton_airflow.sdk.values import plain
+from lepton_airflow.stages import build
+from lepton_airflow.store.files import Store, now
+
+log = logging.getLogger(__name__)
+
+# Bytes: their digest takes a tenth of a second, and a process half a second to start.
+_QUICKLY_READ = 64 << 20
+_STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
+
+
+def perform(
+    request: Request,
+    connections: Mapping[str, Connection] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Receipt:
+    """Run one stage, or take its result from the cache, and say in a receipt what came of it; raises nothing.
+
+    The receipt is kept in the store, under the run key, also when the stage failed.
+    """
+    connections = connections or {}
+    started = time.monotonic()
+    store: Store | None = None
+    try:
+        store = Store(request.store, connections.get(request.store_connection or ""))
+        receipt = _perform(request, store, connections, should_stop)
+    except MemoryError:
+        receipt = _failed(
+            request, OutOfMemory(f"{request.stage} ran out of memory: give it more, or lower its limits.")
+        )
+    except SystemExit as error:
+        ended = f"{request.stage}: its code called sys.exit({error.code!r}); raise an error, or Skipped, to end a stage."
+        receipt = _failed(request, LeptonError(ended), connections)
+    except Exception as error:  # noqa: BLE001 - every failure gets its receipt
+        if not isinstance(error, LeptonError):
+            log.error("%s", redact(traceback.format_exc(), connections))  # noqa: TRY400 - log.exception would not redact
+        receipt = _failed(request, error, connections)
+    if receipt.status not in ("done", "cached"):
+        receipt = replace(receipt, seconds=round(time.monotonic() - started, 3))
+    receipt = replace(receipt, nonce=request.nonce)  # not before: cache entries answer any request
+    if store is not None:
+        try:
+            store.record(receipt)
+        except LeptonError as error:  # a receipt that cannot be kept is no proof
+            if not receipt.error:
+                return replace(_failed(request, error, connections), nonce=request.nonce)
+    return receipt
+
+
+def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt | None:
+    """The receipt of an equal earlier run, kept as this one's too; None when the stage has to run.
+
+    For a runner whose stages run in this very interpreter: a cached task then need not start one. Asked only where the
+    digests of the inputs are known or quickly found: a miss finds them twice. Whatever goes wrong is left to
+    :func:`perform`, which meets it again and says it.
+    """
+    try:
+        stage = build(request.stage, request.parameters)
+        if request.cache != "use" or not stage.cacheable:
+            return None
+        store = Store(request.store, connections.get(request.store_connection or ""))
+        to_read = stage.bytes_to_digest(store)
+        if to_read is None or to_read > _QUICKLY_READ:
+            return None
+        with _prepared(request, store, connections, lambda: False) as (_, _, hit):
+            if hit is not None:
+                store.record(hit)
+            return hit
+    except Exception as error:  # noqa: BLE001 - see above
+        log.debug("the cache was not asked in advance: %s", redact(repr(error), connections))
+        return None
+
+
+@contextmanager
+def _prepared(
+    request: Request, store: Store, connections: Mapping[str, Connection], should_stop: Callable[[], bool]
+) -> Iterator[tuple[Stage, RunInfo, Receipt | None]]:
+    """The stage and what it may know of its run, with scratch space; and the receipt when the cache has it."""
+    stage = build(request.stage, request.parameters)
+    with tempfile.TemporaryDirectory(prefix="lepton-") as scratch:
+        run = RunInfo(
+            store=store,
+            workdir=Path(scratch),
+            run_key=request.run_key,
+            identity=request.identity,
+            window=request.window,
+            window_note=request.window_note,
+            connections=connections,
+            refresh=request.cache == "refresh",
+            should_stop=should_stop,
+        )
+        run.cache_key = cache_key(stage, run)
+        hit: Receipt | None = None
+        if type(stage).cacheable and run.cache_key and request.cache == "use":
+            hit, why = store.cache_lookup(request.stage, run.cache_key, request.cache_ttl_s)
+            log.info("cache %s", why)
+        elif type(stage).cacheable:
+            reason = f"cache={request.cache!r}" if run.cache_key else "an input has no digest"
+            log.info("cache not used: %s", reason)
+        yield stage, run, hit and replace(hit, run_key=request.run_key, status="cached")
+
+
+def _perform(
+    request: Request, store: Store, connections: Mapping[str, Connection], should_stop: Callable[[], bool]
+) -> Receipt:
+    with _prepared(request, store, connections, should_stop) as (stage, run, hit):
+        if hit is not None:
+            return hit
+        store.check_writable()
+        kind, key = type(stage), run.cache_key
+        started = time.monotonic()
+        result = _run(kind, stage, run)
+        receipt = Receipt(
+            stage=request.stage,
+            run_key=request.run_key,
+            cache_key=key,
+            status="done",
+            summary=result.summary,
+            artifacts=dict(result.artifacts),
+            values=plain(result.values),
+            metrics=plain(result.metrics),
+            links=dict(result.links),
+            seconds=round(time.monotonic() - started, 3),
+            versions=versions(kind),
+            created=now(),
+        )
+        undeclared = sorted({*receipt.artifacts, *receipt.values} - set(kind.outputs))
+        if undeclared:
+            raise ContractError(
+                f"{request.stage} returned {', '.join(undeclared)}, which its `outputs` does not name."
+            )
+        # Too large or not JSON: say so before it is recorded, also as the few bytes longer receipt of a hit.
+        replace(receipt, status="cached").to_json()
+        if kind.cacheable and request.cache != "off":
+            store.cache_record(receipt)
+        return receipt
+
+
+def _run(kind: type[Stage], stage: Stage, run: RunInfo) -> Result:
+    try:
+        result = stage.run(run)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if kind.extra and library in ENGINE_MODULES:
+            raise MissingExtra(kind.__name__, library, kind.extra) from error
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+        raise BadConfiguration(
+            f"{kind.__name__}: there is no module {error.name!r} where the stage runs; {frames[-1].filename} line "
+            f"{frames[-1].lineno} asks for it. Put it beside the DAG file or install it; for a pod, into the image."
+        ) from error
+    if not isinstance(result, Result):
+        raise ContractError(f"{kind.__name__}.run returned {type(result).__name__}, expected a Result.")
+    return result
+
+
+# Modules that an extra of this package brings; any other missing module is the user's own.
+ENGINE_MODULES = frozenset(
+    [
+        "adbc_driver_manager",
+        "adbc_driver_postgresql",
+        "adbc_driver_sqlite",
+        "alembic",
+        "deltalake",
+        "duckdb",
+        "duckdb_engine",
+        "great_expectations",
+        "matplotlib",
+        "mlflow",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "optuna",
+        "pandas",
+        "pyarrow",
+        "pyiceberg",
+        "scipy",
+        "skl2onnx",
+        "sklearn",
+        "sqlalchemy",
+        "torch",
+    ]
+)
+
+
+def _failed(
+    request: Request, error: Exception, connections: Mapping[str, Connection] | None = None
+) -> Receipt:
+    exit_code = error.exit_code if isinstance(error, LeptonError) else 1
+    kind = type(error).__name__
+    text = str(error) or kind
+    message = _clipped(
+        redact(text if isinstance(error, LeptonError) else f"{kind}: {text}", connections or {})
+    )
+    return Receipt(
+        stage=request.stage,
+        run_key=request.run_key,
+        cache_key=None,
+        status=_STATUS.get(exit_code, "failed"),
+        summary=message,
+        created=now(),
+        error={"kind": kind, "message": message, "exit_code": exit_code},
+    )
+
+
+_MAX_MESSAGE_BYTES = 3000  # as JSON: the message stands twice in a receipt of at most 8 KB
+
+
+def _clipped(text: str, limit: int = _MAX_MESSAGE_BYTES) -> str:
+    """The text, or as much of its beginning as a receipt can carry; ``limit`` counts it as JSON [bytes]."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+
+    def room(end: int) -> bool:
+        return len(json.dumps(text[:end], ensure_ascii=False).encode()) <= limit
+
+    if room(len(text)):
+        return text
+    return text[: bisect.bisect_left(range(limit), True, key=lambda end: not room(end)) - 1] + "…"
+
+
+MAX_TERMINATION_BYTES = 4096  # Kubernetes cuts a container's termination message there
+
+
+def in_brief(receipt: Receipt) -> str:
+    """The receipt as JSON of at most 4096 bytes, for a container's termination message.
+
+    What it can do without goes first: the whole receipt is in the store. How the stage ended always stays.
+    """
+    spare: dict[str, Any] = {}
+    for name in ("", "metrics", "versions", "links", "values", "artifacts"):
+        spare |= {name: {}} if name else {}
+        text = replace(receipt, **spare).to_json()
+        if len(text.encode()) <= MAX_TERMINATION_BYTES:
+            return text
+    error = receipt.error and receipt.error | {"message": _clipped(receipt.error["message"], 2000)}
+    return replace(receipt, **spare, summary=_clipped(receipt.summary, 1000), error=error).to_json()
+
+
+def stop_on_sigterm(kind: type[Stage] | None) -> Callable[[], bool]:
+    """Handle SIGTERM: a resumable stage is told through ``should_stop``, any other ends at once as preempted."""
+    asked = threading.Event()
+
+    def handle(_signum: int, _frame: Any) -> None:
+        first = not asked.is_set()
+        asked.set()
+        if first and (
+            kind is None or not kind.resumable
+        ):  # once: a second one must not break into the tidying up
+            raise Preempted(
+                "asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again."
+            )
+
+    signal.signal(signal.SIGTERM, handle)
+    return asked.is_set

@@ -1,0 +1,1 @@
+"""A packaged model in smaller number formats, measured beside the original."""

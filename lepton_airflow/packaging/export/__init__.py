@@ -1,0 +1,1 @@
+"""What a trainer returned, as one ONNX graph over raw features."""

@@ -1,0 +1,630 @@
+"""Artifacts by URI and digest: atomic, content-addressed, on any fsspec file system.
+
+Layout under the root::
+
+    artifacts/<first 32 hex digits of the digest>/<name>     a file, or a directory of files
+    receipts/<run key>.json                                  what the task instance last did
+    cache/<stage>/<cache key>.json                           the receipt that a hit returns
+    checkpoints/<run key>/…                                  what a stage that was ended goes on from
+    studies/<run key>….db                                    the same of TuneModel, where the store is a local directory
+    exclusive keys (ledger/…, registrations/…)               made once, by create_exclusive
+
+The path of an artifact holds its digest, so writing it again writes the same bytes: concurrent writers do no harm,
+and a blob that was altered is healed by the next run that makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lepton_airflow.connections import Connection
+from lepton_airflow.contract import Artifact, Receipt, digest_of, pin, split_pin
+from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, IntegrityError, StoreError
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_MANY_FILES = 1000  # to look at them all takes longer than to start a process
+# So long does each of five tries of a request to S3 wait to connect: with s3fs' own 5 s, half a minute in which a network
+# loses all packets fails a fit. A refused connection is given up after ten seconds as before.
+_CONNECT_S = 15
+# Object stores show an object only when its upload is complete, so they need no temporary name.
+_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
+
+
+class Store:
+    """An artifact store at a URI.
+
+    :param root: an fsspec URI or a local path; a relative path is taken from the current directory.
+    :param connection: opens the store (S3 keys, …); None: ambient identity.
+    """
+
+    def __init__(self, root: str, connection: Connection | None = None) -> None:
+        import fsspec
+
+        if "://" not in root:
+            root = _file_uri(root)
+        self.connection = connection
+        self.protocol = root.partition("://")[0]
+        try:
+            self.fs, self._root = fsspec.core.url_to_fs(root, **_storage_options(self.protocol, connection))
+        except (ValueError, ImportError) as error:
+            raise BadConfiguration(
+                f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI."
+            ) from None
+        self._root = self._root.rstrip("/")
+        self.root = _file_uri(self._root) if self._local else f"{self.protocol}://{self._root}"
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    @property
+    def _local(self) -> bool:
+        return self.protocol in ("file", "local")
+
+    # -- artifacts ---------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, content: Path | bytes | str) -> Artifact:
+        """Store a file, a directory or bytes; the same content always gets the same URI."""
+        if not name or "/" in name or name in (".", ".."):
+            raise BadConfiguration(f"{name!r} is not a name for an artifact: expected one path segment.")
+        if isinstance(content, str):
+            content = content.encode()
+        sha256, size = _digest_bytes(content) if isinstance(content, bytes) else digest_path(content)
+        key = f"artifacts/{sha256[:32]}/{name}"
+        with self._errors(f"writing {key}"):
+            if isinstance(content, bytes):
+                self._write(key, content)
+            elif content.is_dir():
+                self._write_tree(key, content)
+            else:
+                self._write(key, content)
+        return Artifact(uri=pin(self.uri(key), sha256), sha256=sha256, bytes=size)
+
+    def fetch(self, uri: str, workdir: Path) -> Path:
+        """A local path of what a URI names, its digest verified when the URI is pinned.
+
+        :raises IntegrityError: the bytes are not those of the pin.
+        :raises BadInput: there is nothing at the URI.
+        """
+        plain, wanted = split_pin(uri)
+        fs, path = self._resolve(plain)
+        with self._errors(f"reading {plain}"):
+            if not fs.exists(path):
+                where = (
+                    " The store is a folder: workers on several machines need [lepton] store to be one that all reach."
+                    if self._local and path.startswith(self._root + "/")
+                    else ""
+                )
+                raise BadInput(
+                    f"{plain} does not exist; expected an artifact or a file there. Run what makes it again.{where}"
+                )
+            if _is_local(fs):
+                local = Path(path)
+            else:
+                local = (
+                    workdir
+                    / "fetched"
+                    / hashlib.sha256(uri.encode()).hexdigest()[:16]
+                    / path.rstrip("/").rpartition("/")[2]
+                )
+                if not local.exists():
+                    local.parent.mkdir(parents=True, exist_ok=True)
+                    part = local.with_name(
+                        f".tmp-{secrets.token_hex(8)}"
+                    )  # a download that broke off is none
+                    fs.get(path, str(part), recursive=fs.isdir(path))
+                    part.rename(local)
+        if wanted:
+            found, _ = digest_path(local)
+            if found != wanted:
+                raise IntegrityError(_altered(plain, found, wanted))
+        return local
+
+    def load(self, uri: str) -> dict[str, bytes]:
+        """The bytes of a pinned artifact, each file read once and then verified: a directory's by name, a file's as ``""``.
+
+        For whoever must use exactly what was verified: what happens to the files afterwards no longer counts.
+
+        :raises IntegrityError: the bytes are not those of the pin, or there is no pin.
+        :raises BadInput: there is nothing at the URI.
+        """
+        plain, wanted = split_pin(uri)
+        if wanted is None:
+            raise IntegrityError(f"{uri} names no digest to verify: expected a pinned URI, …@sha256:….")
+        fs, path = self._resolve(plain)
+        with self._errors(f"reading {plain}"):
+            if not fs.exists(path):
+                raise BadInput(
+                    f"{plain} does not exist; expected an artifact there. Run what makes it again."
+                )
+            if fs.isdir(path):
+                base = path.rstrip("/")
+                files = {p[len(base) + 1 :]: bytes(fs.cat_file(p)) for p in fs.find(base)}
+                found = digest_of([[name, _digest_bytes(files[name])[0]] for name in sorted(files)])
+            else:
+                files = {"": bytes(fs.cat_file(path))}
+                found = _digest_bytes(files[""])[0]
+        if found != wanted:
+            raise IntegrityError(_altered(plain, found, wanted))
+        return files
+
+    def digest(self, uri: str) -> str:
+        """sha256 of what a URI names now (any pin is ignored); a directory's is that of its manifest."""
+        plain, _ = split_pin(uri)
+        fs, path = self._resolve(plain)
+        with self._errors(f"reading {plain}"):
+            if not fs.exists(path):
+                raise BadInput(f"{plain} does not exist; expected a file or a directory there.")
+            if _is_local(fs):
+                return digest_path(Path(path))[0]
+            if not fs.isdir(path):
+                return self._stream_digest(fs, path)
+            base = path.rstrip("/")
+            names = sorted(p[len(base) + 1 :] for p in fs.find(base))
+            return digest_of([[n, self._stream_digest(fs, f"{base}/{n}")] for n in names])
+
+    def local_bytes(self, pattern: str) -> int | None:
+        """How large the files are that a URI or a pattern names [bytes].
+
+        None where that is not quickly known: they are elsewhere, not there, or more than 1,000; nor where a path means another
+        file in another working directory.
+        """
+        plain, _ = split_pin(pattern)
+        if not plain.startswith(("/", "~", "file://", "local://")):
+            return None
+        size = count = 0
+        for uri in self.glob(plain):
+            path = Path(self._resolve(uri)[1])
+            for file in path.rglob("*") if path.is_dir() else [path]:
+                count += 1
+                if count > _MANY_FILES:
+                    return None
+                size += file.stat().st_size if file.is_file() else 0
+        return size if count else None
+
+    def glob(self, uri: str) -> list[str]:
+        """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted; a plain URI if it exists.
+
+        A path that exists as it is written is that file, even with such a sign in its name.
+        """
+        fs, path = self._resolve(uri)
+        with self._errors(f"listing {uri}"):
+            if fs.exists(path):
+                return [uri]
+            found = [p for p in fs.glob(path) if not fs.isdir(p)]
+        return sorted(_file_uri(p) if _is_local(fs) else fs.unstrip_protocol(p) for p in found)
+
+    def intact(self, artifact: Artifact) -> bool:
+        """Whether an artifact is there with its digest."""
+        try:
+            return self.digest(artifact.uri) == artifact.sha256
+        except BadInput:
+            return False
+
+    def present(self, artifact: Artifact) -> bool:
+        """Whether an artifact is there with its size: the cheap question, for what was just written."""
+        fs, path = self._resolve(split_pin(artifact.uri)[0])
+        with self._errors(f"reading {artifact.uri}"):
+            return (
+                bool(fs.exists(path))
+                and int(fs.du(path) if fs.isdir(path) else fs.size(path)) == artifact.bytes
+            )
+
+    # -- small JSON records -----------------------------------------------------------------------------------------
+
+    def uri(self, key: str) -> str:
+        """The URI of a key under the root."""
+        return f"{self.root}/{key}"
+
+    def read(self, key: str) -> bytes | None:
+        """The bytes of a key, or None when there is none."""
+        with self._errors(f"reading {key}"):
+            try:
+                return bytes(self.fs.cat_file(self._path(key)))
+            except FileNotFoundError:
+                return None
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        """Write bytes, or a file's, to a key; readers see the old ones or the new ones, never a part."""
+        with self._errors(f"writing {key}"):
+            self._write(key, content)
+
+    def check_writable(self) -> None:
+        """Raise StoreError unless something can be written: asked before hours of work, not after them."""
+        key = f"receipts/.tmp-{secrets.token_hex(8)}"
+        self.write(key, b"")
+        self.delete(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """All keys below a prefix, sorted."""
+        with self._errors(f"listing {prefix}"):
+            try:
+                found = self.fs.find(self._path(prefix))
+            except FileNotFoundError:
+                return []
+            return sorted(
+                p[len(self._root) + 1 :] for p in found if not p.rpartition("/")[2].startswith(".tmp-")
+            )
+
+    def delete(self, key: str) -> None:
+        """Remove a key, a file or a directory, if it is there."""
+        with self._errors(f"deleting {key}"):
+            if self.fs.exists(self._path(key)):
+                self.fs.rm(self._path(key), recursive=True)
+
+    def create_exclusive(self, key: str, content: bytes) -> bool:
+        """Write a key only if nobody has; True for the one who did, False for all others.
+
+        O_EXCL (by hard link, so that the content appears whole) on local disks, If-None-Match on S3. Other
+        backends cannot promise it and are refused.
+        """
+        path = self._path(key)
+        with self._errors(f"creating {key}"):
+            if self._local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                temporary = f"{os.path.dirname(path)}/.tmp-{secrets.token_hex(8)}"
+                try:
+                    _write_synced(temporary, content)
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+                finally:
+                    Path(temporary).unlink(missing_ok=True)
+                return True
+            if self.protocol in ("s3", "s3a"):
+                try:
+                    self.fs.pipe_file(path, content, mode="create")
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if "PreconditionFailed" in str(error) or "412" in str(error):
+                        return False
+                    raise
+                return True
+        raise BadConfiguration(
+            f"store {self.root}: {self.protocol}:// cannot create a key exactly once, which registration and "
+            "promotion need: use a local (or NFS) directory or s3://."
+        )
+
+    # -- receipts and cache -----------------------------------------------------------------------------------------
+
+    def record(self, receipt: Receipt) -> None:
+        """Keep a receipt as the last one of its task instance."""
+        self.write(f"receipts/{receipt.run_key}.json", receipt.to_json().encode())
+
+    def receipt(self, run_key: str) -> Receipt | None:
+        """The last receipt of a task instance, or None; an unreadable one counts as none."""
+        return self._read_receipt(f"receipts/{run_key}.json")
+
+    def _read_receipt(self, key: str) -> Receipt | None:
+        text = self.read(key)
+        if text is None:
+            return None
+        try:
+            return Receipt.from_json(text)
+        except ContractError as error:
+            log.warning("%s is passed over: %s", key, error)
+            return None
+
+    def cache_lookup(
+        self, stage: str, cache_key: str, ttl_s: float | None = None
+    ) -> tuple[Receipt | None, str]:
+        """The receipt of an equal earlier run whose artifacts are all intact, or None; and why, in a few words."""
+        entry = self._read_receipt(_cache_entry(stage, cache_key))
+        if entry is None:
+            return None, "miss: not computed before"
+        if (entry.stage, entry.cache_key) != (stage, cache_key):
+            return None, "miss: the entry is of another run"
+        age_s = time.time() - _created(entry)
+        if ttl_s is not None and age_s > ttl_s:
+            return None, f"miss: the entry is {age_s:.0f} s old, older than cache_ttl_s={ttl_s:g}"
+        for name, artifact in entry.artifacts.items():
+            if not self.intact(artifact):
+                return None, f"miss: artifact {name!r} is missing or altered"
+        return entry, f"hit: computed {entry.created} in {entry.seconds:.1f} s"
+
+    def cache_record(self, receipt: Receipt) -> None:
+        """Make a finished receipt what an equal run gets."""
+        if receipt.cache_key:
+            entry = replace(receipt, status="done")
+            self.write(_cache_entry(receipt.stage, receipt.cache_key), entry.to_json().encode())
+
+    def cache_entries(self) -> list[tuple[str, Receipt]]:
+        """All cache entries with their keys, oldest first."""
+        found = [(key, self._read_receipt(key)) for key in self.keys("cache")]
+        return sorted(((k, r) for k, r in found if r is not None), key=lambda item: item[1].created)
+
+    def cache_evict(self, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
+        """Drop what is at least so old: cache entries, receipts, checkpoints of fits that were given up; and then the
+        artifacts that nothing reaches any more.
+
+        An artifact stays when a cache entry, a registration, a ledger entry or an endpoint names it; when a task's
+        receipt does that is younger (tasks after it may be about to read it). What is younger than an hour always stays:
+        a task may be about to name the artifact, to read its receipt, or to resume. With ``stage``, only that stage's.
+        Returns the numbers of cache entries and of bytes removed.
+        """
+        limit = time.time() - older_than_s
+        dropped = 0
+        for key, entry in self.cache_entries():
+            if (stage is None or entry.stage == stage) and _created(entry) <= limit:
+                self.delete(key)
+                dropped += 1
+        # A receipt that stays keeps what it names: a task that just had a hit names blobs that are old.
+        recent_s = max(older_than_s, _GRACE_S)
+        freed = self._evict_runs(recent_s, stage)
+        naming = [key for prefix in _KEEPING for key in self.keys(prefix)]
+        naming += [key for key in self.keys("receipts") if self._age_s(key) < recent_s]
+        kept = b"\n".join(self.read(key) or b"" for key in naming).decode(errors="replace")
+        with self._errors("evicting artifacts"):
+            for folder in self._folders("artifacts"):
+                if folder in kept or self._age_s(f"artifacts/{folder}") < _GRACE_S:
+                    continue
+                freed += self._remove(f"artifacts/{folder}")
+        return dropped, freed
+
+    def _evict_runs(self, older_than_s: float, stage: str | None) -> int:
+        """Drop what runs so old have left: checkpoints nobody resumed from any more, then receipts. Bytes removed."""
+        checkpoints = {name: f"checkpoints/{name}" for name in self._folders("checkpoints")}
+        receipts = {key.rpartition("/")[2].removesuffix(".json"): key for key in self.keys("receipts")}
+        freed = 0
+        with self._errors("evicting runs"):
+            for run_key, key in [*checkpoints.items(), *receipts.items()]:
+                if self._age_s(key) < older_than_s:
+                    continue
+                if stage is not None:
+                    receipt = self.receipt(run_key)
+                    if receipt is None or receipt.stage != stage:
+                        continue
+                freed += self._remove(key)
+        return freed
+
+    def _remove(self, key: str) -> int:
+        """Delete a key, a file or a directory; returns its bytes."""
+        size = int(self.fs.du(self._path(key)))
+        self.delete(key)
+        return size
+
+    def _folders(self, prefix: str) -> list[str]:
+        try:
+            return [
+                p["name"].rstrip("/").rpartition("/")[2] for p in self.fs.ls(self._path(prefix), detail=True)
+            ]
+        except FileNotFoundError:
+            return []
+
+    def _age_s(self, key: str) -> float:
+        newest = 0.0
+        # The folder too: a writer may have made it and not yet the file in it.
+        for path in (self._path(key), *self.fs.find(self._path(key))):
+            info = self.fs.info(path)
+            stamp = info.get("mtime") or info.get("LastModified") or info.get("created") or 0.0
+            newest = max(newest, stamp.timestamp() if isinstance(stamp, datetime) else float(stamp))
+        return time.time() - newest
+
+    # -- file system --------------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def _resolve(self, uri: str) -> tuple[Any, str]:
+        """The file system and path of a URI; one below the root uses the store's own Connection."""
+        import fsspec
+
+        if uri.startswith(self.root + "/"):
+            return self.fs, self._path(uri[len(self.root) + 1 :])
+        if "://" not in uri:
+            uri = _file_uri(uri)
+        protocol = uri.partition("://")[0]
+        same = self.connection if protocol == self.protocol else None
+        try:
+            fs, path = fsspec.core.url_to_fs(uri, **_storage_options(protocol, same))
+        except (ValueError, ImportError) as error:
+            raise BadConfiguration(f"{uri!r} cannot be opened: {error}.") from None
+        return fs, path
+
+    def _write(self, key: str, content: bytes | Path) -> None:
+        path = self._path(key)
+        parent, _, _ = path.rpartition("/")
+        if self._local:
+            os.makedirs(parent, exist_ok=True)
+            temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+            try:
+                _write_synced(temporary, content)
+                os.replace(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+            return
+        if self.protocol in _ATOMIC_PUT:
+            self._upload(content, path)
+            return
+        self.fs.makedirs(parent, exist_ok=True)
+        temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+        self._upload(content, temporary)
+        self.fs.mv(temporary, path)
+
+    def _upload(self, content: bytes | Path, path: str) -> None:
+        if isinstance(content, bytes):
+            self.fs.pipe_file(path, content)
+        else:
+            self.fs.put_file(str(content), path)
+
+    def _write_tree(self, key: str, directory: Path) -> None:
+        if not self._local:
+            for file in _files(directory):
+                self._write(f"{key}/{file.relative_to(directory).as_posix()}", file)
+            return
+        target = Path(self._path(key))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
+        try:
+            shutil.copytree(directory, temporary)
+            try:
+                os.rename(temporary, target)
+            except OSError:  # it is there already: keep it if it is whole, else put this one in its place
+                if digest_path(target)[0] != digest_path(directory)[0]:
+                    aside = target.parent / f".tmp-{secrets.token_hex(8)}"
+                    os.rename(target, aside)
+                    os.rename(temporary, target)
+                    shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @staticmethod
+    def _stream_digest(fs: Any, path: str) -> str:
+        digest = hashlib.sha256()
+        with fs.open(path, "rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _DRIVERS:
+                raise
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if (
+                isinstance(error, PermissionError) and self._local
+            ):  # in a pod, seldom the user who made the folder
+                reason += f" for user {os.geteuid()}{_owner(error.filename)}"
+            advice = "Check that it is reachable, writable and has space"
+            if "Credentials" in type(error).__name__:
+                advice = (
+                    "Name a Connection that has them (store_conn_id for the store, a source's connection for a source), or "
+                    "give this machine its own"
+                )
+            raise StoreError(
+                f"store {self.root}: {doing} failed: {reason}. {advice}; nothing that was there is changed."
+            ) from error
+
+
+_GRACE_S = 3600.0
+_KEEPING = ("cache", "registrations", "ledger", "endpoints")  # the records whose artifacts are kept
+_DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # their own errors are no OSErrors
+
+
+def _owner(path: Any) -> str:
+    """Whose the folder of a file is that could not be touched."""
+    try:
+        return f", in a folder of user {os.stat(os.path.dirname(path)).st_uid}"
+    except (OSError, TypeError):
+        return ""
+
+
+def _altered(uri: str, found: str, wanted: str) -> str:
+    return (
+        f"{uri} has sha256 {found[:12]}…, it is pinned to {wanted[:12]}…: it was altered or is damaged. "
+        "Clear the task that made it, to make it again."
+    )
+
+
+def _cache_entry(stage: str, cache_key: str) -> str:
+    return f"cache/{stage}/{cache_key[:40]}.json"
+
+
+def _created(entry: Receipt) -> float:
+    """When a receipt was made, in seconds since 1970; one that does not say it is as old as can be."""
+    try:
+        return datetime.fromisoformat(entry.created).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def now() -> str:
+    """The time in UTC as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def total_bytes(sizes: Iterable[int | None]) -> int | None:
+    """The sum of the sizes, None as soon as one is not known."""
+    known = 0
+    for size in sizes:
+        if size is None:
+            return None
+        known += size
+    return known
+
+
+def digest_path(path: Path) -> tuple[str, int]:
+    """sha256 and size in bytes of a file, or of a directory: that of its sorted manifest of names and digests."""
+    if not path.is_dir():
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+        return digest.hexdigest(), size
+    entries, total = [], 0
+    for file in _files(path):
+        sha256, size = digest_path(file)
+        entries.append([file.relative_to(path).as_posix(), sha256])
+        total += size
+    return digest_of(sorted(entries)), total
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file())
+
+
+def _digest_bytes(content: bytes) -> tuple[str, int]:
+    return hashlib.sha256(content).hexdigest(), len(content)
+
+
+def _file_uri(path: str) -> str:
+    """The URI of a local path as fsspec reads it: it does not undo percent-encoding, so there is none."""
+    return f"file://{Path(path).expanduser().absolute()}"
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _write_synced(path: str, content: bytes | Path) -> None:
+    """Write and flush to disk, so that a rename after a power cut cannot leave an empty file under the final name."""
+    with open(path, "xb") as out:
+        if isinstance(content, bytes):
+            out.write(content)
+        else:
+            with content.open("rb") as source:
+                shutil.copyfileobj(source, out, _CHUNK)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _storage_options(protocol: str, connection: Connection | None) -> dict[str, Any]:
+    """What fsspec needs to know for a Connection; a Connection's extra may hold more under ``storage_options``."""
+    # Other processes write to the same store: a listing from a minute ago would hide what they made.
+    options: dict[str, Any] = {"use_listings_cache": False} if protocol in _ATOMIC_PUT - {"memory"} else {}
+    extra = connection.extra if connection else {}  # named as Airflow's Amazon provider names them
+    options |= extra.get("storage_options", {})
+    if protocol in ("s3", "s3a"):
+        import fsspec
+
+        machine = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})  # an argument would hide it
+        told = machine | options.get("config_kwargs", {})
+        options["config_kwargs"] = {"connect_timeout": _CONNECT_S} | told
+    if connection and protocol in ("s3", "s3a"):
+        for key, value in (
+            ("key", connection.login or extra.get("aws_access_key_id")),
+            ("secret", connection.password or extra.get("aws_secret_access_key")),
+            ("token", extra.get("aws_session_token")),
+            ("endpoint_url", extra.get("endpoint_url") or connection.host),
+            ("client_kwargs", {"region_name": extra["region_name"]} if extra.get("region_name") else None),
+        ):
+            if value:
+                options.setdefault(key, value)
+    return options

@@ -1,0 +1,24 @@
+"""How a model is fitted: the trainer contract, and what a trainer may know about its run.
+
+**The trainer contract.** ``fit(train, valid, hyperparameters, run)`` returns a fitted scikit-learn estimator or Pipeline
+over the raw feature columns, a torch module with an example input, or an ``onnx.ModelProto``.
+
+``train``, ``valid``   DataFrames with ``run.features`` and the column ``run.target``; ``valid`` may be None. Numbers are
+                       float64 rounded to float32 (what ONNX will get) with NaN for missing; categories are text with
+                       ``""`` for missing. A class target holds the numbers 0..k-1 of ``run.classes``.
+``hyperparameters``    the dict given to the stage
+``run``                the :class:`TrainerRun`: seed, threads, checkpoints, progress
+
+A scikit-learn Pipeline over numbers and categories starts with a ``ColumnTransformer`` that names its columns. A torch
+module reads a float32 tensor [rows, columns] and gives *probabilities* [rows, classes] (or [rows, 1] for the second of
+two classes), or numbers [rows, 1]; it comes as ``(module, example)``, with an attribute ``example_input``, or as
+``(fitted transformer of the raw columns, module)``. A module of trainers may set ``SEARCH_SPACE`` for TuneModel; a
+``fit`` that cannot give equal weights for equal inputs says why in ``fit.nondeterministic = "…"``.
+
+A fit that takes longer than you would like to lose asks ``run.latest_checkpoint()`` once, before its loop, and offers
+``run.save_checkpoint(step, write)`` after every step of it; :func:`lepton_airflow.models.fit_torch` does that for torch.
+"""
+
+from lepton_airflow.training.trainer import TrainerRun
+
+__all__ = ["TrainerRun"]

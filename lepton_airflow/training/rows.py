@@ -1,0 +1,156 @@
+"""A split in memory as trainers get it: checked features, and a target that can be learned from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
+from lepton_airflow.errors import BadInput
+from lepton_airflow.packaging.export.fitted import Schema
+from lepton_airflow.packaging.package import feature_frame, features_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset in memory, checked: raw features and target as trainers get them."""
+
+    name: str
+    info: DatasetInfo
+    schema: Schema
+    frame: pd.DataFrame  # features and target
+    clusters: NDArray[np.int64] | None = None
+    moments: NDArray[Any] | None = None  # values of the time column
+
+    @property
+    def target(self) -> str:
+        """The target column."""
+        return str(self.info.target)
+
+    @property
+    def y(self) -> NDArray[Any]:
+        """The target, (n,): class numbers as int64, or float64."""
+        return self.frame[self.target].to_numpy()
+
+    @classmethod
+    def load(
+        cls, path: Path, name: str, like: Rows | None = None, max_rows: int | None = None, seed: int = 0
+    ) -> Rows:
+        """Read a split made by PrepareData.
+
+        :param like: the training rows, whose features and classes these must have.
+        :param max_rows: keep a random sample of so many rows, in their order.
+        :raises BadInput: a column or the target cannot be learned from; the sentence says which and why.
+        """
+        import numpy as np
+        import pandas as pd
+
+        info = read_info(path)
+        if info.target is None or info.task not in ("classification", "regression"):
+            raise BadInput(
+                f"{name}: the dataset's target is {info.target!r} and its task {info.task!r}, expected a target column and "
+                "classification or regression; set them in PrepareData."
+            )
+        if not info.features:
+            raise BadInput(f"{name}: the dataset has no features; list them in PrepareData.")
+        reference = like.info if like else info
+        if info.target != reference.target or info.task != reference.task:
+            raise BadInput(
+                f"{name}: its target is {info.target!r} ({info.task}), that of train is {reference.target!r} "
+                f"({reference.task}); take both from one PrepareData."
+            )
+        extra = [c for c in (info.cluster_column, info.time_column) if c]
+        frame = load_frame(path, list(dict.fromkeys([*reference.features, info.target, *extra])))
+        if not len(frame):
+            raise BadInput(f"{name}: 0 rows, expected some; check the window and the filters of the data.")
+        if max_rows is not None and len(frame) > max_rows:
+            kept = np.random.default_rng(seed).choice(len(frame), max_rows, replace=False)
+            frame = frame.iloc[np.sort(kept)].reset_index(drop=True)
+        features = like.schema.features if like else features_of(info)
+        try:
+            raw = feature_frame(frame, features)
+        except BadInput as error:
+            raise BadInput(f"{name}: {error}") from None
+        if like is None:
+            for f in features:
+                empty = (raw[f.name] == "").all() if f.kind == "category" else raw[f.name].isna().all()
+                if empty:
+                    raise BadInput(
+                        f"{name}: feature {f.name!r} is missing in all {len(raw):,} rows, so nothing can be learned "
+                        "from it; take it out of the features or mend its source."
+                    )
+        raw = raw.astype({f.name: np.float64 for f in features if f.kind == "number"})
+        classes = like.schema.classes if like else list(info.classes)
+        if info.task == "classification":
+            classes, raw[info.target] = _class_numbers(frame[info.target], classes, name, info.target)
+            present = np.unique(raw[info.target])
+            if like is None and len(present) < max(2, len(classes)):
+                absent = [c for i, c in enumerate(classes) if i not in present]
+                raise BadInput(
+                    f"{name}: target {info.target!r} "
+                    + (
+                        f"has no row of {absent[0]!r}"
+                        if len(present) > 1
+                        else f"is {classes[present[0]]!r} in all rows"
+                    )
+                    + f" ({len(raw):,} rows), expected every class at least once; widen the window or mend the target."
+                )
+        else:
+            raw[info.target] = _numbers_to_predict(frame[info.target], name, info.target)
+        clusters = pd.factorize(frame[info.cluster_column])[0] if info.cluster_column else None
+        moments = frame[info.time_column].to_numpy() if info.time_column else None
+        return cls(name, info, Schema(features, info.task, classes), raw, clusters, moments)
+
+    def take(self, rows: NDArray[np.intp]) -> pd.DataFrame:
+        """Some rows, as a trainer gets them."""
+        return self.frame.iloc[rows].reset_index(drop=True)
+
+
+def _class_numbers(
+    target: pd.Series[Any], classes: list[Any], name: str, column: str
+) -> tuple[list[Any], NDArray[Any]]:
+    """The classes, and the number of each row's class."""
+    import numpy as np
+
+    missing = int(target.isna().sum())
+    if missing:
+        raise BadInput(
+            f"{name}: target {column!r} is missing in {missing:,} of {len(target):,} rows; drop these rows."
+        )
+    values = target.tolist()
+    classes = classes or sorted(set(values))
+    number = {c: i for i, c in enumerate(classes)}
+    if not any(v in number for v in set(values)):  # classes that JSON has only as text, such as dates
+        values = [str(v) for v in values]
+    unknown = sorted({str(v) for v in values if v not in number})
+    if unknown:
+        raise BadInput(
+            f"{name}: target {column!r} has the value {unknown[0]!r}, which is none of train's classes {classes[:8]}; "
+            "drop these rows or train on them."
+        )
+    return classes, np.array([number[v] for v in values], dtype=np.int64)
+
+
+def _numbers_to_predict(target: pd.Series[Any], name: str, column: str) -> NDArray[np.float64]:
+    import numpy as np
+
+    try:
+        values = target.to_numpy(dtype=np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        raise BadInput(
+            f"{name}: target {column!r} has dtype {target.dtype}, expected numbers for regression; "
+            "set task='classification' or convert it."
+        ) from None
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise BadInput(
+            f"{name}: target {column!r} is missing or infinite in {int(bad.sum()):,} of {len(values):,} rows, first in "
+            f"row {int(np.argmax(bad))}; drop these rows."
+        )
+    return np.asarray(values)
