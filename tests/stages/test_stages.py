@@ -103,7 +103,7 @@ def test_every_default_is_a_value_of_its_type(stage: type[Stage]) -> None:
     for f in fields(stage):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if default is not MISSING:
-            assert stages._typed(default, hints[f.name], f.name) == default
+            assert typed(default, hints[f.name], f.name) == default
 
 
 def test_every_extra_exists() -> None:
