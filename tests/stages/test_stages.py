@@ -18,6 +18,7 @@ from lepton_airflow.sdk.code import code_digest, load_code
 from lepton_airflow.sdk.description import describe, param_texts
 from lepton_airflow.sdk.fingerprint import cache_key
 from lepton_airflow.sdk.stage import choices
+from lepton_airflow.sdk.values import typed
 from lepton_airflow.stages import (
     ArtifactUri,
     CodeRef,
