@@ -22,6 +22,7 @@ from lepton_airflow.errors import (
 )
 from lepton_airflow.evaluation.drift import ColumnVerdict, check_profile, is_number, judge_columns
 from lepton_airflow.registry.ledger import Ledger, check_model_name
+from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
@@ -97,9 +98,7 @@ class CheckDrift(Stage):
         for library in self.engines:
             require(library, "CheckDrift", self.extra)
         self._check_parameters()
-        backfill = run.identity.run_type == "backfill"
-        if backfill and self.on_backfill == "skip":
-            raise Skipped("drift is not checked: this is a backfill and on_backfill='skip'.")
+        may_start = backfill.may_act(run, self.on_backfill, "drift is not checked")
         reference = self._reference(run)
         current = run.fetch(self.dataset)
         rows_before = self._rows_before(run, reference)
@@ -117,10 +116,10 @@ class CheckDrift(Stage):
             con.close()
         moved = [v for v in verdicts if v.drifted]
         drifted = len(moved) >= self.min_columns
-        retrain = drifted and (not backfill or self.on_backfill == "full")
+        retrain = drifted and may_start
         reason = self._reason(verdicts, rows, reference)
         if drifted and not retrain:
-            reason += " Nothing is started: this is a backfill and on_backfill='register_only'."
+            reason += f" Nothing is started: {backfill.reason(self.on_backfill)}"
         if not rows_before:
             reason += " The report shows the current rows only: " + (
                 "those of the reference are not in the store."

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lepton_airflow.contract import Artifact, Receipt, canonical_json, digest_of, pin, split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, Status, check_endpoint_name
-from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped, require
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, require
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry, check_model_name, is_newer
+from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 from lepton_airflow.store.files import now
 
@@ -89,11 +90,8 @@ class DeployModel(Stage):
                 f"name={self.name!r} and model={self.model!r}: pass one of them, a registered model whose champion "
                 "should be deployed, or a package."
             )
-        if run.identity.run_type == "backfill" and self.on_backfill != "full":
-            reason = f"this is a backfill and on_backfill={self.on_backfill!r}."
-            if self.on_backfill == "skip":
-                raise Skipped(f"endpoint {self.endpoint!r} gets no version: {reason}")
-            return self._left(run, reason)
+        if not backfill.may_act(run, self.on_backfill, f"endpoint {self.endpoint!r} gets no version"):
+            return self._left(run, backfill.reason(self.on_backfill))
         started = time.monotonic()
         wanted = _Wanted(self, run)
         while True:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, require
+from lepton_airflow.errors import BadConfiguration, BadInput, require
 from lepton_airflow.evaluation.report import TITLES
 from lepton_airflow.registry.ledger import (
     Ledger,
@@ -22,6 +22,7 @@ from lepton_airflow.registry.ledger import (
     registrations,
 )
 from lepton_airflow.registry.mlflow import MlflowRegistry, glance, open_registry, resolve_tracking
+from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, ConnectionId, Result, RunInfo, Stage
 from lepton_airflow.store.files import now
 from lepton_airflow.store.lease import lease
@@ -100,10 +101,7 @@ class PromoteModel(Stage):
         for library in self.engines:
             require(library, "PromoteModel", self.extra)
         check_model_name(self.name)
-        backfill = run.identity.run_type == "backfill"
-        if backfill and self.on_backfill == "skip":
-            raise Skipped(f"model {self.name!r} is not judged: this is a backfill and on_backfill='skip'.")
-        may_move = not backfill or self.on_backfill == "full"
+        may_move = backfill.may_act(run, self.on_backfill, f"model {self.name!r} is not judged")
         candidate = find_version(run.store, self.name, self.version)
         connection = run.connection(self.mlflow) if self.mlflow else None
         resolve_tracking(self.tracking_uri, connection)  # a wrong one is refused before anything is judged
@@ -118,7 +116,7 @@ class PromoteModel(Stage):
                 link = mlflow.link(self.name, candidate.version)
         reason = finding.sentence
         if finding.decision in ("bootstrap", "promote") and not moved:
-            reason += " The champion stays: this is a backfill and on_backfill='register_only'."
+            reason += f" The champion stays: {backfill.reason(self.on_backfill)}"
         return Result(
             summary=reason,
             artifacts={"evidence": evidence},

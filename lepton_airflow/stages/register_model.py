@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import pin, split_pin
-from lepton_airflow.errors import BadConfiguration, Skipped
+from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.registry.ledger import (
     Registration,
     alias_targets,
@@ -29,6 +29,7 @@ from lepton_airflow.registry.mlflow import (
     glance,
     open_registry,
 )
+from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, ConnectionId, Result, RunInfo, Stage
 from lepton_airflow.store.files import now
 from lepton_airflow.store.lease import Lease, lease
@@ -88,10 +89,8 @@ class RegisterModel(Stage):
         if self.alias in ("champion", "previous"):
             raise BadConfiguration(f"alias={self.alias!r} is moved by PromoteModel alone: pass another one.")
         metrics = _numbers(self.metrics)
-        if run.identity.run_type == "backfill" and self.on_backfill == "skip":
-            raise Skipped(
-                f"model {self.name!r} is not registered: this is a backfill and on_backfill='skip'."
-            )
+        # A version is what register_only is for, so only `skip` makes a difference here.
+        backfill.may_act(run, self.on_backfill, f"model {self.name!r} is not registered")
         path = run.fetch(self.model)
         package = ModelPackage.open(path)
         pinned = self.model if split_pin(self.model)[1] else pin(self.model, run.store.digest(self.model))
