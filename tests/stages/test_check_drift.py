@@ -18,8 +18,7 @@ from lepton_airflow.data.profile import reference_profile
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped
 from lepton_airflow.packaging.package import ModelCard, Touched, features_of, write_package
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry
-from lepton_airflow.sdk.stage import check_drift
-from lepton_airflow.stages import RunInfo
+from lepton_airflow.stages import RunInfo, check_drift
 from lepton_airflow.stages.check_drift import CheckDrift
 from lepton_airflow.store.files import digest_path
 
