@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lepton_airflow.connections import Connection, redact
-from lepton_airflow.contract import Receipt, Request
+from lepton_airflow.contract import Receipt, Request, digest_of
 from lepton_airflow.errors import (
     BadConfiguration,
     ContractError,
@@ -26,7 +26,7 @@ from lepton_airflow.errors import (
     OutOfMemory,
     Preempted,
 )
-from lepton_airflow.sdk.fingerprint import cache_key, versions
+from lepton_airflow.sdk.fingerprint import cache_key_parts, in_short, versions
 from lepton_airflow.sdk.stage import Result, RunInfo, Stage
 from lepton_airflow.sdk.values import plain
 from lepton_airflow.stages import build
@@ -119,11 +119,13 @@ def _prepared(
             refresh=request.cache == "refresh",
             should_stop=should_stop,
         )
-        run.cache_key = cache_key(stage, run)
+        parts = cache_key_parts(stage, run)
+        run.cache_key = None if parts is None else digest_of(list(parts.values()))
         hit: Receipt | None = None
         if type(stage).cacheable and run.cache_key and request.cache == "use":
             hit, why = store.cache_lookup(request.stage, run.cache_key, request.cache_ttl_s)
             log.info("cache %s", why)
+            log.info("cache key %s from %s", run.cache_key[:12], in_short(parts or {}))
         elif type(stage).cacheable:
             reason = f"cache={request.cache!r}" if run.cache_key else "an input has no digest"
             log.info("cache not used: %s", reason)

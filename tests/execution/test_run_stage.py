@@ -247,13 +247,13 @@ def test_secrets_inside_an_address_or_a_key_file_are_hidden_too() -> None:
 
 
 def test_a_traceback_of_the_stages_own_logging_hides_secrets_too(tmp_path: Path) -> None:
-    from lepton_airflow.__main__ import _Lines
+    from lepton_airflow.execution.output import LevelFormatter
 
     try:
         raise ValueError("db://user:hunter22@host")
     except ValueError:
         record = logging.LogRecord("x", logging.ERROR, "f", 1, "it %s", ("broke",), sys.exc_info())
-    text = _Lines(redactor({"db": Connection("db", "db", password="hunter22")})).format(record)
+    text = LevelFormatter(redactor({"db": Connection("db", "db", password="hunter22")})).format(record)
     assert "db://user:***@host" in text
     assert all(line.startswith("ERROR ") for line in text.split("\n"))
 
