@@ -1,6 +1,6 @@
 # Every target sets up .venv first (minutes once, then nothing): see .ci/setup.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-cluster demo-stop images test lint bench  # bench-% cannot be listed, and no file is called so
+.PHONY: help setup demo demo-cluster demo-stop images test test-quick lint bench  # bench-% cannot be listed, and no file is called so
 python := .venv/bin/python
 
 help: ## Show this list
@@ -23,8 +23,13 @@ demo-stop: setup ## End what make demo and make demo-cluster started
 images: ## Build the stages' image with docker or podman; EXTRAS="validate train,s3" builds one for each
 	@images/build
 
+pytest := $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+
 test: setup ## Run all tests; those on a Kubernetes cluster when KUBECONFIG names one, for which an image is built
-	@LEPTON_TEST_IMAGE=$${LEPTON_TEST_IMAGE:-$$([ -z "$$KUBECONFIG" ] || .ci/cluster)} $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(pytest)
+
+test-quick: setup ## Run the tests that need no Airflow, no cluster, no browser and no network: four minutes
+	@$(pytest) -m "not airflow and not cluster and not network and not slow"
 
 lint: setup ## Check style, types and the layers of the architecture
 	$(python) -m ruff check

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PINS = Path(__file__).with_name("airflow-3.1.txt")
 
 Run = Callable[..., str]
-pytestmark = pytest.mark.timeout(900)  # the first run installs an Airflow
+pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]  # the first run installs an Airflow
 
 
 @pytest.fixture(scope="session")
