@@ -1,4 +1,4 @@
-"""Follows what the store asks an endpoint to serve: loads it, checks it, lets it in or says why not."""
+"""Follows what the store asks an endpoint to serve: loads a version, checks it, and puts it into service or says why not."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lepton_airflow.store.files import Store, now
 
 log = logging.getLogger(__name__)
 
-_LATEST = 20  # refusals that a status tells of
+_LATEST = 20  # how many of the newest refusals a status holds
 
 
 class Reconciler:
     """Keeps one server at the newest desired version that was not rejected.
 
     :param status: who this server is; its ``server`` and ``url`` stay.
-    :param swap: called with each version let in; from then on new requests are its own.
+    :param swap: called with each version that comes into service; from then on it answers new requests.
     :param poll_s: how often to look for a newer desired version [seconds].
     """
 
@@ -33,7 +33,7 @@ class Reconciler:
         self.store = store
         self.endpoint = endpoint
         self.status = status
-        self.failures = 0  # looks at the store that came to nothing
+        self.failures = 0  # failed looks at the store
         self._swap = swap
         self._poll_s = poll_s
         self._known: list[Desired] = []
@@ -44,13 +44,13 @@ class Reconciler:
         self._writing = threading.Lock()
 
     def run(self) -> None:
-        """Look, act and report until :meth:`stop`; what goes wrong with the store is tried again."""
+        """Look, act and report until :meth:`stop`; after an error the next look tries again."""
         while True:
             try:
                 self.step()
             except LeptonError as error:
                 self.failures += 1
-                if self.status.reason != str(error):  # once, not at every look
+                if self.status.reason != str(error):  # said once, not at every look
                     log.warning("endpoint %s: %s", self.endpoint, error)
                 self._say(reason=str(error))
             except Exception:
@@ -64,7 +64,7 @@ class Reconciler:
         self._stop.set()
 
     def recover(self) -> None:
-        """Reject the version that this server's former process did not survive loading, so that restarts come to an end.
+        """Reject the version that this server was killed over while it loaded it, so that restarts do not go on forever.
 
         A crash of ONNX Runtime or a lack of memory leaves no exception and no verdict, only a status that says "loading".
         """
@@ -80,7 +80,7 @@ class Reconciler:
             self._decide(former.desired, error=endpoints.error_record(error))
 
     def step(self) -> None:
-        """Serve what should be served now, if that is not what is served already."""
+        """Put into service what should be, if it is not."""
         fresh = endpoints.desired_after(self.store, self.endpoint, len(self._known))
         if fresh:
             self._known += fresh
@@ -112,7 +112,7 @@ class Reconciler:
     def leave(self) -> None:
         """Take this server's status out of the store: it has ended."""
         with self._writing:
-            self._left = True  # a heartbeat may be waiting for its turn
+            self._left = True  # for a heartbeat that waits for the lock meanwhile
             endpoints.remove_status(self.store, self.endpoint, self.status.server)
 
     def _let_in(self, desired: Desired) -> bool:
@@ -138,7 +138,7 @@ class Reconciler:
             if verdict is None:
                 self._decide(desired.sequence, error=endpoints.error_record(error))
             return self._refuse(desired, error)
-        if self._stop.is_set():  # measured in haste
+        if self._stop.is_set():  # so the measurement was cut short
             return False
         numbers = {"load_s": time.monotonic() - started} | numbers
         over = over_budget(desired, numbers)
@@ -146,7 +146,7 @@ class Reconciler:
             verdict = self._decide(desired.sequence, numbers, endpoints.error_record(over) if over else None)
         if verdict.error:
             return self._refuse(desired, endpoints.error_of(verdict.error))
-        if over:  # a budget decides about a change; what was let in before comes back on a slow day too
+        if over:  # budgets are for new versions: one that was accepted before comes back on a slow day too
             log.warning(
                 "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
             )

@@ -9,7 +9,7 @@
     distances.py   one sample against another         population_stability_index, stability_test, ...
     clusters.py    which rows are dependent
 
-Importing this package imports no numpy; its functions do when they are called.
+Importing this package does not import numpy; its functions do when they are called.
 """
 
 from lepton_airflow.statistics.bootstrap import Interval, bootstrap_intervals

@@ -109,9 +109,8 @@ def test_a_format_that_overflows_is_worse(products: Callable[[int], bytes]) -> N
 
     def predict(model: bytes) -> np.ndarray:
         predicted = open_session(model).run(["out"], feed)[0].max(axis=1)
-        with np.errstate(
-            over="ignore"
-        ):  # a machine with 16-bit products; on this one they are made of 32 bits
+        # As on a machine with 16-bit products; on this one they are made of 32 bits.
+        with np.errstate(over="ignore"):
             return predicted if model == original else predicted.astype(np.float16)
 
     work = Work(output="out", calibration=lambda: iter([feed]), predict=predict, timing={40: [feed]})
@@ -134,12 +133,8 @@ def quality(low: float) -> Quality:
     ("low", "speedups", "size", "verdict"),
     [
         (-0.005, [(1.2, 1.5), (1.0, 1.1)], 90, "better"),  # faster at one, nowhere slower
-        (
-            -0.005,
-            [(1.2, 1.5), (0.94, 1.1)],
-            25,
-            "no gain",
-        ),  # smaller and faster, but perhaps slower at the other
+        # Smaller and faster, but perhaps slower at the other batch size.
+        (-0.005, [(1.2, 1.5), (0.94, 1.1)], 25, "no gain"),
         (-0.005, [(1.2, 1.5), (0.5, 0.9)], 25, "slower"),
         (-0.005, [(0.96, 1.1), (1.0, 1.1)], 50, "better"),  # no faster, but half the size
         (-0.005, [(1.0, 1.1), (1.0, 1.1)], 51, "no gain"),
