@@ -360,9 +360,9 @@ def _cache_evict(args: argparse.Namespace) -> int:
 
 
 def _environments(args: argparse.Namespace) -> Path:
-    from lepton_airflow import settings
+    from lepton_airflow.execution.environments import default_root
 
-    return args.root.absolute() if args.root else settings.environments()
+    return args.root.absolute() if args.root else default_root()
 
 
 def _envs_ls(args: argparse.Namespace) -> int:
@@ -413,9 +413,9 @@ def _pods(args: argparse.Namespace) -> tuple[Cluster, list[Item]]:
     from lepton_airflow import settings
     from lepton_airflow.pods.cluster import Cluster
     from lepton_airflow.pods.sweep import inventory
-    from lepton_airflow.runners import Pod
+    from lepton_airflow.runners import Pod, default_runner
 
-    runner = settings.default_runner()
+    runner = default_runner()
     pod = runner if isinstance(runner, Pod) else Pod(image="none")  # it is only asked for its cluster
     names = ("namespace", "kubernetes_conn_id", "config_file", "cluster_context", "in_cluster")
     cluster = Cluster(

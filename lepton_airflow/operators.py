@@ -39,7 +39,7 @@ from lepton_airflow.airflow import window as windows
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request, RunIdentity
 from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
-from lepton_airflow.runners import Runner
+from lepton_airflow.runners import Runner, default_runner
 from lepton_airflow.sdk.stage import Stage, choices, markers
 from lepton_airflow.stages import all_stages, build, get_stage, stage_name
 from lepton_airflow.store.files import Store
@@ -143,7 +143,7 @@ class StageOperator(BaseOperator):
     def _perform(self, context: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         """Run the stage; ``kept`` is what the runner kept when it deferred, and the task's deadline."""
         try:
-            runner: Runner = (self.runner or settings.default_runner()).rendered(
+            runner: Runner = (self.runner or default_runner()).rendered(
                 lambda value: self.render_template(value, context)
             )
             request = self._request(context)
@@ -195,7 +195,7 @@ class StageOperator(BaseOperator):
         store = str(self.store or settings.default_store())
         store_connection = self.store_conn_id or (None if self.store else settings.setting("store_conn_id"))
         place: Callable[[str], str] = _on_worker
-        if not (self.runner or settings.default_runner()).local:
+        if not (self.runner or default_runner()).local:
             place = _Kept(store, store_connection)
         parameters = {f.name: _beside(getattr(self, f.name), folder, place) for f in fields(self.stage)}
         if self.window:

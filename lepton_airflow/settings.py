@@ -15,13 +15,9 @@ cache_ttl_s        age in seconds above which a cache entry is a miss; default: 
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
-from typing import Any
 
-from lepton_airflow import runners
-from lepton_airflow.errors import BadConfiguration, did_you_mean
+from lepton_airflow.errors import BadConfiguration
 
 
 def setting(name: str, fallback: str | None = None) -> str | None:
@@ -41,13 +37,6 @@ def default_store() -> str:
     return setting("store") or f"{AIRFLOW_HOME}/lepton"
 
 
-def environments() -> Path:
-    """Where the runner ``Venv`` keeps the environments it builds."""
-    from lepton_airflow.execution.environments import default_root
-
-    return Path(setting("environments") or default_root()).expanduser().absolute()
-
-
 def default_ttl_s() -> float | None:
     """The installation's age limit of cache entries in seconds."""
     text = setting("cache_ttl_s")
@@ -55,25 +44,3 @@ def default_ttl_s() -> float | None:
         return float(text) if text else None
     except ValueError:
         raise BadConfiguration(f"[lepton] cache_ttl_s={text!r} is not a number of seconds.") from None
-
-
-def default_runner() -> runners.Runner:
-    """The installation's runner: a name, or JSON of one name with its settings."""
-    text = setting("runner", "Subprocess") or "Subprocess"
-    try:
-        value: Any = json.loads(text) if text.lstrip().startswith("{") else {text: {}}
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or len(value) != 1:
-        raise BadConfiguration(
-            f'[lepton] runner={text!r}: expected a name such as Subprocess, or {{"Subprocess": {{"grace_s": 5}}}}.'
-        )
-    ((name, settings),) = value.items()
-    known = [n for n in runners.__all__ if n[0].isupper() and n != "Runner"]
-    if name not in known:
-        raise BadConfiguration(f"[lepton] runner={name!r}: {did_you_mean(name, known)}")
-    try:
-        runner: runners.Runner = getattr(runners, name)(**settings)
-    except TypeError as error:
-        raise BadConfiguration(f"[lepton] runner={text!r}: {error}") from None
-    return runner

@@ -31,6 +31,7 @@ from typing import IO, Any
 
 from lepton_airflow.contract import digest_of
 from lepton_airflow.errors import BadConfiguration, LeptonError, RunnerError, did_you_mean
+from lepton_airflow.settings import setting
 
 PACKAGE = "lepton-airflow"
 DOOR = ("fsspec", "psutil")  # what the door itself imports; Airflow is not among it
@@ -220,10 +221,11 @@ def prune(root: Path, older_than_s: float) -> list[Kept]:
     return removed
 
 
-def default_root() -> str:
-    """Where environments lie when nobody says it: in the user's cache."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache_home, "lepton_airflow", "environments")
+def default_root() -> Path:
+    """The folder where environments lie: ``[lepton] environments``, else in the user's cache."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = setting("environments") or os.path.join(cache_home, "lepton_airflow", "environments")
+    return Path(root).expanduser().absolute()
 
 
 @cache

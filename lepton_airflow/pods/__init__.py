@@ -25,3 +25,8 @@ SETTLED = "lepton-airflow/settled"  # its end was taken into account, so that no
 
 CONTAINER = "stage"  # the container that opens the door
 LOCAL_TRY = "local"  # the try where there is no Airflow
+
+API_AWAY_S = 900.0  # how long an API server may be away before a task fails for it
+API_PAUSE_S = 15.0  # longest pause between two questions to an API server that is away
+REFUSAL_SURE_S = 10.0  # a refusal must last so long: an API server that just started knows no roles yet
+ORPHANED_S = 600.0  # a Secret without an owner for so long has lost the task that was about to make its pod

@@ -13,24 +13,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lepton_airflow.errors import BadConfiguration, RunnerError
-from lepton_airflow.pods import MANAGED_BY, MANAGER, RUN_KEY
+from lepton_airflow.pods import (
+    API_AWAY_S,
+    API_PAUSE_S,
+    MANAGED_BY,
+    MANAGER,
+    ORPHANED_S,
+    REFUSAL_SURE_S,
+    RUN_KEY,
+)
 from lepton_airflow.pods.diagnosis import Diagnosis, refused
 from lepton_airflow.pods.lifecycle import seconds
 from lepton_airflow.pods.logs import later, lines_of, since_s
 from lepton_airflow.pods.manifest import secret_name
-
-if TYPE_CHECKING:
-    from lepton_airflow.runners.pod import Pod
+from lepton_airflow.pods.settings import PodSettings
 
 log = logging.getLogger(__name__)
 
-_AWAY_S = 900.0  # how long an API server may be away before a task fails for it
-_LONGEST_PAUSE_S = 15.0
-_SURE_S = 10.0  # missing rights must be missing so long: an API server that just started knows no roles yet
-_ORPHANED_S = 600.0  # a Secret without an owner for so long has lost the task that was about to make its pod
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -46,7 +48,7 @@ class Refused(Exception):
 class Cluster:
     """One namespace of one cluster, as a Pod's settings name it."""
 
-    def __init__(self, settings: Pod, *, in_airflow: bool) -> None:
+    def __init__(self, settings: PodSettings, *, in_airflow: bool) -> None:
         from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
         from airflow.providers.common.compat.sdk import AirflowNotFoundException
         from kubernetes.config import ConfigException
@@ -229,7 +231,7 @@ class Cluster:
             {409: None, 404: None},
         )
 
-    def delete(self, pod: Mapping[str, Any], away_s: float = _AWAY_S) -> bool:
+    def delete(self, pod: Mapping[str, Any]) -> bool:
         """Delete exactly the pod that was seen; False when it has changed since."""
         meta = pod["metadata"]
         precondition = {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}
@@ -239,7 +241,6 @@ class Cluster:
                 meta["name"], self.namespace, body={"preconditions": precondition}, _preload_content=False
             ),
             {409: False, 404: True},
-            away_s,
         )
         return done is not False
 
@@ -257,7 +258,7 @@ class Cluster:
                 meta = secret["metadata"]
                 if (
                     meta.get("ownerReferences")
-                    or time.time() - seconds(meta["creationTimestamp"]) < _ORPHANED_S
+                    or time.time() - seconds(meta["creationTimestamp"]) < ORPHANED_S
                 ):
                     continue
                 pods, _ = self.look(meta["labels"][RUN_KEY])
@@ -337,12 +338,11 @@ class Cluster:
         doing: str,
         call: Callable[[], Any],
         answers: Mapping[int, Any] | None = None,
-        away_s: float = _AWAY_S,
     ) -> Any:
         """The JSON that a call answers with, or what ``answers`` has for its status; asked again while nobody answers.
 
         :raises Refused: the server answered, and with no.
-        :raises RunnerError: there was no answer for ``away_s`` seconds.
+        :raises RunnerError: there was no answer for :data:`~lepton_airflow.pods.API_AWAY_S`.
         """
         from kubernetes.client import ApiException
 
@@ -357,16 +357,16 @@ class Cluster:
                 if status in (answers or {}):
                     return (answers or {})[status]
                 found = refused(status, error.body or error.reason or "", doing)
-                unsure = found.reason == "Forbidden" and time.monotonic() - started < _SURE_S
+                unsure = found.reason == "Forbidden" and time.monotonic() - started < REFUSAL_SURE_S
                 if found.reason != "ApiServer" and not unsure:
                     raise Refused(status, found) from None
             except lost as error:
                 found = refused(0, str(error), doing)
-            if time.monotonic() + pause > started + away_s:
-                raise RunnerError(f"{found.sentence} It was asked for {away_s:.0f} s.") from None
+            if time.monotonic() + pause > started + API_AWAY_S:
+                raise RunnerError(f"{found.sentence} It was asked for {API_AWAY_S:.0f} s.") from None
             log.warning("%s", found.sentence)
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            pause = min(2 * pause, API_PAUSE_S)
 
 
 def _away() -> tuple[type[Exception], ...]:

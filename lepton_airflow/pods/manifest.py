@@ -11,10 +11,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePosixPath
+from typing import Any
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, digest_of
+from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.pods import (
     CONTAINER,
     IDENTITY,
@@ -28,37 +30,20 @@ from lepton_airflow.pods import (
     SUBMISSION,
     TRY,
 )
-
-if TYPE_CHECKING:
-    from lepton_airflow.runners.pod import Pod
+from lepton_airflow.pods.settings import OF_CONTAINER, OF_POD, OF_SPEC, PodSettings
 
 HANDED_OVER = "/run/lepton"  # where request and Connections are mounted
 WORK = "/work"
 USER = 10001
 
-# Names of Kubernetes' security contexts that `Pod(security=…)` may override, by where they belong.
-OF_POD = frozenset({"fsGroup", "fsGroupChangePolicy", "supplementalGroups", "sysctls"})
-OF_SPEC = frozenset({"automountServiceAccountToken"})
-OF_CONTAINER = frozenset(
-    {
-        "allowPrivilegeEscalation",
-        "capabilities",
-        "privileged",
-        "procMount",
-        "readOnlyRootFilesystem",
-        "runAsGroup",
-        "runAsNonRoot",
-        "runAsUser",
-        "seLinuxOptions",
-        "seccompProfile",
-    }
-)
 _ROOM_S = (
     300  # activeDeadlineSeconds is the net below the clocks, so that one never ends what they would explain
 )
 
 
-def pod_base(settings: Pod, request: Request, template: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def pod_base(
+    settings: PodSettings, request: Request, template: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The pod of a request, but for what each submission draws anew.
 
     :param template: the pod that ``settings.pod_template`` names, which everything but the defaults lies over.
@@ -67,6 +52,24 @@ def pod_base(settings: Pod, request: Request, template: Mapping[str, Any] | None
         merge(merge(_defaults(), _with_container(template or {})), _wanted(settings)),
         _needed(settings, request),
     )
+
+
+def check_store(request: Request, base: Mapping[str, Any]) -> None:
+    """A store that is a folder must be mounted where the request says that it is."""
+    scheme, found, path = request.store.rpartition("://")
+    if found and scheme not in ("file", "local"):
+        return
+    mounts = [
+        m["mountPath"]
+        for c in base["spec"]["containers"]
+        for m in c.get("volumeMounts") or ()
+        if c["name"] == "stage" and m["name"] not in ("lepton", "lepton-work", "lepton-tmp")
+    ]
+    if not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
+        raise BadConfiguration(
+            f"store {request.store!r} is a folder, which a pod does not see: mount it at the same path, "
+            f'volumes=[{{"name": "store", "mount": {path!r}, "pvc": "…"}}], or set [lepton] store to s3://….'
+        )
 
 
 def request_digest(base: Mapping[str, Any], request: Request) -> str:
@@ -218,7 +221,7 @@ def _with_container(template: Mapping[str, Any]) -> dict[str, Any]:
     return {"metadata": metadata, "spec": spec | ({"containers": containers} if containers else {})}
 
 
-def _wanted(settings: Pod) -> dict[str, Any]:
+def _wanted(settings: PodSettings) -> dict[str, Any]:
     """What the runner's settings say, without those that were left out."""
     security = settings.security
     requests = {"cpu": settings.cpu, "memory": settings.memory}
@@ -255,7 +258,7 @@ def _wanted(settings: Pod) -> dict[str, Any]:
     return {"metadata": metadata, "spec": _given(spec) | own}
 
 
-def _needed(settings: Pod, request: Request) -> dict[str, Any]:
+def _needed(settings: PodSettings, request: Request) -> dict[str, Any]:
     """What must be so, or the door does not open, or nobody finds the pod."""
     command = [settings.python, "-P", "-m", "lepton_airflow", "run", f"{HANDED_OVER}/request.json"]
     command += [f"{WORK}/receipt.json", "--connections-file", f"{HANDED_OVER}/connections.json"]

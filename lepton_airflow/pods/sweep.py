@@ -11,18 +11,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lepton_airflow.pods import IDENTITY, RUN_KEY, SETTLED, STAGE
+from lepton_airflow.pods import IDENTITY, ORPHANED_S, RUN_KEY, SETTLED, STAGE
 from lepton_airflow.pods.cluster import Cluster
 from lepton_airflow.pods.diagnosis import diagnose
 from lepton_airflow.pods.lifecycle import ended, leaving, note, seconds
 from lepton_airflow.pods.manifest import secret_name
-
-ORPHANED_S = 600.0  # a task makes its pod seconds after its Secret, and then makes the pod the Secret's owner
-
-Task = tuple[str, str, str, int]  # dag_id, task_id, run_id, map_index
+from lepton_airflow.pods.task_state import ENDED, Task, task_states
 
 
 @dataclass(frozen=True)
@@ -97,43 +93,6 @@ def identity(thing: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def task_states(tasks: set[Task]) -> dict[Task, str]:
-    """The states of those task instances that Airflow's database knows; nothing where there is no such database.
-
-    A task instance that waits to be run again (cleared, or up for retry) has not ended.
-    """
-    try:
-        from airflow.configuration import conf
-        from airflow.models.taskinstance import TaskInstance
-        from airflow.utils.session import create_session
-        from sqlalchemy import select
-        from sqlalchemy.exc import SQLAlchemyError
-    except ModuleNotFoundError:  # no Airflow on this machine
-        return {}
-    database = conf.get("database", "sql_alchemy_conn", fallback="") or ""
-    file = database.partition("sqlite:///")[2].partition("?")[0]
-    if not tasks or not database or (file and not Path(file).exists()):  # SQLite would make an empty one
-        return {}
-    rows = select(
-        TaskInstance.dag_id,
-        TaskInstance.task_id,
-        TaskInstance.run_id,
-        TaskInstance.map_index,
-        TaskInstance.state,
-    ).where(TaskInstance.run_id.in_({run_id for _, _, run_id, _ in tasks}))
-    try:
-        with create_session() as session:
-            found = {
-                (d, t, r, m): str(getattr(s, "value", s) or "none") for d, t, r, m, s in session.execute(rows)
-            }
-    except SQLAlchemyError:  # unreachable, or no Airflow's
-        return {}
-    return {task: found[task] for task in tasks & found.keys()}
-
-
-_ENDED = frozenset({"success", "failed", "upstream_failed", "skipped", "removed"})
-
-
 def _pod(
     pod: Mapping[str, Any],
     states: Mapping[Task, str],
@@ -153,7 +112,7 @@ def _pod(
         stays = "it is being deleted"
     elif note(pod, SETTLED):
         why = "its end was taken into account"
-    elif known in _ENDED:
+    elif known in ENDED:
         why = f"its task is {known} in Airflow"
     elif known is not None:
         stays = f"its task is {known} in Airflow"

@@ -9,16 +9,17 @@ Each passes ``lepton_airflow.testing.RunnerConformance``. A file ``my_place.py``
 from __future__ import annotations
 
 import importlib
-import logging
+import json
 import pkgutil
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.errors import RunnerError, from_record
+from lepton_airflow.errors import BadConfiguration, did_you_mean
+from lepton_airflow.execution.output import settle
+from lepton_airflow.settings import setting
 
 
 class Runner(ABC):
@@ -50,25 +51,25 @@ class Runner(ABC):
         return self
 
 
-def settle(request: Request, receipt: Receipt) -> Receipt:
-    """The receipt if it is of this request and good; else raises what it records."""
-    if receipt.run_key != request.run_key or receipt.stage != request.stage:
-        raise RunnerError(
-            f"{request.stage}: the receipt is of {receipt.stage} with run key {receipt.run_key}, expected "
-            f"{request.run_key}: two runs share a place; clear the task."
+def default_runner() -> Runner:
+    """The installation's runner: a name, or JSON of one name with its settings."""
+    text = setting("runner", "Subprocess") or "Subprocess"
+    try:
+        value: Any = json.loads(text) if text.lstrip().startswith("{") else {text: {}}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or len(value) != 1:
+        raise BadConfiguration(
+            f'[lepton] runner={text!r}: expected a name such as Subprocess, or {{"Subprocess": {{"grace_s": 5}}}}.'
         )
-    if receipt.error:
-        raise from_record(receipt.error["kind"], receipt.error["message"], int(receipt.error["exit_code"]))
-    return receipt
-
-
-_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
-
-
-def level_of(line: str) -> tuple[int, str]:
-    """The level of a line of the door's output, and what it says."""
-    found = _LEVEL.match(line)
-    return (getattr(logging, found[1]), line[found.end() :]) if found else (logging.INFO, line)
+    ((name, options),) = value.items()
+    if name not in _FILES:
+        raise BadConfiguration(f"[lepton] runner={name!r}: {did_you_mean(name, _FILES)}")
+    try:
+        runner: Runner = __getattr__(name)(**options)
+    except TypeError as error:
+        raise BadConfiguration(f"[lepton] runner={text!r}: {error}") from None
+    return runner
 
 
 def __getattr__(name: str) -> Any:
@@ -83,4 +84,4 @@ _FILES = {
     "".join(word.capitalize() for word in file.name.split("_")): file.name
     for file in pkgutil.iter_modules(__path__)
 }
-__all__ = ["Runner", "settle", *_FILES]  # noqa: PLE0604 - names all
+__all__ = ["Runner", "default_runner", "settle", *_FILES]  # noqa: PLE0604 - names all

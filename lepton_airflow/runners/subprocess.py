@@ -35,9 +35,10 @@ from lepton_airflow.errors import (
     RunnerError,
     from_record,
 )
+from lepton_airflow.execution.output import level_of, settle
 from lepton_airflow.execution.processes import MARK, kill_marked, signal_group
 from lepton_airflow.execution.run_stage import recall
-from lepton_airflow.runners import Runner, level_of, settle
+from lepton_airflow.runners import Runner
 
 if TYPE_CHECKING:
     import psutil

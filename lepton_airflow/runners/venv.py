@@ -104,7 +104,7 @@ class Venv(Subprocess):
             environments.facts(given)
             yield _elsewhere(given, [])
             return
-        root, environment = settings.environments(), self._environment_of(stage)
+        root, environment = environments.default_root(), self._environment_of(stage)
         # The very code of this worker, whatever its version. Linked alone: beside it may lie all of Airflow.
         code = Path(folder, "code")
         code.mkdir()

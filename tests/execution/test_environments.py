@@ -322,3 +322,12 @@ def test_a_root_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(BadConfiguration, match=r"Set \[lepton\] environments"):
         Environment.of([], SMALL).build(tmp_path / "file" / "root", print)
+
+
+def test_environments_lie_in_the_users_cache_or_where_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert environments.default_root() == tmp_path / "lepton_airflow" / "environments"
+    monkeypatch.setenv("AIRFLOW__LEPTON__ENVIRONMENTS", "~/envs")
+    assert environments.default_root() == Path.home() / "envs"

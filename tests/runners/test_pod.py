@@ -163,9 +163,9 @@ def conclude(request_: Request, monkeypatch: pytest.MonkeyPatch) -> Any:
     ) -> tuple[Receipt, list[Any]]:
         mount = {"name": "store", "mount": request_.store, "host_path": request_.store}
         cluster = Recorder(*pods)
-        monkeypatch.setattr("lepton_airflow.pods.cluster.Cluster", lambda *_a, **_k: cluster)
-        monkeypatch.setattr("lepton_airflow.runners.pod._POLL_S", 0.0)
-        monkeypatch.setattr("lepton_airflow.runners.pod._LATE_STORE_S", 0.0)
+        monkeypatch.setattr("lepton_airflow.pods.attempt.Cluster", lambda *_a, **_k: cluster)
+        monkeypatch.setattr("lepton_airflow.pods.attempt._POLL_S", 0.0)
+        monkeypatch.setattr("lepton_airflow.pods.attempt._LATE_STORE_S", 0.0)
         call.cluster = cluster  # type: ignore[attr-defined]
         runner = Pod(image="stage:1", volumes=[mount], **settings)
         kept = {"uid": "u", "nonce": "ours", "number": 1, **held}
@@ -273,7 +273,7 @@ def test_a_log_that_never_pauses_is_left_for_a_look_at_the_pod(
             ours["metadata"]["annotations"][TRY] = "later"
             yield "2026-01-01T00:00:00Z", "a line"
 
-    monkeypatch.setattr("lepton_airflow.runners.pod._FOLLOW_S", 0.0)
+    monkeypatch.setattr("lepton_airflow.pods.attempt._FOLLOW_S", 0.0)
     monkeypatch.setattr(Recorder, "log_lines", endless)
     with pytest.raises(RunnerError, match="another try"):
         conclude(ours, deferrable=False)
