@@ -1,4 +1,4 @@
-"""What somebody may say about a stage's pod: the fields of :class:`lepton_airflow.runners.Pod`, their templates and checks."""
+"""The settings of a stage's pod: the fields of :class:`lepton_airflow.runners.Pod`, their templates and their checks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 from lepton_airflow.errors import BadConfiguration, did_you_mean
 
-# Names of Kubernetes' security contexts that `Pod(security=…)` may override, by where they belong.
+# Fields of Kubernetes' security contexts that `security` may override, by where a pod has them.
 OF_POD = frozenset({"fsGroup", "fsGroupChangePolicy", "supplementalGroups", "sysctls"})
 OF_SPEC = frozenset({"automountServiceAccountToken"})
 OF_CONTAINER = frozenset(
@@ -32,7 +32,7 @@ OF_CONTAINER = frozenset(
 
 @dataclass(kw_only=True)
 class PodSettings:
-    """The fields of :class:`lepton_airflow.runners.Pod`, which describes them."""
+    """The settings of a pod; the docstring of :class:`lepton_airflow.runners.Pod` describes each."""
 
     image: str
     namespace: str | None = None
@@ -75,32 +75,34 @@ class PodSettings:
         _check(self)
 
     def rendered(self, render: Callable[[Any], Any]) -> Self:
-        """A copy with its templates rendered; raises BadConfiguration for one that cannot be."""
+        """A copy with its templates rendered; raises BadConfiguration for one that cannot be rendered."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for name, value in values.items():
             if isinstance(value, (str, list, dict)):
-                try:
-                    values[name] = _rendered(value, render)
-                except Exception as error:
-                    if type(error).__module__.partition(".")[0] != "jinja2":
-                        raise
-                    raise BadConfiguration(
-                        f"Pod({name}={value!r}) cannot be rendered: {error}. Mend the template."
-                    ) from None
-                if name in _TEXTS and values[name] in (
-                    None,
-                    "None",
-                ):  # Jinja renders None as Python writes it
-                    if getattr(type(self), name, "") is not None:
-                        raise BadConfiguration(
-                            f"Pod({name}={value!r}) renders to None: give what the template names a value."
-                        )
-                    values[name] = None
+                values[name] = self._rendered(name, value, render)
         return replace(self, **values)
+
+    def _rendered(self, name: str, value: Any, render: Callable[[Any], Any]) -> Any:
+        try:
+            rendered = _render(value, render)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "jinja2":
+                raise
+            raise BadConfiguration(
+                f"Pod({name}={value!r}) cannot be rendered: {error}. Correct the template."
+            ) from None
+        # Jinja renders None as the text "None", and Airflow's native rendering as None.
+        if name not in _TEXTS or rendered not in (None, "None"):
+            return rendered
+        if getattr(type(self), name, "") is not None:  # the setting's default is not None
+            raise BadConfiguration(
+                f"Pod({name}={value!r}) renders to None: give what the template names a value."
+            )
+        return None
 
 
 def load_template(settings: PodSettings) -> Mapping[str, Any] | None:
-    """The pod that ``pod_template`` names."""
+    """The pod that ``pod_template`` gives, or that stands in the file it names."""
     template: Any = settings.pod_template
     if isinstance(template, str):
         import yaml
@@ -124,17 +126,23 @@ def _is_template(value: Any) -> bool:
     return isinstance(value, str) and ("{{" in value or "{%" in value)
 
 
-def _rendered(value: Any, render: Callable[[Any], Any]) -> Any:
-    """A value with its templates rendered, at any depth; numbers that Airflow's native rendering makes are text again."""
+def _render(value: Any, render: Callable[[Any], Any]) -> Any:
+    """A value with its templates rendered, at any depth.
+
+    Kubernetes wants text where Airflow's native rendering gives a number: such a number is made text again.
+    """
     if isinstance(value, dict):
-        return {k: _rendered(v, render) for k, v in value.items()}
+        return {k: _render(v, render) for k, v in value.items()}
     if isinstance(value, list):
-        return [_rendered(v, render) for v in value]
+        return [_render(v, render) for v in value]
     if not _is_template(value):
         return value
-    made = render(value)
-    return str(made) if isinstance(made, (int, float)) and not isinstance(made, bool) else made
+    rendered = render(value)
+    is_number = isinstance(rendered, (int, float)) and not isinstance(rendered, bool)
+    return str(rendered) if is_number else rendered
 
+
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 _TEXTS = (
     *("image", "namespace", "cpu", "memory", "cpu_limit", "memory_limit", "gpu_resource", "service_account"),
@@ -142,106 +150,133 @@ _TEXTS = (
     *("kubernetes_conn_id", "config_file", "cluster_context"),
 )
 _DICTS = ("node_selector", "affinity", "env", "labels", "annotations", "security")
+_DICTS_OF_TEXTS = ("env", "labels", "annotations", "node_selector")
 _LISTS = ("tolerations", "volumes", "pull_secrets")
-_NUMBERS = ("start_timeout_s", "run_timeout_s", "admission_timeout_s", "schedule_timeout_s")
+_TIMEOUTS = ("start_timeout_s", "run_timeout_s", "admission_timeout_s", "schedule_timeout_s")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "keep_pod": ("never", "failed", "always"),
+    "image_pull_policy": (None, "Always", "IfNotPresent", "Never"),
+}
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _CPU = re.compile(r"\d+(\.\d+)?|\d+m")
-_MEMORY = re.compile(r"\d+(\.\d+)?([kMGTP]|[KMGTP]i)|\d{7,}")  # less than a MB is a forgotten unit
-_SOURCES = ("pvc", "host_path", "config_map", "secret", "empty_dir")
+# Without a suffix the number means bytes: fewer than seven digits, less than a megabyte, are a forgotten suffix.
+_MEMORY = re.compile(r"\d+(\.\d+)?([kMGTP]|[KMGTP]i)|\d{7,}")
+_QUANTITIES = {
+    "cpu": (_CPU, '"500m" or "2"'),
+    "cpu_limit": (_CPU, '"500m" or "2"'),
+    "memory": (_MEMORY, '"512Mi" or "2Gi"'),
+    "memory_limit": (_MEMORY, '"512Mi" or "2Gi"'),
+}
+_TOLERATION = '[{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]'
+_VOLUME = '{"name": "data", "mount": "/data", "pvc": "claim"}'
+_VOLUME_SOURCES = ("pvc", "host_path", "config_map", "secret", "empty_dir")
 
 
-def _check(s: PodSettings) -> None:
-    """Refuse what the API server would refuse, or would take and mean otherwise, with the right form."""
+def _check(settings: PodSettings) -> None:
+    """Refuse what the API server would refuse, or would accept and read differently; the message shows the right form."""
+    _check_types(settings)
+    _check_texts(settings)
+    _check_numbers(settings)
+    _check_contents(settings)
+    _check_security(settings)
 
-    def refuse(name: str, expected: str) -> NoReturn:
-        raise BadConfiguration(f"Pod({name}={getattr(s, name)!r}): expected {expected}.")
 
+def _expected(settings: PodSettings, name: str, form: str) -> BadConfiguration:
+    return BadConfiguration(f"Pod({name}={getattr(settings, name)!r}): expected {form}.")
+
+
+def _check_types(settings: PodSettings) -> None:
+    """Texts, dicts and lists are such, or templates that render to them."""
     for name in _TEXTS:
-        if getattr(s, name) is not None and not isinstance(getattr(s, name), str):
-            forms = {
-                "cpu": '"500m" or "2"',
-                "cpu_limit": '"500m" or "2"',
-                "memory": '"2Gi"',
-                "memory_limit": '"2Gi"',
-            }
-            refuse(name, f"text, such as {forms[name]}" if name in forms else "text")
+        if getattr(settings, name) is not None and not isinstance(getattr(settings, name), str):
+            example = _QUANTITIES[name][1] if name in _QUANTITIES else ""
+            raise _expected(settings, name, f"text, such as {example}" if example else "text")
     for names, kind, form in ((_DICTS, dict, '{"name": …}'), (_LISTS, list, "[…]")):
         for name in names:
-            if not isinstance(getattr(s, name), kind) and not _is_template(getattr(s, name)):
-                refuse(name, f"a {kind.__name__}, {form}")
-    if not s.image.strip():
-        refuse("image", 'an image, such as "registry.example/stage:1.4"')
-    if s.namespace is not None and not _is_template(s.namespace) and not _NAME.fullmatch(s.namespace):
-        refuse("namespace", 'lower-case letters, digits and "-", at most 63')
-    for name, pattern, form in (
-        ("cpu", _CPU, '"500m" or "2"'),
-        ("cpu_limit", _CPU, '"500m" or "2"'),
-        ("memory", _MEMORY, '"512Mi" or "2Gi"'),
-        ("memory_limit", _MEMORY, '"512Mi" or "2Gi"'),
-    ):
-        value = getattr(s, name)
+            value = getattr(settings, name)
+            if not isinstance(value, kind) and not _is_template(value):
+                raise _expected(settings, name, f"a {kind.__name__}, {form}")
+    if settings.pod_template is not None and not isinstance(settings.pod_template, (str, dict)):
+        raise _expected(settings, "pod_template", "the path of a YAML file, or a dict")
+
+
+def _check_texts(settings: PodSettings) -> None:
+    if not settings.image.strip():
+        raise _expected(settings, "image", 'an image, such as "registry.example/stage:1.4"')
+    namespace = settings.namespace
+    if namespace is not None and not _is_template(namespace) and not _NAME.fullmatch(namespace):
+        raise _expected(settings, "namespace", 'lower-case letters, digits and "-", at most 63')
+    for name, (pattern, form) in _QUANTITIES.items():
+        value = getattr(settings, name)
         if value is not None and not _is_template(value) and not pattern.fullmatch(value):
-            refuse(name, f"a quantity such as {form}")
-    if not isinstance(s.gpus, int) or isinstance(s.gpus, bool) or s.gpus < 0:
-        refuse("gpus", "a whole number, zero or more")
-    for name in _NUMBERS:
-        value = getattr(s, name)
+            raise _expected(settings, name, f"a quantity such as {form}")
+    for name, choices in _CHOICES.items():
+        value = getattr(settings, name)
+        if value not in choices and not _is_template(value):
+            raise _expected(settings, name, f"one of {', '.join(filter(None, choices))}")
+
+
+def _check_numbers(settings: PodSettings) -> None:
+    if not isinstance(settings.gpus, int) or isinstance(settings.gpus, bool) or settings.gpus < 0:
+        raise _expected(settings, "gpus", "a whole number, zero or more")
+    for name in _TIMEOUTS:
+        value = getattr(settings, name)
         if value is None and name == "schedule_timeout_s":
             continue
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            refuse(name, "seconds, more than zero")
-    if not isinstance(s.grace_s, (int, float)) or not 0 <= s.grace_s < math.inf:
-        refuse("grace_s", "seconds, zero or more")
-    if not isinstance(s.preemption_limit, int) or s.preemption_limit < 0:
-        refuse("preemption_limit", "a whole number, zero or more")
-    for name, allowed in (
-        ("keep_pod", ("never", "failed", "always")),
-        ("image_pull_policy", (None, "Always", "IfNotPresent", "Never")),
-    ):
-        if getattr(s, name) not in allowed and not _is_template(getattr(s, name)):
-            refuse(name, f"one of {', '.join(a for a in allowed if a)}")
-    for name in ("env", "labels", "annotations", "node_selector"):
-        for key, value in getattr(s, name).items() if isinstance(getattr(s, name), dict) else ():
+            raise _expected(settings, name, "seconds, more than zero")
+    if not isinstance(settings.grace_s, (int, float)) or not 0 <= settings.grace_s < math.inf:
+        raise _expected(settings, "grace_s", "seconds, zero or more")
+    if not isinstance(settings.preemption_limit, int) or settings.preemption_limit < 0:
+        raise _expected(settings, "preemption_limit", "a whole number, zero or more")
+
+
+def _check_contents(settings: PodSettings) -> None:
+    """What stands in the dicts and lists that are no templates."""
+    for name in _DICTS_OF_TEXTS:
+        values = getattr(settings, name)
+        for key, value in values.items() if isinstance(values, dict) else ():
             if not isinstance(key, str) or not isinstance(value, str):
-                refuse(
-                    name, f"text for {key!r}, not {type(value).__name__}: {{{str(key)!r}: {str(value)!r}}}"
-                )
-    for volume in s.volumes if isinstance(s.volumes, list) else ():
+                form = f"{{{str(key)!r}: {str(value)!r}}}"
+                raise _expected(settings, name, f"text for {key!r}, not {type(value).__name__}: {form}")
+    for volume in settings.volumes if isinstance(settings.volumes, list) else ():
         _check_volume(volume)
-    for toleration in s.tolerations if isinstance(s.tolerations, list) else ():
+    for toleration in settings.tolerations if isinstance(settings.tolerations, list) else ():
         if not isinstance(toleration, dict):
-            refuse("tolerations", '[{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]')
-    if s.pod_template is not None and not isinstance(s.pod_template, (str, dict)):
-        refuse("pod_template", "the path of a YAML file, or a dict")
-    if isinstance(s.security, dict) and s.security:
-        for key in s.security:
-            if key not in OF_CONTAINER | OF_POD | OF_SPEC:
-                raise BadConfiguration(
-                    f"Pod(security=…): {key!r} is unknown; {did_you_mean(key, OF_CONTAINER | OF_POD | OF_SPEC)}"
-                )
-        if s.security.get("runAsUser") == 0 and s.security.get("runAsNonRoot", s.pod_template) is None:
-            raise BadConfiguration(
-                f"Pod(security={s.security!r}): pods run as root only where that is said; add 'runAsNonRoot': False."
-            )
+            raise _expected(settings, "tolerations", _TOLERATION)
 
 
 def _check_volume(volume: Any) -> None:
-    form = '{"name": "data", "mount": "/data", "pvc": "claim"}'
     if not isinstance(volume, dict):
-        raise BadConfiguration(f"Pod(volumes=…): {volume!r} is no dict; expected {form}.")
-    known = {"name", "mount", "read_only", *_SOURCES}
+        raise BadConfiguration(f"Pod(volumes=…): {volume!r} is no dict; expected {_VOLUME}.")
+    known = {"name", "mount", "read_only", *_VOLUME_SOURCES}
     for key in volume:
         if key not in known:
             raise BadConfiguration(f"Pod(volumes=…): {key!r} is unknown; {did_you_mean(key, known)}")
-    if "name" not in volume or "mount" not in volume or sum(s in volume for s in _SOURCES) != 1:
+    if "name" not in volume or "mount" not in volume or sum(s in volume for s in _VOLUME_SOURCES) != 1:
         raise BadConfiguration(
-            f"Pod(volumes=…): {volume!r} needs a name, a mount and one of {', '.join(_SOURCES)}: {form}."
+            f"Pod(volumes=…): {volume!r} needs a name, a mount and one of {', '.join(_VOLUME_SOURCES)}: {_VOLUME}."
         )
     for key in ("name", "mount"):
         if not isinstance(volume[key], str):
             raise BadConfiguration(
-                f"Pod(volumes=…): {key}={volume[key]!r} is no text; expected as in {form}."
+                f"Pod(volumes=…): {key}={volume[key]!r} is no text; expected as in {_VOLUME}."
             )
         good = _NAME.fullmatch(volume[key]) if key == "name" else volume[key].startswith("/")
         if not good and not _is_template(volume[key]):
-            raise BadConfiguration(f"Pod(volumes=…): {key}={volume[key]!r}; expected as in {form}.")
+            raise BadConfiguration(f"Pod(volumes=…): {key}={volume[key]!r}; expected as in {_VOLUME}.")
+
+
+def _check_security(settings: PodSettings) -> None:
+    security: Any = settings.security
+    if _is_template(security):
+        return
+    known = OF_CONTAINER | OF_POD | OF_SPEC
+    for key in security:
+        if key not in known:
+            raise BadConfiguration(f"Pod(security=…): {key!r} is unknown; {did_you_mean(key, known)}")
+    # A pod_template may have its own runAsNonRoot.
+    if security.get("runAsUser") == 0 and security.get("runAsNonRoot", settings.pod_template) is None:
+        raise BadConfiguration(
+            f"Pod(security={security!r}): pods run as root only where that is said; add 'runAsNonRoot': False."
+        )

@@ -21,28 +21,32 @@ class Pod(PodSettings, Runner):
 
     Everything but the numbers may be a template. What is left out comes from ``pod_template``, else from the defaults.
 
-    :param image: an image with a Python that has lepton_airflow and what the stage needs.
-    :param namespace: where the pod is made; default: the Connection's, else the worker's own, else ``default``.
+    :param image: an image with a Python that has lepton_airflow and the stage's libraries; ``image_pull_policy``: when
+        it is pulled, default: the cluster's.
+    :param namespace: where the pod is created; default: the Connection's, else the worker's own, else ``default``.
     :param cpu: cores to reserve, such as ``"500m"`` (the default) or ``"4"``; ``cpu_limit``: cores it may use, default: all.
-    :param memory: memory to reserve, such as ``"2Gi"`` (the default); ``memory_limit``: where it is killed; default: there.
+    :param memory: memory to reserve, such as ``"2Gi"`` (the default); ``memory_limit``: above it the stage is killed,
+        default: the same.
     :param gpus: number of GPUs, of the kind ``gpu_resource``.
     :param node_selector: labels that the node must have; ``affinity`` and ``tolerations`` as Kubernetes writes them.
+    :param service_account: name in the cluster, as ``priority_class`` and ``runtime_class`` are; default: the namespace's.
     :param volumes: what to mount: ``{"name": "data", "mount": "/data", "pvc": "claim"}``, or instead of ``pvc`` one of
         ``host_path``, ``config_map``, ``secret``, ``empty_dir``; ``"read_only": True`` if so.
-    :param env: environment variables. No secrets: they show in the serialized DAG.
+    :param env: environment variables. No secrets: they show in the serialized DAG. The same holds for the pod's ``labels``
+        and ``annotations``.
     :param pull_secrets: names of the Secrets that open the image's registry.
-    :param pod_template: a pod as a dict, or the path of its YAML on the worker, that all this lies over.
+    :param pod_template: a pod, as a dict or as the path of its YAML on the worker; the settings given here override it.
     :param queue: the Kueue queue that admits the pod.
     :param security: fields of Kubernetes' security contexts to override, such as ``{"runAsUser": 1000}``.
     :param schedule_timeout_s: time to find a node [seconds]; default: 300, with GPUs 1200.
     :param start_timeout_s: time from there until the stage starts, mostly the image's pull [seconds].
     :param run_timeout_s: time the stage may take [seconds].
-    :param admission_timeout_s: time that a quota or a queue may hold it back [seconds].
-    :param preemption_limit: how often one try submits it again after an eviction, a preemption or a lost node.
+    :param admission_timeout_s: time for which a quota or a queue may hold the pod back [seconds].
+    :param preemption_limit: how often one try submits again after an eviction, a preemption or a lost node.
     :param deferrable: whether to wait without a worker slot; default: ``[operators] default_deferrable``.
     :param python: the interpreter in the image.
     :param grace_s: time between asking the stage to stop and killing it [seconds].
-    :param keep_pod: which pods stay when they have ended: ``never``, ``failed``, ``always``. They keep their Secret.
+    :param keep_pod: which pods stay after they have ended: ``never``, ``failed``, ``always``. They keep their Secret.
     :param kubernetes_conn_id: the Connection that opens the cluster; default: ``kubernetes_default`` where it exists, else
         the service account of the worker's own pod, else its kubeconfig. ``config_file``, ``cluster_context`` and
         ``in_cluster`` as in a ``KubernetesPodOperator``.
@@ -53,7 +57,10 @@ class Pod(PodSettings, Runner):
     _attempt: Attempt | None = field(default=None, init=False, repr=False, compare=False)
 
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
-        """Bring the request to its end in a pod, and return the receipt that this pod left in the store."""
+        """Bring the request to its end in a pod, and return the receipt that this pod left in the store.
+
+        :raises TaskDeferred: the task waits in a trigger, and Airflow calls its operator's ``resume`` afterwards.
+        """
         from lepton_airflow.pods.attempt import Attempt
 
         self._attempt = attempt = Attempt(
@@ -74,8 +81,9 @@ class Pod(PodSettings, Runner):
 
             trigger = PodTrigger(**outcome.trigger)
         except Exception:
-            raise  # what fails leaves a pod to the next try
-        except BaseException:  # Airflow's execution_timeout, or an interrupt
+            raise  # an error leaves the pod to the next try
+        except BaseException:
+            # Airflow's execution_timeout, or an interrupt.
             attempt.delete_own()
             raise
         finally:
@@ -83,10 +91,10 @@ class Pod(PodSettings, Runner):
         raise TaskDeferred(trigger=trigger, method_name="resume", kwargs={"kept": outcome.state})
 
     def cancel(self) -> None:
-        """Delete the pod of :meth:`run` if its own try still owns it, unless Airflow still wants the task.
+        """Delete the pod of :meth:`run` if its try still owns it, unless Airflow still wants the task.
 
-        Airflow calls this when somebody ends the task, and also when its worker shuts down: then the pod goes on, and the
-        next try adopts it.
+        Airflow calls this when somebody ends the task, and also when its worker shuts down. In the latter case the pod goes
+        on, and the next try adopts it.
         """
         if self._attempt is not None:
             self._attempt.cancel()

@@ -137,7 +137,7 @@ def trigger(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "kubeconfig").write_text(json.dumps(config))
     monkeypatch.setenv("AIRFLOW_CONN_KUBERNETES_DEFAULT", "kubernetes://")
     monkeypatch.setattr(triggers, "_SOONEST_S", 0.0)
-    monkeypatch.setattr(triggers, "_CREATE_S", 0.05)
+    monkeypatch.setattr(triggers, "_ROOM_EVERY_S", 0.05)
     monkeypatch.setattr(watch, "REFUSAL_SURE_S", 0.5)
 
     def make(run_key: str, **changes: Any) -> PodTrigger:
