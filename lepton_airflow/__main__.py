@@ -368,7 +368,7 @@ def _environments(args: argparse.Namespace) -> Path:
 def _envs_ls(args: argparse.Namespace) -> int:
     from lepton_airflow.execution import environments
 
-    for e in environments.kept(_environments(args)):
+    for e in environments.list_environments(_environments(args)):
         used = datetime.fromtimestamp(e.used, UTC).isoformat(timespec="seconds")
         size = f"{(e.bytes or 0) >> 20:,} MiB" if e.bytes else ""
         print(f"{used}  {e.state:<10} {size:>10}  {e.name}  {', '.join(e.requirements)}".rstrip())

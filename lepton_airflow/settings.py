@@ -5,7 +5,7 @@ store              URI of the artifact store; default: ``lepton`` under AIRFLOW_
 store_conn_id      id of the Connection that opens the store; default: ambient identity
 runner             default runner: ``Subprocess``, or JSON such as ``{"Subprocess": {"memory_limit_mb": 4096}}``
                    or ``{"Venv": {"extras": "drift"}}``; ``Venv`` alone gives each stage what its own extra brings
-environments       folder where ``Venv`` keeps what it builds; default: ``lepton_airflow/environments`` in the user's
+environments       folder of the environments that ``Venv`` builds; default: ``lepton_airflow/environments`` in the user's
                    cache (``XDG_CACHE_HOME``, else ``~/.cache``)
 constraints        path or URL of the constraints file of those environments; default: none
 deployment         name of this Airflow, when several share one store; default: ``airflow``
@@ -21,24 +21,27 @@ from lepton_airflow.errors import BadConfiguration
 
 
 def setting(name: str, fallback: str | None = None) -> str | None:
-    """One value of the ``[lepton]`` section, or the fallback when it is not set; without Airflow, of the environment."""
+    """One value of the ``[lepton]`` section, or the fallback when it is not set.
+
+    Without Airflow, where only a stage's libraries are installed, the environment variable is read instead.
+    """
     try:
         from airflow.configuration import conf
-    except ModuleNotFoundError:  # the door where only a stage's libraries are installed
+    except ModuleNotFoundError:
         return os.environ.get(f"AIRFLOW__LEPTON__{name.upper()}") or fallback
     value: str | None = conf.get("lepton", name, fallback=None)
     return value or fallback
 
 
 def default_store() -> str:
-    """Where artifacts go when neither the task nor the installation says it."""
+    """The URI of the installation's artifact store: ``[lepton] store``, else ``lepton`` under AIRFLOW_HOME."""
     from airflow.configuration import AIRFLOW_HOME
 
     return setting("store") or f"{AIRFLOW_HOME}/lepton"
 
 
 def default_ttl_s() -> float | None:
-    """The installation's age limit of cache entries in seconds."""
+    """The age above which a cache entry is a miss [seconds]; None: entries do not age."""
     text = setting("cache_ttl_s")
     try:
         return float(text) if text else None

@@ -1,4 +1,4 @@
-"""What comes out of a run of a stage, as those read it who started it: the receipt, and the lines of the log."""
+"""How the output of ``python -m lepton_airflow run`` is read where it was started: its receipt, and the lines of its log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lepton_airflow.errors import RunnerError, from_record
 
 
 def settle(request: Request, receipt: Receipt) -> Receipt:
-    """The receipt if it is of this request and good; else raises what it records."""
+    """The receipt, if it answers this request and records no error; else raises RunnerError, or the error it records."""
     if receipt.run_key != request.run_key or receipt.stage != request.stage:
         raise RunnerError(
             f"{request.stage}: the receipt is of {receipt.stage} with run key {receipt.run_key}, expected "
@@ -25,6 +25,6 @@ _LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
 
 
 def level_of(line: str) -> tuple[int, str]:
-    """The level of a line of the door's output, and what it says."""
+    """The level of a line of output, and its text without the level; a line that begins with no level is INFO."""
     found = _LEVEL.match(line)
     return (getattr(logging, found[1]), line[found.end() :]) if found else (logging.INFO, line)

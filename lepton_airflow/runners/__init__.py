@@ -1,7 +1,7 @@
-"""Where a stage runs: one file here is one place. A runner knows no ML; every one opens the same door.
+"""Where does a stage run? One file here is one place, and knows no ML.
 
 A runner is a mutable dataclass: settings in the constructor, host-independent defaults, a stable ``repr``. It starts
-``python -m lepton_airflow run`` somewhere, waits, and returns the receipt, or raises the error the receipt records.
+``python -m lepton_airflow run`` somewhere, waits, and returns the receipt, or raises the error that the receipt records.
 Each passes ``lepton_airflow.testing.RunnerConformance``. A file ``my_place.py`` here with a runner ``MyPlace`` in it is
 ``lepton_airflow.runners.MyPlace``, and a name for ``[lepton] runner``.
 """
@@ -25,9 +25,12 @@ from lepton_airflow.settings import setting
 class Runner(ABC):
     """One place where a stage can run.
 
-    A runner must: hand ``connections`` over without writing them to disk, argv, environment or log; bring the stage's
-    log lines into the ``lepton_airflow.stage`` logger while it runs; leave no process behind, however the run ends;
-    and return a receipt only when the stage wrote one for this run key.
+    A runner must:
+
+    - hand ``connections`` over without writing them to disk, argv, environment or log;
+    - forward the stage's log lines to the logger ``lepton_airflow.stage`` while it runs;
+    - leave no process behind, however the run ends;
+    - return a receipt only when the stage wrote one for this run key.
 
     :cvar local: whether its stages see the worker's files.
     """
@@ -36,9 +39,11 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
-        """Run the request to its end; raises the LeptonError that the receipt records, or RunnerError without one.
+        """Run the request to its end; raises the LeptonError that the receipt records, or RunnerError without a receipt.
 
-        :param context: Airflow's context, empty without Airflow. A runner that defers finds under ``lepton`` what it kept.
+        :param connections: the contents of the Connections that the request names.
+        :param context: Airflow's context; empty without Airflow. A runner that deferred the task finds under ``lepton`` what
+            it passed to the deferral.
         """
 
     @abstractmethod
@@ -46,13 +51,13 @@ class Runner(ABC):
         """Stop what :meth:`run` started: ask, wait for the grace period, then kill. Safe to call at any time."""
 
     def rendered(self, render: Callable[[Any], Any]) -> Self:
-        """The runner with its templated settings rendered: a copy, for several tasks may share this one."""
-        del render  # a runner on the worker has no settings that differ from run to run
+        """The runner with its templated settings rendered: a copy, because several tasks may share this one."""
+        del render  # by default a runner has no templated settings
         return self
 
 
 def default_runner() -> Runner:
-    """The installation's runner: a name, or JSON of one name with its settings."""
+    """The runner that ``[lepton] runner`` names, or describes as JSON of one name with its settings."""
     text = setting("runner", "Subprocess") or "Subprocess"
     try:
         value: Any = json.loads(text) if text.lstrip().startswith("{") else {text: {}}
@@ -73,7 +78,7 @@ def default_runner() -> Runner:
 
 
 def __getattr__(name: str) -> Any:
-    """The runner of that name, imported when it is first asked for: parsing a DAG costs what the DAG uses."""
+    """The runner of that name, imported when it is first used, so that parsing a DAG imports no other runner."""
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
