@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from lepton_airflow.connections import Connection, redactor
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.errors import DO_NOT_RETRY, PREEMPTED, ContractError, PodFailed, Preempted, RunnerError
-from lepton_airflow.execution.output import level_of, settle
+from lepton_airflow.execution.output import level_of
 from lepton_airflow.pods import ADMITTED, IDENTITY, LOCAL_TRY, NONCE, SETTLED, TRY, PodJson
 from lepton_airflow.pods.cluster import Cluster
 from lepton_airflow.pods.diagnosis import (
@@ -353,14 +353,14 @@ class Attempt:
             if receipt.error:
                 self._report(pod)
             self._delete_or_keep(pod, failed=receipt.error is not None)
-            return settle(self.request, receipt)
+            return receipt
         known = pod or self._gone_pod()
         diagnosis = diagnose(known, self.cluster.events(known))
         again = diagnosis is not None and diagnosis.then == "resubmit" and self._may_resubmit()
         self._log_the_rest(pod, again=again)
         if receipt is not None and not again:  # preempted, and preemption_limit is reached
             self._delete_or_keep(pod, failed=True)
-            return settle(self.request, receipt)
+            return receipt
         if diagnosis is None:
             code = (termination(pod) or {}).get("exitCode") if pod else None
             self._report(pod)

@@ -17,8 +17,7 @@ from typing import Any, ClassVar, Self
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.errors import BadConfiguration, did_you_mean
-from lepton_airflow.execution.output import settle
+from lepton_airflow.errors import BadConfiguration, RunnerError, did_you_mean, from_record
 from lepton_airflow.settings import setting
 
 
@@ -54,6 +53,18 @@ class Runner(ABC):
         """The runner with its templated settings rendered: a copy, because several tasks may share this one."""
         del render  # by default a runner has no templated settings
         return self
+
+
+def settle(request: Request, receipt: Receipt) -> Receipt:
+    """The receipt, if it answers this request and records no error; else raises RunnerError, or the error it records."""
+    if receipt.run_key != request.run_key or receipt.stage != request.stage:
+        raise RunnerError(
+            f"{request.stage}: the receipt is of {receipt.stage} with run key {receipt.run_key}, expected "
+            f"{request.run_key}: two runs share a place; clear the task."
+        )
+    if receipt.error:
+        raise from_record(receipt.error["kind"], receipt.error["message"], int(receipt.error["exit_code"]))
+    return receipt
 
 
 def default_runner() -> Runner:

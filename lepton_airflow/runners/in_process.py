@@ -8,9 +8,8 @@ from typing import Any
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.execution.output import settle
 from lepton_airflow.execution.run_stage import perform
-from lepton_airflow.runners import Runner
+from lepton_airflow.runners import Runner, settle
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
 from lepton_airflow.pods.settings import PodSettings
-from lepton_airflow.runners import Runner
+from lepton_airflow.runners import Runner, settle
 
 if TYPE_CHECKING:
     from lepton_airflow.pods.attempt import Attempt
@@ -74,7 +74,7 @@ class Pod(PodSettings, Runner):
         try:
             outcome = attempt.run()
             if isinstance(outcome, Receipt):
-                return outcome
+                return settle(request, outcome)
             from airflow.providers.common.compat.sdk import TaskDeferred
 
             from lepton_airflow.triggers.pod import PodTrigger

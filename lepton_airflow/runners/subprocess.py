@@ -35,10 +35,10 @@ from lepton_airflow.errors import (
     RunnerError,
     from_record,
 )
-from lepton_airflow.execution.output import level_of, settle
+from lepton_airflow.execution.output import level_of
 from lepton_airflow.execution.processes import MARK, kill_marked, signal_group
 from lepton_airflow.execution.run_stage import recall
-from lepton_airflow.runners import Runner
+from lepton_airflow.runners import Runner, settle
 
 if TYPE_CHECKING:
     import psutil

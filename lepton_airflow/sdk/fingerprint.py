@@ -38,9 +38,17 @@ def versions(stage: type[Stage]) -> dict[str, str]:
 
 
 def cache_key(stage: Stage, run: RunInfo) -> str | None:
-    """Name the result of a stage by all it depends on: code, engines, parameters, window, digests of inputs.
+    """Name the result of a stage by all that it depends on; None when some input has no digest, so nothing may be reused."""
+    parts = cache_key_parts(stage, run)
+    return None if parts is None else digest_of(list(parts.values()))
 
-    None when some input has no digest, so that nothing may be reused.
+
+def cache_key_parts(stage: Stage, run: RunInfo) -> dict[str, Any] | None:
+    """What the cache key is made of, by name: of two runs that should be equal, the part that differs is why one missed.
+
+    ``code`` is the digest of the stage's sources, ``engines`` the versions of the libraries it names, ``inputs`` the digests
+    of its artifacts and of the user's code, ``machine`` the CPU's model for a stage that measures it. Where an artifact
+    lies does not count. None when some input has no digest.
     """
     inputs = stage.input_digests(run)
     if inputs is None:
@@ -50,11 +58,20 @@ def cache_key(stage: Stage, run: RunInfo) -> str | None:
     for name, marker in markers(kind).items():
         if marker == "artifact" and name in parameters:
             parameters[name] = _without_location(parameters[name])
-    window = [run.window.start, run.window.end] if run.window and kind.windowed else None
-    machine = cpu_model() if kind.measures_machine else None
-    return digest_of(
-        [kind.__name__, own_code_digest(kind), versions(kind), parameters, window, inputs, machine]
-    )
+    return {
+        "stage": kind.__name__,
+        "code": own_code_digest(kind),
+        "engines": versions(kind),
+        "parameters": parameters,
+        "window": [run.window.start, run.window.end] if run.window and kind.windowed else None,
+        "inputs": inputs,
+        "machine": cpu_model() if kind.measures_machine else None,
+    }
+
+
+def in_short(parts: Mapping[str, Any]) -> str:
+    """The parts of a cache key in one line, each by the first digits of its digest: for a log, where they are compared."""
+    return " ".join(f"{name}={digest_of(value)[:8]}" for name, value in parts.items() if name != "stage")
 
 
 def _without_location(value: Any) -> Any:

@@ -1,0 +1,19 @@
+"""What can be asked of ``python -m lepton_airflow``: one file is one command."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+from lepton_airflow.errors import ContractError
+from lepton_airflow.store.files import Store
+
+# argparse has no public name for what add_subparsers() returns.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
+
+
+def store_of(args: argparse.Namespace) -> Store:
+    """The store that ``--store`` names; raises ContractError when nothing does."""
+    if not args.store:
+        raise ContractError("which store? Pass --store URI, or set AIRFLOW__LEPTON__STORE.")
+    return Store(args.store)
