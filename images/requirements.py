@@ -2,8 +2,9 @@
 
     python images/requirements.py train,s3 < pyproject.toml
 
-Airflow is left out: a stage runs by `python -m lepton_airflow run`, which does not import it. Standard library only, since this
-runs before anything is installed. It reads pyproject.toml instead of the package, so that a change of code installs nothing anew.
+Airflow is left out: a stage runs by `python -m lepton_airflow run`, which does not import it. Standard library only, because
+this runs before anything is installed. It reads pyproject.toml instead of the package, so that a change of code installs
+nothing anew.
 """
 
 # ruff: noqa: INP001 - a script, no package

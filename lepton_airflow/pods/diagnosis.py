@@ -297,35 +297,18 @@ _HAPPENED = {
 
 def _disrupted(view: _PodView) -> Diagnosis | None:
     """The cluster or somebody removed the pod. No code is to blame, so a new pod may go on from the checkpoint."""
-    reason = message = ""
-    target = view.condition("DisruptionTarget", "True")
-    workload = view.condition("TerminationTarget", "True")  # set by Kueue on a pod that has to make room
-    event = view.event(*_BY_EVENT)
-    # The kubelet's own reason comes first: its condition is the same for every pod that it ends.
-    if view.reason in _BY_REASON:
-        reason, message = _BY_REASON[view.reason], view.message
-    elif target:
-        reason, message = (
-            _BY_CONDITION.get(target.get("reason") or "", "Evicted"),
-            target.get("message") or "",
-        )
-    elif workload:
-        reason, message = "Preempted", workload.get("message") or ""
-    elif event and (view.deleted or not view.exists):
-        reason, message = _BY_EVENT[event["reason"]], event.get("message") or ""
-    elif (view.ended or {}).get("reason") == "ContainerStatusUnknown" and not view.deleted:
-        reason, message = "NodeLost", (view.ended or {}).get("message") or ""
-    if reason == "NodeLost" and not (target or view.deleted or view.phase == "Failed" or not view.exists):
+    reason, message = _disruption(view)
+    if reason == "NodeLost" and not _is_given_up(view):
         return _node_away(view)
+    # The stage itself caused such an eviction, and would cause it again.
+    if reason and re.search(r"exceed(?:s|ed) .*limit", message):
+        return Diagnosis(
+            "Evicted",
+            f"{view.stage} wrote more to disk than pod {view.name} may and was evicted ({_clip(message)}): give the volume or "
+            "ephemeral-storage a higher limit, or write less to its work directory.",
+            "retry",
+        )
     if reason:
-        # The stage itself caused this eviction, and would cause it again.
-        if re.search(r"exceed(?:s|ed) .*limit", message):
-            return Diagnosis(
-                "Evicted",
-                f"{view.stage} wrote more to disk than pod {view.name} may and was evicted ({_clip(message)}): give the volume or "
-                "ephemeral-storage a higher limit, or write less to its work directory.",
-                "retry",
-            )
         why = f" ({_clip(message)})" if message else ""
         return Diagnosis(
             reason,
@@ -355,6 +338,32 @@ def _disrupted(view: _PodView) -> Diagnosis | None:
         # The node controller set Ready to False: the kubelet would have given a reason.
         return _node_away(view)
     return None
+
+
+def _disruption(view: _PodView) -> tuple[str, str]:
+    """The reason of a disruption and the message about it, from wherever this version of Kubernetes has them; else empty."""
+    target = view.condition("DisruptionTarget", "True")
+    workload = view.condition("TerminationTarget", "True")  # set by Kueue on a pod that has to make room
+    event = view.event(*_BY_EVENT)
+    ended = view.ended or {}
+    # The kubelet's own reason comes first: its condition is the same for every pod that it ends.
+    if view.reason in _BY_REASON:
+        return _BY_REASON[view.reason], view.message
+    if target:
+        return _BY_CONDITION.get(target.get("reason") or "", "Evicted"), target.get("message") or ""
+    if workload:
+        return "Preempted", workload.get("message") or ""
+    if event and (view.deleted or not view.exists):
+        return _BY_EVENT[event["reason"]], event.get("message") or ""
+    if ended.get("reason") == "ContainerStatusUnknown" and not view.deleted:
+        return "NodeLost", ended.get("message") or ""
+    return "", ""
+
+
+def _is_given_up(view: _PodView) -> bool:
+    """Whether the cluster has given the pod up, so that no container of it can still run on a node that is away."""
+    gone = not view.exists or view.deleted or view.phase == "Failed"
+    return gone or view.condition("DisruptionTarget", "True") is not None
 
 
 def _node_away(view: _PodView) -> Diagnosis:
