@@ -13,8 +13,8 @@ task_state what Airflow says of a task
 sweep      what tasks have left in a namespace, behind ``python -m lepton_airflow pods``
 ========== =========================================================================================================
 
-The first four decide and ask nobody. Nothing here knows the runner :class:`lepton_airflow.runners.Pod` or the trigger
-:class:`lepton_airflow.triggers.pod.PodTrigger`, which are built on it.
+Only ``cluster`` and ``watch`` call the API server, and only ``task_state`` asks Airflow for a task. Nothing here knows the
+runner :class:`lepton_airflow.runners.Pod` or the trigger :class:`lepton_airflow.triggers.pod.PodTrigger`, which stand on it.
 """
 
 from __future__ import annotations
