@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from pods import arenas, lacks
@@ -61,16 +62,15 @@ def measure() -> dict[str, Any]:
                     if done in IMPATIENT and how == "sync":
                         continue  # the short clocks are those of the deferred DAG
                     where = "impatient" if done in IMPATIENT else how
-                    pool.submit(note, drill, column, lambda d=done, a=arena, w=where: d(a, w))
+                    pool.submit(note, drill, column, partial(done, arena, where))
             killed = ("worker",) if how == "sync" else ("triggerer", "scheduler")
             for name in killed:
-                note(
-                    f"kill -9 of the {name}",
-                    column,
-                    lambda a=arena, n=name, h=how: (
-                        disturb.worker_killed(a, h) if n == "worker" else disturb.component_killed(a, h, n)
-                    ),
+                kill = (
+                    partial(disturb.worker_killed, arena, how)
+                    if name == "worker"
+                    else partial(disturb.component_killed, arena, how, name)
                 )
+                note(f"kill -9 of the {name}", column, kill)
     return {"drills": len(cells), "cells": cells}
 
 

