@@ -102,6 +102,7 @@ def _annotation(text: str) -> str:
     names = set(re.findall(r"[A-Za-z_][\w.]*", re.sub(r"'[^']*'|\"[^\"]*\"", "", text)))
     if not names <= KNOWN:
         return "Any"
+    text = re.sub(r"\bdict\b(?!\[)", "dict[str, Any]", text)
     # A dict or a list of fewer kinds of values is one of more kinds only if nobody writes to it.
     return re.sub(r"\blist\[", "Sequence[", re.sub(r"\bdict\[", "Mapping[", text))
 

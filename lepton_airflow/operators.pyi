@@ -28,7 +28,7 @@ class _TaskArguments(TypedDict, total=False):
     wait_for_downstream: bool
     dag: DAG | None
     params: Any
-    default_args: dict | None
+    default_args: Mapping[str, Any] | None
     priority_weight: int
     weight_rule: Any
     queue: str
@@ -50,7 +50,7 @@ class _TaskArguments(TypedDict, total=False):
     max_active_tis_per_dag: int | None
     max_active_tis_per_dagrun: int | None
     executor: str | None
-    executor_config: dict | None
+    executor_config: Mapping[str, Any] | None
     do_xcom_push: bool
     multiple_outputs: bool
     inlets: Any | None
