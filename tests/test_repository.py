@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -104,10 +105,29 @@ def test_the_changelog_has_a_place_for_what_comes() -> None:
     assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_architecture_page_names_every_module() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    package = ROOT / "lepton_airflow"
-    parts = {p.name for p in package.glob("*.py")} | {
-        f"{p.parent.name}/" for p in package.glob("*/__init__.py")
-    }
-    assert sorted(part for part in parts - {"__init__.py"} if part not in page) == []
+def test_the_architecture_page_names_every_file_and_layer() -> None:
+    spec = importlib.util.spec_from_file_location("architecture", ROOT / ".ci" / "make_architecture.py")
+    assert spec
+    assert spec.loader
+    architecture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architecture)
+    page = architecture.PAGE.read_text()
+    assert page == architecture.page(), "run: .venv/bin/python .ci/make_architecture.py"
+    files = {file.name for file in (ROOT / "lepton_airflow").rglob("*.py")} - {"__init__.py"}
+    assert [file for file in files if f"[`{file}`]" not in page] == []
+
+
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("docs/reference/*.md"),
+    *ROOT.glob("tests/*.md"),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_file_that_a_page_names_is_there(page: Path) -> None:
+    named = re.findall(r"`([\w.-]+/[\w./-]*\.\w+)`", page.read_text())
+    assert [
+        file for file in named if not any((base / file).exists() for base in (ROOT, ROOT / "lepton_airflow"))
+    ] == []
