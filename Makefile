@@ -36,7 +36,7 @@ lint: setup ## Check style, types, the layers of the architecture, shell scripts
 	.venv/bin/codespell $$(git ls-files)
 
 docs: setup ## Build the documentation as one site, in site/; it loads nothing from elsewhere
-	.venv/bin/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict # without Material's notice: see mkdocs.yml
 
 bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py
