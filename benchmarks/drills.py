@@ -1,9 +1,9 @@
-"""What becomes of a task in a pod when something befalls it: `Pod` and a plain `KubernetesPodOperator`, side by side.
+"""What becomes of a task in a pod when it is disturbed: `Pod` and a plain `KubernetesPodOperator`, side by side.
 
-Each drill is done for real, once, on a real Airflow (heartbeats noticed after 15 s, `retries=1`) and the cluster of
-`$KUBECONFIG`, with the image of `$LEPTON_TEST_IMAGE`. A cell says the task's final state, how many pods were ever made for it, how many
-of them still ran when it had ended, the tries it used, and the seconds it took. The stage waits for a file and ends when the
-drill is over. `tests/cluster/test_drills.py` asserts the last column.
+Each disturbance is produced once, on a real Airflow (missing heartbeats noticed after 15 s, `retries=1`) and the cluster of
+`$KUBECONFIG`, with the image of `$LEPTON_TEST_IMAGE`. A cell gives the task's final state, the number of pods that were ever made for
+it, how many of them still ran when it had ended, the number of tries, and the seconds that it took. The stage waits for a file and ends
+when the disturbance is over. `tests/cluster/test_drills.py` asserts the last column.
 """
 
 from __future__ import annotations

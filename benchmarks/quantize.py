@@ -1,10 +1,10 @@
 """What QuantizeModel decides for models of five kinds, and whether the decision holds when it is checked again.
 
-Per model the candidates are measured as the stage measures them, on rows that choosing may use; then what was shipped is
-checked against fp32 in fresh rounds and on held-out rows. `shipped_slower_or_worse` counts the models whose shipped form
+For each model the candidates are measured as the stage measures them, on rows that the choice may use. Then the chosen form is
+checked against fp32, in new rounds and on held-out rows. `shipped_slower_or_worse` counts the models whose chosen form
 is slower there (median ratio below 0.97 at some batch size, the stage's own margin) or worse (metric lower by more than
-its margin). One thread.
-`speedup_…` is the shipped form's at the largest batch in the check, `size_…` its share of fp32's bytes.
+the stage's margin). `speedup_…` is the chosen form's speed over that of fp32 at the largest batch of the check, `size_…` its bytes over
+those of fp32. One thread.
 """
 
 from __future__ import annotations
