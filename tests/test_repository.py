@@ -125,7 +125,7 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_a_file_that_a_page_names_is_there(page: Path) -> None:
     named = re.findall(r"`([\w.-]+/[\w./-]*\.\w+)`", page.read_text())
     assert [
