@@ -47,9 +47,9 @@ class Case:
             yield self.rows(slice(start, min(start + step, self.train.stop)))
 
     def predict(self, model: bytes, part: slice) -> Any:
-        from lepton_airflow.packaging.compression.quantize import open_session
+        from lepton_airflow.packaging.session import open_session
 
-        (predicted,) = open_session(model, 1).run(["probabilities"], self.rows(part))
+        (predicted,) = open_session(model).run(["probabilities"], self.rows(part))
         return predicted
 
     def timing(self, part: slice) -> dict[int, list[dict[str, Any]]]:
@@ -68,7 +68,7 @@ class Case:
 
 def measure(seconds: float = SECONDS, epochs: int = 6) -> dict[str, float]:
     """Choose and check for each kind of model."""
-    from lepton_airflow.packaging.compression.quantize import cpu_flags
+    from lepton_airflow.packaging.compression.convert import cpu_flags
     from lepton_airflow.sdk.fingerprint import cpu_model
 
     print(f"{cpu_model()}, {' '.join(cpu_flags())}, 1 thread, {ROUNDS} rounds of fresh sessions")
@@ -85,7 +85,9 @@ def measure(seconds: float = SECONDS, epochs: int = 6) -> dict[str, float]:
 
 def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bool, float, float]:
     """Decide as the stage does, print the table, and judge the decision anew."""
-    from lepton_airflow.packaging.compression.quantize import Judge, Work, compare, time_side_by_side
+    from lepton_airflow.packaging.compression.compare import Work, compare
+    from lepton_airflow.packaging.compression.latency import time_side_by_side
+    from lepton_airflow.packaging.compression.quality import Judge
 
     judge = Judge(y=case.y[case.choose], metric="roc_auc", max_loss=MAX_LOSS)
     work = Work(
@@ -156,8 +158,9 @@ def _tabular(name: str, last: Any) -> Case:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    from lepton_airflow.packaging.export.fitted import Schema, as_fitted
-    from lepton_airflow.packaging.package import Feature
+    from lepton_airflow.data.features import Feature
+    from lepton_airflow.packaging.export.fitted import as_fitted
+    from lepton_airflow.packaging.schema import Schema
 
     sys.path.insert(0, str(ROOT / "demo"))
     from flights import land
