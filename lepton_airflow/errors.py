@@ -21,6 +21,7 @@ Every message is one sentence, or a few: what failed, on which value, what was e
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 DONE, FAILED, PREEMPTED, DO_NOT_RETRY, SKIP = 0, 1, 75, 80, 99
@@ -119,6 +120,19 @@ def _family(cls: type[LeptonError]) -> Iterable[type[LeptonError]]:
     yield cls
     for child in cls.__subclasses__():
         yield from _family(child)
+
+
+def is_transient(message: str) -> bool:
+    """Whether a service's message tells of a state that may be over at the next try: it is away, starting, or too busy."""
+    return _TRANSIENT.search(message) is not None
+
+
+_TRANSIENT = re.compile(
+    r"timed? ?out|timeout expired|connection (refused|reset|closed|aborted)|closed the connection|reset by peer"
+    r"|no route to host|unreachable|temporary failure|error sending request|too many (requests|clients|connections)"
+    r"|slow ?down|starting up|shutting down|terminating connection|database is locked",
+    re.IGNORECASE,
+)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

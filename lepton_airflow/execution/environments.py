@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from lepton_airflow.connections import hide_logins
 from lepton_airflow.contract import digest_of
 from lepton_airflow.errors import BadConfiguration, LeptonError, RunnerError, did_you_mean
 from lepton_airflow.settings import setting
@@ -137,7 +138,7 @@ class Environment:
                 say(f"environment {self.name} was left half-built: building it again")
                 (home / "environment.json").unlink(missing_ok=True)
                 shutil.rmtree(home)
-            shown = [_PASSWORD.sub("://***@", line) for line in self.requirements]
+            shown = [hide_logins(line) for line in self.requirements]
             say(f"building environment {self.name} with {self.installer}: {', '.join(shown)}")
             started = time.monotonic()
             try:
@@ -405,14 +406,13 @@ class _Installer:
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:
-                if text := _PASSWORD.sub("://***@", line.rstrip()):
+                if text := hide_logins(line.rstrip()):
                     lines.append(text)
                     self.say(text)
         if process.wait():
             raise _failure(self.name, lines, process.returncode)
 
 
-_PASSWORD = re.compile(r"://[^/\s@]+@")
 _ORNAMENT = re.compile(r"[×╰─▶├│▲]+|\b(ERROR|error|cause|Caused by):")
 _REASON = re.compile(r"^\s*(ERROR:|error:|×)")
 # Failures that a later try may not meet. All others come from the packages and the pins.

@@ -22,7 +22,7 @@ from pyiceberg.catalog import load_catalog
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, Window
 from lepton_airflow.data.sources import lakes
-from lepton_airflow.data.sources.files import Source
+from lepton_airflow.data.sources.spec import Source
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
 from lepton_airflow.execution.run_stage import perform
 from lepton_airflow.sdk.fingerprint import cache_key
@@ -426,10 +426,10 @@ def test_a_store_that_goes_away_while_it_is_read_may_be_tried_again() -> None:
     gone = (
         "C Data interface error: External error: Object Store error: Generic S3 error: Error performing GET …"
     )
-    with pytest.raises(LeptonError) as caught, lakes._sentences(source, None):
+    with pytest.raises(LeptonError) as caught, lakes._in_one_sentence(source, None):
         raise pa.ArrowInvalid(gone)
     assert caught.value.exit_code == 1
-    with pytest.raises(BadInput), lakes._sentences(source, None):
+    with pytest.raises(BadInput), lakes._in_one_sentence(source, None):
         raise pa.ArrowInvalid("Could not convert 'x' with type str: tried to convert to int64")
 
 
