@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from lepton_airflow.errors import ContractError
 
 PROTOCOL = 1
-MAX_RECEIPT_BYTES = 8192  # a receipt travels through XCom, which is a row of Airflow's database
+# A receipt travels through XCom, which is a row of Airflow's database.
+MAX_RECEIPT_BYTES = 8192
 
-RESERVED = frozenset(
-    {"return_value", "metrics"}
-)  # XCom keys of every receipt; no artifact or value may take them
+# XCom keys of every receipt; no artifact or value may take them.
+RESERVED = frozenset({"return_value", "metrics"})
 
 _PIN = re.compile(r"^(?P<uri>.+)@sha256:(?P<digest>[0-9a-f]{64})$", re.DOTALL)
 
@@ -42,7 +42,7 @@ def canonical_json(value: Any) -> str:
     """The one JSON text of a value: sorted keys, no spaces, no NaN."""
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        text.encode()  # see _json
+        text.encode()  # raises for half a surrogate pair, see _json
     except (TypeError, ValueError) as error:
         raise ContractError(
             f"a value cannot travel as JSON: {error}. Pass strings, numbers, lists, dicts."
@@ -104,7 +104,7 @@ class Request:
     cache_ttl_s: float | None = None  # a hit older than this is a miss; None: entries do not age
     store_connection: str | None = None  # id of the Connection that opens the store; None: ambient identity
     connections: tuple[str, ...] = ()  # ids of all Connections this request needs; never their contents
-    nonce: str = ""  # drawn anew whenever the stage is started; the receipt repeats it, so that none other is taken for it
+    nonce: str = ""  # drawn at each start of the stage; the receipt repeats it, which proves that it answers this start
     protocol: int = PROTOCOL
 
     @property
@@ -219,7 +219,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {
 def _json(value: Any, what: str, advice: str) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()  # half a surrogate pair, as in a file name that is no UTF-8, is no JSON
+        text.encode()  # raises for half a surrogate pair, as a file name that is no UTF-8 has: it is no JSON
     except (TypeError, ValueError) as error:
         raise ContractError(f"{what}: {error}. {advice}") from None
     return text

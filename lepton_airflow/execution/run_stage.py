@@ -1,4 +1,4 @@
-"""What happens around a stage, wherever it runs: cache, scratch space, receipt, and a stop when asked for one."""
+"""One run of a stage, wherever it runs: ask the cache, make scratch space, do the work, write the receipt, obey SIGTERM."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from lepton_airflow.errors import (
 )
 from lepton_airflow.sdk.fingerprint import cache_key_parts, in_short, versions
 from lepton_airflow.sdk.stage import Result, RunInfo, Stage
-from lepton_airflow.sdk.values import plain
+from lepton_airflow.sdk.values import plain_json
 from lepton_airflow.stages import build
 from lepton_airflow.store import cache
 from lepton_airflow.store.files import Store, now
 
 log = logging.getLogger(__name__)
 
-# Bytes: their digest takes a tenth of a second, and a process half a second to start.
+# Up to this size [bytes] inputs are digested on the worker before a process is started: a tenth of a second, where the
+# process takes half a second to start.
 _QUICKLY_READ = 64 << 20
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
@@ -62,28 +63,30 @@ def perform(
     except SystemExit as error:
         ended = f"{request.stage}: its code called sys.exit({error.code!r}); raise an error, or Skipped, to end a stage."
         receipt = _failed(request, LeptonError(ended), connections)
-    except Exception as error:  # noqa: BLE001 - every failure gets its receipt
+    except Exception as error:  # noqa: BLE001 - every failure gets a receipt
         if not isinstance(error, LeptonError):
             log.error("%s", redact(traceback.format_exc(), connections))  # noqa: TRY400 - log.exception would not redact
         receipt = _failed(request, error, connections)
     if receipt.status not in ("done", "cached"):
         receipt = replace(receipt, seconds=round(time.monotonic() - started, 3))
-    receipt = replace(receipt, nonce=request.nonce)  # not before: cache entries answer any request
+    # The cache entry was written without it: the entry answers any request, this receipt one alone.
+    receipt = replace(receipt, nonce=request.nonce)
     if store is not None:
         try:
             store.record(receipt)
-        except LeptonError as error:  # a receipt that cannot be kept is no proof
+        except LeptonError as error:
+            # The task may turn green only on a receipt in the store. A failure is told also without one.
             if not receipt.error:
                 return replace(_failed(request, error, connections), nonce=request.nonce)
     return receipt
 
 
 def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt | None:
-    """The receipt of an equal earlier run, kept as this one's too; None when the stage has to run.
+    """The receipt of an equal earlier run, recorded as this run's too; None when the stage has to run.
 
-    For a runner whose stages run in this very interpreter: a cached task then need not start one. Asked only where the
-    digests of the inputs are known or quickly found: a miss finds them twice. Whatever goes wrong is left to
-    :func:`perform`, which meets it again and says it.
+    For runners whose stages run with the worker's own interpreter and code: a cached task then starts no process. The cache
+    is asked only where the digests of the inputs are known or quickly computed, because a miss computes them twice. An
+    error is not raised here: :func:`perform` meets it again and reports it.
     """
     try:
         stage = build(request.stage, request.parameters)
@@ -93,7 +96,8 @@ def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt |
         to_read = stage.bytes_to_digest(store)
         if to_read is None or to_read > _QUICKLY_READ:
             return None
-        with _prepared(request, store, connections, lambda: False) as (_, _, hit):
+        # A miss is logged where the stage then runs.
+        with _prepared(request, store, connections, lambda: False, logging.DEBUG) as (_, _, hit):
             if hit is not None:
                 store.record(hit)
             return hit
@@ -104,9 +108,13 @@ def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt |
 
 @contextmanager
 def _prepared(
-    request: Request, store: Store, connections: Mapping[str, Connection], should_stop: Callable[[], bool]
+    request: Request,
+    store: Store,
+    connections: Mapping[str, Connection],
+    should_stop: Callable[[], bool],
+    level_of_a_miss: int = logging.INFO,
 ) -> Iterator[tuple[Stage, RunInfo, Receipt | None]]:
-    """The stage and what it may know of its run, with scratch space; and the receipt when the cache has it."""
+    """Build the stage, make its scratch space, ask the cache: the stage, its RunInfo, and the receipt of a hit."""
     stage = build(request.stage, request.parameters)
     with tempfile.TemporaryDirectory(prefix="lepton-") as scratch:
         run = RunInfo(
@@ -125,8 +133,9 @@ def _prepared(
         hit: Receipt | None = None
         if type(stage).cacheable and run.cache_key and request.cache == "use":
             hit, why = cache.lookup(store, request.stage, run.cache_key, request.cache_ttl_s)
-            log.info("cache %s", why)
-            log.info("cache key %s from %s", run.cache_key[:12], in_short(parts or {}))
+            level = level_of_a_miss if hit is None else logging.INFO
+            log.log(level, "cache %s", why)
+            log.log(level, "cache key %s from %s", run.cache_key[:12], in_short(parts or {}))
         elif type(stage).cacheable:
             reason = f"cache={request.cache!r}" if run.cache_key else "an input has no digest"
             log.info("cache not used: %s", reason)
@@ -150,8 +159,8 @@ def _perform(
             status="done",
             summary=result.summary,
             artifacts=dict(result.artifacts),
-            values=plain(result.values),
-            metrics=plain(result.metrics),
+            values=plain_json(result.values),
+            metrics=plain_json(result.metrics),
             links=dict(result.links),
             seconds=round(time.monotonic() - started, 3),
             versions=versions(kind),
@@ -162,7 +171,7 @@ def _perform(
             raise ContractError(
                 f"{request.stage} returned {', '.join(undeclared)}, which its `outputs` does not name."
             )
-        # Too large or not JSON: say so before it is recorded, also as the few bytes longer receipt of a hit.
+        # Raises when it is too large or not JSON, before it is recorded; as `cached` it is a few bytes longer.
         replace(receipt, status="cached").to_json()
         if kind.cacheable and request.cache != "off":
             cache.record(store, receipt)
@@ -186,7 +195,7 @@ def _run(kind: type[Stage], stage: Stage, run: RunInfo) -> Result:
     return result
 
 
-# Modules that an extra of this package brings; any other missing module is the user's own.
+# Modules that an extra of this package brings. Any other missing module is one that the user's code asks for.
 ENGINE_MODULES = frozenset(
     [
         "adbc_driver_manager",
@@ -236,7 +245,8 @@ def _failed(
     )
 
 
-_MAX_MESSAGE_BYTES = 3000  # as JSON: the message stands twice in a receipt of at most 8 KB
+# As JSON. The message stands in a receipt twice, and a receipt has at most 8 KB.
+_MAX_MESSAGE_BYTES = 3000
 
 
 def _clipped(text: str, limit: int = _MAX_MESSAGE_BYTES) -> str:
@@ -251,13 +261,15 @@ def _clipped(text: str, limit: int = _MAX_MESSAGE_BYTES) -> str:
     return text[: bisect.bisect_left(range(limit), True, key=lambda end: not room(end)) - 1] + "…"
 
 
-MAX_TERMINATION_BYTES = 4096  # Kubernetes cuts a container's termination message there
+# Kubernetes cuts a container's termination message at this size.
+MAX_TERMINATION_BYTES = 4096
 
 
 def in_brief(receipt: Receipt) -> str:
     """The receipt as JSON of at most 4096 bytes, for a container's termination message.
 
-    What it can do without goes first: the whole receipt is in the store. How the stage ended always stays.
+    When it is longer, metrics, versions, links, values and artifacts are left out in this order, and at last the texts are
+    cut. The whole receipt is in the store; how the stage ended is never left out.
     """
     spare: dict[str, Any] = {}
     for name in ("", "metrics", "versions", "links", "values", "artifacts"):
@@ -276,9 +288,8 @@ def stop_on_sigterm(kind: type[Stage] | None) -> Callable[[], bool]:
     def handle(_signum: int, _frame: Any) -> None:
         first = not asked.is_set()
         asked.set()
-        if first and (
-            kind is None or not kind.resumable
-        ):  # once: a second one must not break into the tidying up
+        # Raised once only: a second signal must not interrupt the cleaning up after the first.
+        if first and (kind is None or not kind.resumable):
             raise Preempted(
                 "asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again."
             )

@@ -26,16 +26,17 @@ def once_a_class(function: _F) -> _F:
 
 
 # Markers for a field's meaning. To a type checker and to a caller they are plain strings.
-ArtifactUri = Annotated[str, "artifact"]  # a URI, pinned or plain; its digest enters the cache key
-CodeRef = Annotated[
-    str, "code"
-]  # "module:function" or a standard model; its source's digest enters the cache key
-ConnectionId = Annotated[str, "connection"]  # id of an Airflow Connection that the stage needs at run time
+# A URI, pinned or plain: its digest enters the cache key.
+ArtifactUri = Annotated[str, "artifact"]
+# "module:function", or a standard model's name: the digest of its source enters the cache key.
+CodeRef = Annotated[str, "code"]
+# The id of an Airflow Connection that the stage needs at run time.
+ConnectionId = Annotated[str, "connection"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What :meth:`Stage.run` returns; the door makes the receipt of it."""
+    """What :meth:`Stage.run` returns; the receipt is made from it."""
 
     summary: str
     artifacts: dict[str, Artifact] = field(default_factory=dict)
@@ -49,8 +50,11 @@ class RunInfo:
     """What a stage may know about its run, and its only way to the store.
 
     :ivar workdir: an empty scratch directory, removed after the run.
-    :ivar window: the half-open span of data time this run is about, or None.
+    :ivar window: the half-open span of data time this run is about, or None; ``window_note`` says why it is None.
     :ivar connections: the Connections the stage declared, by id.
+    :ivar refresh: the user asked that no result of an earlier run be used.
+    :ivar should_stop: returns True once SIGTERM came.
+    :ivar pins: by source, the version that this run found to be current, so that it reads the same one throughout.
     """
 
     store: Store
@@ -58,12 +62,12 @@ class RunInfo:
     run_key: str
     identity: RunIdentity = field(default_factory=RunIdentity)
     window: Window | None = None
-    window_note: str = ""  # why there is no window
+    window_note: str = ""
     connections: Mapping[str, Connection] = field(default_factory=dict)
     cache_key: str | None = None
-    refresh: bool = False  # the user asked that nothing finished earlier be reused
-    should_stop: Callable[[], bool] = lambda: False  # True once SIGTERM came
-    pins: dict[str, Any] = field(default_factory=dict)  # what this run found to be current, by source
+    refresh: bool = False
+    should_stop: Callable[[], bool] = lambda: False
+    pins: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def local(cls, directory: str | Path, **overrides: Any) -> RunInfo:
@@ -117,23 +121,23 @@ class RunInfo:
 class Stage:
     """One stage of a model's life. Fields are parameters; every field is described by a ``:param`` line."""
 
-    cacheable: ClassVar[bool] = (
-        True  # False for what changes the world outside the store (a registry, an endpoint)
-    )
-    windowed: ClassVar[bool] = (
-        True  # False: the result does not depend on the run's window, so neither does the cache key
-    )
-    measures_machine: ClassVar[bool] = False  # True: the CPU model enters the cache key
-    resumable: ClassVar[bool] = False  # True: asks run.should_stop itself, so that SIGTERM loses nothing
-    engines: ClassVar[
-        tuple[str, ...]
-    ] = ()  # distributions whose versions enter the cache key and the receipt
-    extra: ClassVar[str] = ""  # the extra of lepton-airflow that brings them
-    links: ClassVar[
-        tuple[str, ...]
-    ] = ()  # names of the links it returns: buttons of the task in Airflow's UI
-    outputs: ClassVar[tuple[str, ...]] = ()  # names of the artifacts and values it returns: its XCom keys
-    emits: ClassVar[str] = ""  # name of the boolean value on which the task's AssetAlias outlets get an event
+    # False for what changes the world outside the store: a registry, an endpoint.
+    cacheable: ClassVar[bool] = True
+    # False where the result does not depend on the run's window: then the cache key does not either.
+    windowed: ClassVar[bool] = True
+    # True where something is measured on the machine: the CPU's model then enters the cache key.
+    measures_machine: ClassVar[bool] = False
+    # True for a stage that asks run.should_stop itself, so that SIGTERM loses no finished work.
+    resumable: ClassVar[bool] = False
+    # Distributions whose versions enter the cache key and the receipt, and the extra of lepton-airflow that brings them.
+    engines: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+    # Names of the links that it returns: buttons of the task in Airflow's UI.
+    links: ClassVar[tuple[str, ...]] = ()
+    # Names of the artifacts and values that it returns: its XCom keys.
+    outputs: ClassVar[tuple[str, ...]] = ()
+    # Name of the boolean value on which the task's AssetAlias outlets get an event.
+    emits: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -27,12 +27,12 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     if optional and value == "None":  # Jinja renders None as Python writes it
         return None
     options = typing.get_args(hint) if is_union(hint) else (hint,)
-    plain = [o for o in options if o is not type(None)]
-    for option in plain:
+    kinds = [o for o in options if o is not type(None)]
+    for option in kinds:
         if _fits(value, option):
             return float(value) if option is float else value
     if isinstance(value, str):
-        for option in plain:
+        for option in kinds:
             converted = _from_text(value, option)
             if converted is not None:
                 return converted
@@ -85,14 +85,14 @@ def _type_name(hint: Any) -> str:
     return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
-def plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """JSON values: numpy's scalars and arrays become numbers and lists, NaN and infinities become null."""
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [plain_json(v) for v in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return plain_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

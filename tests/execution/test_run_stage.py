@@ -14,7 +14,8 @@ import pytest
 from lepton_airflow.__main__ import main
 from lepton_airflow.connections import Connection, redactor
 from lepton_airflow.contract import PROTOCOL, Receipt, Request
-from lepton_airflow.execution.run_stage import in_brief, perform, plain
+from lepton_airflow.execution.run_stage import in_brief, perform
+from lepton_airflow.sdk.values import plain_json
 from lepton_airflow.stages import all_stages
 from lepton_airflow.store import Store
 from lepton_airflow.testing import probe
@@ -271,8 +272,14 @@ def test_values_of_engines_become_json() -> None:
         "a": np.arange(3),
         "t": (1, None, "x", True),
     }
-    assert plain(given) == {"1": 0.5, "nan": None, "inf": None, "a": [0, 1, 2], "t": [1, None, "x", True]}
-    assert json.dumps(plain(given))
+    assert plain_json(given) == {
+        "1": 0.5,
+        "nan": None,
+        "inf": None,
+        "a": [0, 1, 2],
+        "t": [1, None, "x", True],
+    }
+    assert json.dumps(plain_json(given))
 
 
 def test_a_receipt_that_cannot_be_kept_is_no_success(tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ from sklearn.datasets import load_breast_cancer
 
 from lepton_airflow.sdk import closure as closures
 from lepton_airflow.sdk.closure import closure, modules_named, package_digest
-from lepton_airflow.stages import all_stages
+from lepton_airflow.sdk.code import code_digest
+from lepton_airflow.stages import RunInfo, all_stages
+from lepton_airflow.stages.train_model import TrainModel
+from lepton_airflow.stages.tune_model import TuneModel
 
 PACKAGE = Path(closures.__file__).parents[1]
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -130,3 +133,31 @@ def test_nothing_is_loaded_at_run_time_that_the_text_does_not_name(tmp_path: Pat
     faces = {f"lepton_airflow.{file.partition('/')[0]}" for file in named if "/" in file}
     assert loaded - named <= names(closure(*faces))
     assert len(named) > 20
+
+
+def test_the_model_that_is_named_is_part_of_the_key_of_what_trains_it(tmp_path: Path) -> None:
+    run = RunInfo.local(tmp_path)
+    data = run.save("train.parquet", b"").uri
+    for stage in (TrainModel, TuneModel):
+        digests = {
+            name: (stage(dataset=data, trainer=name).input_digests(run) or {})["trainer[0]"]
+            for name in ("mlp", "linear_regression")
+        }
+        assert digests["mlp"] == package_digest("lepton_airflow.models.mlp")
+        assert digests["linear_regression"] != digests["mlp"]
+
+
+def test_user_code_counts_with_what_it_takes_of_this_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "standing.py").write_text("from lepton_airflow.models import fit_torch\n\ndef fit(): ...\n")
+    (tmp_path / "alone.py").write_text("def fit(): ...\n")
+    before = code_digest("standing:fit"), code_digest("alone:fit")
+    # As if one of the files behind fit_torch had changed.
+    monkeypatch.setattr(
+        "lepton_airflow.sdk.code.package_digest", lambda *modules: "changed" if modules else package_digest()
+    )
+    after = code_digest("standing:fit"), code_digest("alone:fit")
+    assert after[0] != before[0]
+    assert after[1] == before[1]
