@@ -14,11 +14,10 @@ from lepton_airflow.registry.ledger import (
     Ledger,
     LedgerEntry,
     Registration,
-    alias_targets,
+    Registrations,
     check_model_name,
     find_version,
     is_newer,
-    registrations,
 )
 from lepton_airflow.registry.mlflow import MlflowRegistry, glance, open_registry, resolve_tracking
 from lepton_airflow.sdk import backfill
@@ -136,13 +135,11 @@ class PromoteModel(Stage):
         bench = _Bench(self, run, candidate)
         while True:
             run.check_stop()
-            entries = ledger.entries()
-            before = _moved_before(
-                run, candidate
-            )  # by the same task instance, running twice; asked after the look
+            champion = ledger.newest()
+            # By the same task instance, running twice. Asked after the look: if it moves later, our record is not taken.
+            before = _moved_before(run, candidate)
             if before:
                 return before
-            champion = entries[-1] if entries else None
             finding = bench.judge(champion)
             moves = may_move and finding.decision in ("bootstrap", "promote")
             evidence = run.save("evidence.json", self._evidence(run, bench, champion, finding, moves))
@@ -337,8 +334,8 @@ class _Bench:
 
 def _moved_before(run: RunInfo, candidate: Registration) -> tuple[_Finding, Artifact, bool] | None:
     """What this task instance decided when it moved the champion to this package, if it did."""
-    for entry in Ledger(run.store, candidate.name).entries():
-        if entry.run_key == run.run_key and entry.sha256 == candidate.sha256 and entry.evidence:
+    for entry in Ledger(run.store, candidate.name).find("run_key", run.run_key):
+        if entry.sha256 == candidate.sha256 and entry.evidence:
             path = run.fetch(entry.evidence)
             artifact = Artifact(entry.evidence, split_pin(entry.evidence)[1] or "", path.stat().st_size)
             metrics = json.loads(path.read_bytes())["metrics"]
@@ -363,11 +360,11 @@ def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, 
 
 def _decided(run: RunInfo, name: str) -> tuple[int | None, int | None, dict[str, int | None]]:
     """Champion, previous and all aliases as the store has them now."""
-    entries = Ledger(run.store, name).entries()
-    champion = entries[-1].version if entries else None
-    previous = entries[-1].previous if entries else None
+    move = Ledger(run.store, name).newest()
+    registration = Registrations(run.store, name).newest()
+    champion, previous = (move.version, move.previous) if move else (None, None)
     aliases: dict[str, int | None] = {"champion": champion, "previous": previous}
-    return champion, previous, aliases | dict(alias_targets(registrations(run.store, name)))
+    return champion, previous, aliases | (registration.alias_versions if registration else {})
 
 
 def _span(window: Mapping[str, str] | None) -> str:
