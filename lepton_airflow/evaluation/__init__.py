@@ -1,1 +1,1 @@
-"""Whether a model is good, and whether the world has moved."""
+"""Is a model good, and has the world moved?"""

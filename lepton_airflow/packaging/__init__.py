@@ -1,1 +1,1 @@
-"""A model as files."""
+"""What is a model as files?"""
