@@ -261,10 +261,7 @@ async def _redactor(conn_ids: list[str]) -> Callable[[str], str]:
     """A function that takes the secrets of these Connections out of a line."""
     from airflow.providers.common.compat.connection import get_async_connection
 
-    found = {}
-    for conn_id in conn_ids:
-        c = await get_async_connection(conn_id)
-        found[conn_id] = Connection(
-            conn_id, c.conn_type or "", password=c.password, extra=dict(c.extra_dejson)
-        )
-    return redactor(found)
+    # The host too: it may be a URL with a password in it.
+    return redactor(
+        {conn_id: Connection.of_airflow(conn_id, await get_async_connection(conn_id)) for conn_id in conn_ids}
+    )
