@@ -26,6 +26,20 @@ class Connection:
     port: int | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of_airflow(cls, conn_id: str, found: Any) -> Connection:
+        """What an Airflow Connection object says, without Airflow."""
+        return cls(
+            id=conn_id,
+            type=found.conn_type or "",
+            host=found.host,
+            login=found.login,
+            password=found.password,
+            schema=found.schema,
+            port=found.port,
+            extra=dict(found.extra_dejson),
+        )
+
 
 @dataclass(frozen=True)
 class AwsAccess:

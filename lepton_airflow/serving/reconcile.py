@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lepton_airflow.delivery import endpoints
-from lepton_airflow.delivery.endpoints import Desired, Status, Verdict
+from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, Status
 from lepton_airflow.errors import LeptonError, StoreError
 from lepton_airflow.serving.model import ServedModel, measure, over_budget
 from lepton_airflow.store.files import Store, now
 
 log = logging.getLogger(__name__)
 
-_LATEST = 20  # refusals that a status tells of
+_LATEST = 20  # errors that a status tells of
 
 
 class Reconciler:
@@ -33,11 +33,13 @@ class Reconciler:
         self.store = store
         self.endpoint = endpoint
         self.status = status
-        self.failures = 0  # looks at the store that came to nothing
+        self.failures = 0  # looks at the store that failed
         self._swap = swap
         self._poll_s = poll_s
-        self._known: list[Desired] = []
+        self._log = DesiredLog(store, endpoint)
+        self._newest: Desired | None = None
         self._errors: dict[int, LeptonError] = {}
+        self._looked = False
         self._settled = False
         self._left = False
         self._stop = threading.Event()
@@ -81,26 +83,42 @@ class Reconciler:
 
     def step(self) -> None:
         """Serve what should be served now, if that is not what is served already."""
-        fresh = endpoints.desired_after(self.store, self.endpoint, len(self._known))
-        if fresh:
-            self._known += fresh
+        fresh = self._look()
+        if fresh is not None:
+            self._newest = fresh
             self._settled = False
-            version = fresh[-1].version
-            self._say(state="loading", desired=len(self._known), reason=f"version {version} is being loaded.")
+            self._say(
+                state="loading", desired=fresh.sequence, reason=f"version {fresh.version} is being loaded."
+            )
+        if self._newest is None:
+            self._say(reason="")
+            return
         if not self._settled:
-            for desired in reversed(self._known):
-                if desired.sequence == self.status.serving or self._stop.is_set():
-                    break
-                if desired.sequence not in self._errors and self._let_in(desired):
-                    break
+            self._settle(self._newest)
             self._settled = True
-        newest = len(self._known)
+        newest = self._newest.sequence
         if newest in self._errors:
             self._say(state="rejected", reason=str(self._errors[newest]))
         elif self.status.serving == newest:
             self._say(state="serving", reason="")
-        elif not newest:
-            self._say(reason="")
+
+    def _look(self) -> Desired | None:
+        """The newest desired version when it is not the one known: one request to the store, after the first look."""
+        if not self._looked:
+            newest = self._log.newest()
+            self._looked = True
+            return newest
+        fresh = self._log.after(self._newest.sequence if self._newest else 0)
+        return fresh[-1] if fresh else None
+
+    def _settle(self, newest: Desired) -> None:
+        """Let the newest version in that was not rejected and that this server can serve, unless it is in service."""
+        desired: Desired | None = newest
+        while desired is not None and desired.sequence != self.status.serving and not self._stop.is_set():
+            if desired.sequence not in self._errors and self._let_in(desired):
+                return
+            before = endpoints.not_rejected(self.store, self.endpoint, desired.sequence - 1)
+            desired = self._log.existing(before) if before else None
 
     def report(self) -> None:
         """Write this server's status to the store, with the time."""
@@ -119,7 +137,7 @@ class Reconciler:
         """Load and check a version and let it in, unless it or an earlier verdict fails it."""
         verdict = endpoints.read_verdict(self.store, self.endpoint, desired.sequence)
         if verdict and verdict.error:
-            return self._refuse(desired, endpoints.error_of(verdict.error))
+            return self._reject(desired, endpoints.error_of(verdict.error))
         started = time.monotonic()
         log.info("endpoint %s: loading version %s (%s)", self.endpoint, desired.version, desired.package)
         try:
@@ -137,7 +155,7 @@ class Reconciler:
                 log.exception("endpoint %s: version %s", self.endpoint, desired.version)
             if verdict is None:
                 self._decide(desired.sequence, error=endpoints.error_record(error))
-            return self._refuse(desired, error)
+            return self._reject(desired, error)
         if self._stop.is_set():  # measured in haste
             return False
         numbers = {"load_s": time.monotonic() - started} | numbers
@@ -145,7 +163,7 @@ class Reconciler:
         if verdict is None:
             verdict = self._decide(desired.sequence, numbers, endpoints.error_record(over) if over else None)
         if verdict.error:
-            return self._refuse(desired, endpoints.error_of(verdict.error))
+            return self._reject(desired, endpoints.error_of(verdict.error))
         if over:  # a budget decides about a change; what was let in before comes back on a slow day too
             log.warning(
                 "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
@@ -160,8 +178,8 @@ class Reconciler:
         sequence: int,
         numbers: dict[str, float] | None = None,
         error: dict[str, object] | None = None,
-    ) -> Verdict:
-        mine = Verdict(
+    ) -> LoadVerdict:
+        mine = LoadVerdict(
             sequence=sequence,
             accepted=error is None,
             server=self.status.server,
@@ -171,11 +189,11 @@ class Reconciler:
         )
         return endpoints.decide(self.store, self.endpoint, mine)
 
-    def _refuse(self, desired: Desired, error: LeptonError) -> bool:
-        log.error("endpoint %s: version %s is refused: %s", self.endpoint, desired.version, error)
+    def _reject(self, desired: Desired, error: LeptonError) -> bool:
+        log.error("endpoint %s: version %s is rejected: %s", self.endpoint, desired.version, error)
         self._errors[desired.sequence] = error
         latest = sorted(self._errors)[-_LATEST:]
-        self._say(refused={str(n): endpoints.error_record(self._errors[n]) for n in latest})
+        self._say(errors={str(n): endpoints.error_record(self._errors[n]) for n in latest})
         return False
 
     def _say(self, **changes: object) -> None:

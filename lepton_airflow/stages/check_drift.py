@@ -21,7 +21,7 @@ from lepton_airflow.errors import (
     require,
 )
 from lepton_airflow.evaluation.drift import ColumnVerdict, check_profile, is_number, judge_columns
-from lepton_airflow.registry.ledger import Ledger, check_model_name
+from lepton_airflow.registry.ledger import Ledger, check_model_name, models_with_champion
 from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
@@ -197,14 +197,13 @@ class CheckDrift(Stage):
         uri, who = self.reference, "the reference"
         if self.name is not None:
             check_model_name(self.name)
-            entries = Ledger(run.store, self.name).entries()
-            if not entries:
-                known = {key.split("/")[1] for key in run.store.keys("ledger")}
+            champion = Ledger(run.store, self.name).newest()
+            if champion is None:
                 raise Skipped(
                     f"model {self.name!r} has no champion in {run.store.root}, so there is nothing to drift away from: "
-                    f"promote one first; {did_you_mean(self.name, known)}"
+                    f"promote one first; {did_you_mean(self.name, models_with_champion(run.store))}"
                 )
-            uri, who = entries[-1].package, f"champion version {entries[-1].version} of {self.name}"
+            uri, who = champion.package, f"champion version {champion.version} of {self.name}"
         assert uri is not None
         path = run.fetch(uri)
         card = None

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, Receipt, canonical_json, digest_of, pin, split_pin
 from lepton_airflow.delivery import endpoints
-from lepton_airflow.delivery.endpoints import Desired, Status, check_endpoint_name
+from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status, check_endpoint_name
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, require
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry, check_model_name, is_newer
 from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
+from lepton_airflow.store import cache
 from lepton_airflow.store.files import now
 
 if TYPE_CHECKING:
@@ -94,22 +95,26 @@ class DeployModel(Stage):
             return self._left(run, backfill.reason(self.on_backfill))
         started = time.monotonic()
         wanted = _Wanted(self, run)
+        records = DesiredLog(run.store, self.endpoint)
         while True:
             run.check_stop()
-            known = endpoints.desired_after(run.store, self.endpoint)
+            newest = records.newest()
             # The ledger is read after the records, so that what is asked for is never older than what they ask for.
-            desired, golden = wanted.look(len(known) + 1)
-            newer = self._newer(run, known, desired)
+            desired, golden = wanted.look()
+            newer = self._newer(run, newest, desired)
             if newer:
                 return self._left(run, newer)
-            before = self._asked_before(run, known, desired)
-            if before:
-                desired = before
-                break
-            if endpoints.append_desired(run.store, known, desired):
-                log.info("endpoint %s: asked for version %s", self.endpoint, desired.version)
+            asked = self._asked_before(run, newest, desired) or records.append_after(newest, desired)
+            if asked:
+                desired = asked
                 break
             log.info("endpoint %s: another task asked for a version meanwhile, looking again", self.endpoint)
+        log.info(
+            "endpoint %s: version %s is asked for by record %d",
+            self.endpoint,
+            desired.version,
+            desired.sequence,
+        )
         status = self._wait(run, desired.sequence)
         deployed = status.serving == desired.sequence
         numbers = status.numbers
@@ -130,35 +135,37 @@ class DeployModel(Stage):
 
     # -- what to ask for -------------------------------------------------------------------------------------------
 
-    def _asked_before(self, run: RunInfo, known: Sequence[Desired], wanted: Desired) -> Desired | None:
+    def _asked_before(self, run: RunInfo, newest: Desired | None, wanted: Desired) -> Desired | None:
         """The record that asks for the same already: this task's own, or else the newest one; not a rejected one."""
-        for desired in reversed(known):
-            mine = desired.run_key == run.run_key
-            if wanted.asks_as(desired) and (mine or desired is known[-1]):
+        if newest is None:
+            return None
+        records = DesiredLog(run.store, self.endpoint)
+        mine = [d for d in records.find("run_key", run.run_key) if d.sequence < newest.sequence]
+        for desired in (newest, *reversed(mine)):
+            if wanted.asks_as(desired):
                 verdict = endpoints.read_verdict(run.store, self.endpoint, desired.sequence)
                 if verdict and verdict.error:
                     return None
                 # A server that could not load what was accepted before, as its bytes were damaged, tries a new record only.
                 statuses = endpoints.read_statuses(run.store, self.endpoint)
-                refused = any(s.alive and str(desired.sequence) in s.refused for s in statuses)
-                return None if refused else desired
+                failed = any(s.alive and str(desired.sequence) in s.errors for s in statuses)
+                return None if failed else desired
         return None
 
-    def _newer(self, run: RunInfo, known: Sequence[Desired], wanted: Desired) -> str | None:
+    def _newer(self, run: RunInfo, newest: Desired | None, wanted: Desired) -> str | None:
         """Why a package of older data stays out; a champion is never compared, its ledger is the judge."""
-        if self.name is not None:
+        if self.name is not None or newest is None:
             return None
-        for desired in reversed(known):
-            verdict = endpoints.read_verdict(run.store, self.endpoint, desired.sequence)
-            if verdict and verdict.error:
-                continue
-            if not is_newer(desired.window, wanted.window):
-                return None
-            return (
-                f"version {desired.version} there was trained on newer data, until {(desired.window or {})['end']}, than "
-                f"this package, until {(wanted.window or {})['end']}."
-            )
-        return None
+        standing = endpoints.not_rejected(run.store, self.endpoint, newest.sequence)
+        if not standing:
+            return None
+        desired = DesiredLog(run.store, self.endpoint).existing(standing)
+        if not is_newer(desired.window, wanted.window):
+            return None
+        return (
+            f"version {desired.version} there was trained on newer data, until {(desired.window or {})['end']}, than "
+            f"this package, until {(wanted.window or {})['end']}."
+        )
 
     # -- what the servers say --------------------------------------------------------------------------------------
 
@@ -169,7 +176,7 @@ class DeployModel(Stage):
             statuses = endpoints.read_statuses(run.store, self.endpoint)
             living = [status for status in statuses if status.alive]
             for status in living:
-                error = status.refused.get(str(sequence))
+                error = status.errors.get(str(sequence))
                 if error:
                     raise _rejection(self.endpoint, status, error)
             if living and all((status.serving or 0) >= sequence for status in living):
@@ -222,8 +229,8 @@ class _Wanted:
         self.run = run
         self._golden: dict[str, tuple[Artifact, dict[str, str] | None]] = {}
 
-    def look(self, sequence: int) -> tuple[Desired, Artifact]:
-        """The record to append under this number, as things are now, and its golden requests."""
+    def look(self) -> tuple[Desired, Artifact]:
+        """The record to append as things are now, and its golden requests."""
         stage, run = self.stage, self.run
         move: LedgerEntry | None = None
         if stage.name is not None:
@@ -237,7 +244,6 @@ class _Wanted:
         golden, window = self._golden[package]
         desired = Desired(
             endpoint=stage.endpoint,
-            sequence=sequence,
             package=package,
             version=version,
             golden=golden.uri,
@@ -268,14 +274,15 @@ class _Wanted:
         run = self.run
         key = run.cache_key and digest_of([run.cache_key, split_pin(package)[1]])
         if key and not run.refresh:
-            known, why = run.store.cache_lookup("DeployModel", key)
+            known, why = cache.lookup(run.store, "DeployModel", key)
             log.info("golden answers: cache %s", why)
             if known:
                 return known.artifacts["golden"], known.values["window"]
         started = time.monotonic()
         golden, window = self._computed(package)
         if key:
-            run.store.cache_record(
+            cache.record(
+                run.store,
                 Receipt(
                     stage="DeployModel",
                     run_key=run.run_key,
@@ -286,19 +293,20 @@ class _Wanted:
                     values={"window": window},
                     seconds=round(time.monotonic() - started, 3),
                     created=now(),
-                )
+                ),
             )
         return golden, window
 
     def _computed(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
-        from lepton_airflow.packaging.package import ModelPackage, feature_frame
+        from lepton_airflow.data.features import feature_frame
+        from lepton_airflow.packaging.package import ModelPackage
 
         model = ModelPackage.open(self.run.fetch(package))
         rows = feature_frame(self._rows(model), model.card.features)
         answers = model.predict(rows).reshape(len(rows), -1)
         golden = {
-            "rows": [{k: _plain(v) for k, v in row.items()} for row in rows.to_dict("records")],
-            "answers": [[_plain(value) for value in answer] for answer in answers.tolist()],
+            "rows": [{k: _json_cell(v) for k, v in row.items()} for row in rows.to_dict("records")],
+            "answers": [[_json_cell(value) for value in answer] for answer in answers.tolist()],
         }
         return self.run.save("golden.json", canonical_json(golden)), model.card.window
 
@@ -312,12 +320,12 @@ class _Wanted:
 
 def _champion(run: RunInfo, name: str) -> LedgerEntry:
     check_model_name(name)
-    entries = Ledger(run.store, name).entries()
-    if not entries:
+    champion = Ledger(run.store, name).newest()
+    if champion is None:
         raise BadConfiguration(
             f"model {name!r} has no champion in {run.store.root}: run PromoteModel before, with the same name and store."
         )
-    return entries[-1]
+    return champion
 
 
 def _rejection(endpoint: str, status: Status, error: Mapping[str, Any]) -> LeptonError:
@@ -364,6 +372,6 @@ def _made_up(card: ModelCard, columns: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(made)
 
 
-def _plain(value: Any) -> Any:
+def _json_cell(value: Any) -> Any:
     """A cell as JSON has it: null for what is no number."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, require
-from lepton_airflow.evaluation.report import TITLES
 from lepton_airflow.registry.ledger import (
     Ledger,
     LedgerEntry,
     Registration,
-    alias_targets,
+    Registrations,
     check_model_name,
     find_version,
     is_newer,
-    registrations,
 )
 from lepton_airflow.registry.mlflow import MlflowRegistry, glance, open_registry, resolve_tracking
 from lepton_airflow.sdk import backfill
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
     from lepton_airflow.packaging.package import ModelPackage
 
 log = logging.getLogger(__name__)
-
-_DEFAULT_METRIC = {"classification": "roc_auc", "regression": "rmse"}
 
 
 @dataclass(kw_only=True)
@@ -139,13 +135,11 @@ class PromoteModel(Stage):
         bench = _Bench(self, run, candidate)
         while True:
             run.check_stop()
-            entries = ledger.entries()
-            before = _moved_before(
-                run, candidate
-            )  # by the same task instance, running twice; asked after the look
+            champion = ledger.newest()
+            # By the same task instance, running twice. Asked after the look: if it moves later, our record is not taken.
+            before = _moved_before(run, candidate)
             if before:
                 return before
-            champion = entries[-1] if entries else None
             finding = bench.judge(champion)
             moves = may_move and finding.decision in ("bootstrap", "promote")
             evidence = run.save("evidence.json", self._evidence(run, bench, champion, finding, moves))
@@ -213,7 +207,9 @@ class _Bench:
 
     def __init__(self, stage: PromoteModel, run: RunInfo, candidate: Registration) -> None:
         from lepton_airflow.evaluation.rows import load_rows
-        from lepton_airflow.packaging.package import ModelPackage, overlap
+        from lepton_airflow.packaging.package import ModelPackage
+        from lepton_airflow.packaging.touched import overlap
+        from lepton_airflow.statistics.catalogue import JUDGED_BY
 
         self.stage = stage
         self.run = run
@@ -227,14 +223,16 @@ class _Bench:
                 f"version {candidate.version} of {stage.name!r} has touched rows of the dataset it should be judged on: "
                 f"{touched} Pass rows that it has not seen, such as prepare.output['test']."
             )
-        self.metric = stage.metric or _DEFAULT_METRIC[self.package.card.task]
+        self.metric = stage.metric or JUDGED_BY[self.package.card.task]
         self.scores = self._scores(self.package)
 
     def judge(self, champion: LedgerEntry | None) -> _Finding:
         """The decision about the candidate as long as this one is champion."""
         from lepton_airflow.evaluation.rows import check_kinds
-        from lepton_airflow.packaging.package import ModelPackage, overlap
-        from lepton_airflow.statistics.paired import paired_test, verdict
+        from lepton_airflow.packaging.package import ModelPackage
+        from lepton_airflow.packaging.touched import overlap
+        from lepton_airflow.statistics.catalogue import METRICS
+        from lepton_airflow.statistics.paired import paired_test, paired_verdict
 
         stage, candidate, rows = self.stage, self.candidate, self.rows
         metrics = self._interval("candidate", self.scores)
@@ -243,7 +241,7 @@ class _Bench:
             return _Finding(
                 "bootstrap",
                 f"bootstrap: {stage.name} has no champion yet, so version {candidate.version} is the first; its "
-                f"{TITLES[self.metric]} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(rows.y):,} rows.",
+                f"{METRICS[self.metric].title} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(rows.y):,} rows.",
                 metrics,
             )
         if champion.sha256 == candidate.sha256:
@@ -284,7 +282,7 @@ class _Bench:
             min_effect=stage.min_effect,
             threshold=stage.threshold,
         )
-        judged = verdict(result)
+        judged = paired_verdict(result)
         metrics = metrics | self._interval("champion", scores)
         metrics |= {
             "difference": result.difference,
@@ -298,6 +296,7 @@ class _Bench:
 
     def _interval(self, who: str, scores: NDArray[np.float32]) -> dict[str, float | None]:
         from lepton_airflow.statistics.bootstrap import bootstrap_intervals
+        from lepton_airflow.statistics.catalogue import METRICS
 
         stage, rows = self.stage, self.rows
         found = bootstrap_intervals(
@@ -312,7 +311,7 @@ class _Bench:
         )
         if self.metric not in found:
             raise BadInput(
-                f"{TITLES[self.metric]} is not defined on these {len(rows.y):,} rows (one class, or a constant target): widen "
+                f"{METRICS[self.metric].title} is not defined on these {len(rows.y):,} rows (one class, or a constant target): widen "
                 "the window, or pass another metric."
             )
         low, estimate, high = found[self.metric]
@@ -335,8 +334,8 @@ class _Bench:
 
 def _moved_before(run: RunInfo, candidate: Registration) -> tuple[_Finding, Artifact, bool] | None:
     """What this task instance decided when it moved the champion to this package, if it did."""
-    for entry in Ledger(run.store, candidate.name).entries():
-        if entry.run_key == run.run_key and entry.sha256 == candidate.sha256 and entry.evidence:
+    for entry in Ledger(run.store, candidate.name).find("run_key", run.run_key):
+        if entry.sha256 == candidate.sha256 and entry.evidence:
             path = run.fetch(entry.evidence)
             artifact = Artifact(entry.evidence, split_pin(entry.evidence)[1] or "", path.stat().st_size)
             metrics = json.loads(path.read_bytes())["metrics"]
@@ -361,11 +360,11 @@ def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, 
 
 def _decided(run: RunInfo, name: str) -> tuple[int | None, int | None, dict[str, int | None]]:
     """Champion, previous and all aliases as the store has them now."""
-    entries = Ledger(run.store, name).entries()
-    champion = entries[-1].version if entries else None
-    previous = entries[-1].previous if entries else None
+    move = Ledger(run.store, name).newest()
+    registration = Registrations(run.store, name).newest()
+    champion, previous = (move.version, move.previous) if move else (None, None)
     aliases: dict[str, int | None] = {"champion": champion, "previous": previous}
-    return champion, previous, aliases | dict(alias_targets(registrations(run.store, name)))
+    return champion, previous, aliases | (registration.alias_versions if registration else {})
 
 
 def _span(window: Mapping[str, str] | None) -> str:

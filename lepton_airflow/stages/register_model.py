@@ -14,12 +14,9 @@ from lepton_airflow.contract import pin, split_pin
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.registry.ledger import (
     Registration,
-    alias_targets,
+    Registrations,
     as_window,
     check_model_name,
-    record_registration,
-    registration_of,
-    registrations,
 )
 from lepton_airflow.registry.mlflow import (
     PACKAGE,
@@ -104,7 +101,7 @@ class RegisterModel(Stage):
                     registration, made = self._register(
                         run, mlflow, held, path, package.card, pinned, metrics
                     )
-                    mlflow.point(self.name, alias_targets(registrations(run.store, self.name)))
+                    mlflow.point(self.name, _aliases(run, self.name))
                 link = mlflow.link(self.name, registration.version)
         verb = "registered as" if made else "was registered by this task before as"
         return Result(
@@ -127,12 +124,12 @@ class RegisterModel(Stage):
         metrics: dict[str, float],
     ) -> tuple[Registration, str | None] | None:
         """The registration of this run key and its page, when MLflow shows it as this call would leave it."""
-        before = registration_of(run.store, self.name, run.run_key)
+        before = Registrations(run.store, self.name).of_run(run.run_key)
         if before is None or before.sha256 != sha256:
             return None
         shown = glance(self.tracking_uri, connection, self.name, before.version)
         tags = self._tags(run, card, metrics) | {RUN_KEY: run.run_key, PACKAGE: sha256}
-        if shown and shown.agrees(tags=tags, aliases=alias_targets(registrations(run.store, self.name))):
+        if shown and shown.agrees(tags=tags, aliases=_aliases(run, self.name)):
             return before, shown.link
         return None
 
@@ -149,7 +146,10 @@ class RegisterModel(Stage):
         """The registration of this run key, and whether it is new."""
         sha256 = split_pin(pinned)[1] or ""
         tags = self._tags(run, card, metrics)
-        before = registration_of(run.store, self.name, run.run_key)
+        records = Registrations(run.store, self.name)
+        # Looked at before our own: when somebody registers in between, our record will not be taken.
+        newest = records.newest()
+        before = records.of_run(run.run_key)
         if before and before.sha256 == sha256 and mlflow.has(self.name, before.version, run.run_key, sha256):
             mlflow.log(before.mlflow_run_id, metrics, card)
             mlflow.annotate(self.name, before.version, tags)
@@ -172,7 +172,6 @@ class RegisterModel(Stage):
             version=version,
             package=pinned,
             run_key=run.run_key,
-            sequence=before.sequence + 1 if before else 1,
             mlflow_run_id=mlflow_run_id,
             alias=self.alias,
             window=card.window or as_window(run.window),
@@ -180,8 +179,9 @@ class RegisterModel(Stage):
             identity=asdict(run.identity),
             created=now(),
         )
-        if not record_registration(run.store, registration):
-            # We were frozen past our lease, and another one has registered: its record counts, our version is a double.
+        if not records.append_after(newest, registration):
+            # We were frozen past our lease, and another one has registered. If that was for our run key, its record counts and
+            # our version is a double.
             return self._register(run, mlflow, held, path, card, pinned, metrics)
         if before and before.sha256 != sha256:
             log.warning("version %s supersedes %s: the package changed since", version, before.version)
@@ -207,6 +207,11 @@ class RegisterModel(Stage):
         point = {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))}
         tags |= {f"metric.{name}": f"{value:.6g}" for name, value in point.items()}
         return {k: str(v) for k, v in (tags | self.tags).items() if v != ""}
+
+
+def _aliases(run: RunInfo, name: str) -> dict[str, int]:
+    newest = Registrations(run.store, name).newest()
+    return newest.alias_versions if newest else {}
 
 
 def _numbers(metrics: dict[str, Any] | None) -> dict[str, float]:

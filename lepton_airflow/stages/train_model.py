@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lepton_airflow.packaging.export.fitted import Fitted
-    from lepton_airflow.packaging.package import ModelCard, Touched
+    from lepton_airflow.packaging.package import ModelCard
+    from lepton_airflow.packaging.touched import Touched
     from lepton_airflow.training.curves import Curves
     from lepton_airflow.training.rows import Rows
     from lepton_airflow.training.trainer import Trainer
@@ -166,7 +167,7 @@ class TrainModel(Stage):
 
     def _touched(self, run: RunInfo, rows: Rows, valid: Rows | None) -> list[Touched]:
         from lepton_airflow.data.dataset import read_info
-        from lepton_airflow.packaging.package import Touched
+        from lepton_airflow.packaging.touched import Touched
 
         def sha256(uri: str) -> str:
             return split_pin(uri)[1] or run.store.digest(uri)
@@ -260,7 +261,8 @@ class _Fits:
         self, model: Fitted, metrics: dict[str, dict[str, float | None]], parity: dict[str, Any]
     ) -> ModelCard:
         """What the package says of the model."""
-        from lepton_airflow.packaging.package import OUTPUTS, ModelCard
+        from lepton_airflow.packaging.package import ModelCard
+        from lepton_airflow.packaging.schema import OUTPUTS
 
         rows, window = self.rows, self.run.window
         return ModelCard(
@@ -335,12 +337,12 @@ class _Fits:
 def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
     """Raise BadInput when rows to stop early on, and to be judged by, are among the rows to learn from.
 
-    As for evaluation rows (:func:`lepton_airflow.packaging.package.overlap`): splits of one PrepareData run share no row; of others
+    As for evaluation rows (:func:`lepton_airflow.packaging.touched.overlap`): splits of one PrepareData run share no row; of others
     the time ranges decide, both ends included, or where a side has none, equal rows.
     """
     import numpy as np
 
-    from lepton_airflow.packaging.package import row_fingerprints, time_span
+    from lepton_airflow.packaging.touched import row_fingerprints, time_span
 
     ours, theirs = valid.info, rows.info
     if ours.split_id is not None and ours.split_id == theirs.split_id:
@@ -365,7 +367,7 @@ def _all_rows(paths: list[Path], rows: Rows) -> NDArray[np.uint64]:
     """Fingerprints of the distinct rows of some datasets."""
     import numpy as np
 
-    from lepton_airflow.packaging.package import row_fingerprints
+    from lepton_airflow.packaging.touched import row_fingerprints
 
     features, target = rows.schema.features, rows.target
     return np.unique(np.concatenate([row_fingerprints(path, features, target) for path in paths]))
@@ -395,7 +397,9 @@ def _summary(
     parity: Mapping[str, Any],
     size: int,
 ) -> str:
-    key = "roc_auc" if rows.schema.task == "classification" else "rmse"
+    from lepton_airflow.statistics.catalogue import JUDGED_BY
+
+    key = JUDGED_BY[rows.schema.task]
     part = next(p for p in ("out_of_fold", "valid", "train") if p in metrics)
     value = metrics[part][key]
     return (

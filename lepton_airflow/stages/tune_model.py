@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_METRIC = {"classification": "log_loss", "regression": "rmse"}
 _HOPELESS_TRIALS = 3
 
 
@@ -95,7 +94,7 @@ class TuneModel(Stage):
         import optuna
 
         from lepton_airflow import models
-        from lepton_airflow.statistics.metrics import HIGHER_IS_BETTER
+        from lepton_airflow.statistics.catalogue import METRICS
         from lepton_airflow.training.search import Workers
         from lepton_airflow.training.study import StudyFile, open_study
 
@@ -111,7 +110,7 @@ class TuneModel(Stage):
             study = open_study(
                 url,
                 name,
-                maximize=HIGHER_IS_BETTER[scorer.metric],
+                maximize=METRICS[scorer.metric].higher_is_better,
                 prune=self.pruner == "median",
                 anew=run.refresh,
             )
@@ -184,11 +183,11 @@ class TuneModel(Stage):
         )
 
     def _metric(self, task: str) -> str:
-        from lepton_airflow.statistics.metrics import CLASSIFICATION, REGRESSION, check_metric_names
+        from lepton_airflow.statistics.catalogue import TUNED_BY, check_metric_names, metrics_of
 
-        name = self.metric or _DEFAULT_METRIC[task]
+        name = self.metric or TUNED_BY[task]
         check_metric_names([name])
-        fitting = CLASSIFICATION if task == "classification" else REGRESSION
+        fitting = metrics_of(task)
         if name not in fitting:
             raise BadConfiguration(f"metric={name!r} does not fit {task}: use one of {', '.join(fitting)}.")
         return name

@@ -1,32 +1,39 @@
-"""Artifacts by URI and digest: atomic, content-addressed, on any fsspec file system.
+"""Artifacts by URI and digest, and small records: atomic, on any fsspec file system.
 
 Layout under the root::
 
     artifacts/<first 32 hex digits of the digest>/<name>     a file, or a directory of files
     receipts/<run key>.json                                  what the task instance last did
-    cache/<stage>/<cache key>.json                           the receipt that a hit returns
-    checkpoints/<run key>/…                                  what a stage that was ended goes on from
+    cache/<stage>/<cache key>.json                           the receipt that a hit returns (cache.py)
+    records/…                                                what was decided; keeps the artifacts it names (records.py)
+    checkpoints/<run key>/…                                  what a stage that was ended goes on from (checkpoints.py)
     studies/<run key>….db                                    the same of TuneModel, where the store is a local directory
-    exclusive keys (ledger/…, registrations/…)               made once, by create_exclusive
+    leases/<key>/…                                           whose turn it is (lease.py)
+    index/names.json                                         what eviction has read before (eviction.py)
 
 The path of an artifact holds its digest, so writing it again writes the same bytes: concurrent writers do no harm,
 and a blob that was altered is healed by the next run that makes it.
+
+Every stage imports this module, so its text is part of every cache key: what only some need lies in the modules beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import secrets
 import shutil
+import stat
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lepton_airflow.connections import AwsAccess, Connection
 from lepton_airflow.contract import Artifact, Receipt, digest_of, pin, split_pin
@@ -34,6 +41,7 @@ from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, Int
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 16  # requests to a store at the same time
 _CHUNK = 1 << 20
 _MANY_FILES = 1000  # to look at them all takes longer than to start a process
 # So long does each of five tries of a request to S3 wait to connect: with s3fs' own 5 s, half a minute in which a network
@@ -41,6 +49,24 @@ _MANY_FILES = 1000  # to look at them all takes longer than to start a process
 _CONNECT_S = 15
 # Object stores show an object only when its upload is complete, so they need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
+_TEMPORARY = ".tmp-"  # how the names of files begin that are not yet in their place
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file as a listing shows it; on a local disk also a folder, whose key ends with a slash.
+
+    :ivar modified: when it was last written [seconds since 1970].
+    :ivar etag: changes whenever the content does; None where the file system has none.
+    """
+
+    key: str
+    bytes: int
+    modified: float
+    etag: str | None = None
 
 
 class Store:
@@ -64,6 +90,9 @@ class Store:
                 f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI."
             ) from None
         self._root = self._root.rstrip("/")
+        # s3fs would ask for the size first, in order to read a large object in parts: two requests for each small record.
+        named = inspect.signature(self.fs.cat_file).parameters
+        self._in_one_request = {"max_concurrency": 1} if "max_concurrency" in named else {}
         self.root = _file_uri(self._root) if self._local else f"{self.protocol}://{self._root}"
 
     def __repr__(self) -> str:
@@ -122,7 +151,7 @@ class Store:
                 if not local.exists():
                     local.parent.mkdir(parents=True, exist_ok=True)
                     part = local.with_name(
-                        f".tmp-{secrets.token_hex(8)}"
+                        f"{_TEMPORARY}{secrets.token_hex(8)}"
                     )  # a download that broke off is none
                     fs.get(path, str(part), recursive=fs.isdir(path))
                     part.rename(local)
@@ -232,7 +261,7 @@ class Store:
         """The bytes of a key, or None when there is none."""
         with self._errors(f"reading {key}"):
             try:
-                return bytes(self.fs.cat_file(self._path(key)))
+                return bytes(self.fs.cat_file(self._path(key), **self._in_one_request))
             except FileNotFoundError:
                 return None
 
@@ -243,7 +272,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise StoreError unless something can be written: asked before hours of work, not after them."""
-        key = f"receipts/.tmp-{secrets.token_hex(8)}"
+        key = f"receipts/{_TEMPORARY}{secrets.token_hex(8)}"
         self.write(key, b"")
         self.delete(key)
 
@@ -254,15 +283,63 @@ class Store:
                 found = self.fs.find(self._path(prefix))
             except FileNotFoundError:
                 return []
-            return sorted(
-                p[len(self._root) + 1 :] for p in found if not p.rpartition("/")[2].startswith(".tmp-")
-            )
+            return sorted(p[len(self._root) + 1 :] for p in found if not is_temporary(p))
+
+    def children(self, key: str) -> list[str]:
+        """The names directly below a key, sorted; that of a folder ends with a slash. One request to S3 per 1,000."""
+        with self._errors(f"listing {key}"):
+            try:
+                if self._local:
+                    with os.scandir(self._path(key)) as found:
+                        names = [f"{item.name}/" if item.is_dir() else item.name for item in found]
+                else:
+                    names = [
+                        info["name"].rstrip("/").rpartition("/")[2] + "/" * (info["type"] == "directory")
+                        for info in self.fs.ls(self._path(key), detail=True)
+                        if not info["name"].endswith(
+                            "/"
+                        )  # a placeholder that a console made for the folder itself
+                    ]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(name for name in names if not is_temporary(name))
+
+    def listing(self, prefix: str) -> list[Listed]:
+        """What lies at a prefix and below it, temporary files too, with sizes and times. One request to S3 per 1,000 files."""
+        with self._errors(f"listing {prefix}"):
+            if self._local:
+                return list(_walk(self._path(prefix), len(self._root) + 1))
+            try:
+                found = self.fs.find(self._path(prefix), detail=True)
+            except FileNotFoundError:
+                return []
+            return [
+                Listed(
+                    key=path[len(self._root) + 1 :],
+                    bytes=int(info.get("size") or 0),
+                    modified=_modified(info),
+                    etag=info.get("ETag") or info.get("etag"),
+                )
+                for path, info in found.items()
+            ]
 
     def delete(self, key: str) -> None:
         """Remove a key, a file or a directory, if it is there."""
-        with self._errors(f"deleting {key}"):
-            if self.fs.exists(self._path(key)):
-                self.fs.rm(self._path(key), recursive=True)
+        with self._errors(f"deleting {key}"), suppress(FileNotFoundError):
+            self.fs.rm(self._path(key), recursive=True)
+
+    def delete_files(self, keys: Sequence[str]) -> None:
+        """Remove many files, of which some may be gone already. One request to S3 for each 1,000."""
+
+        def delete(key: str) -> None:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(self._path(key))
+
+        with self._errors(f"deleting {len(keys)} files"):
+            if self.protocol in ("s3", "s3a") and keys:
+                self.fs.rm([self._path(key) for key in keys])
+            else:
+                at_once(delete, keys)
 
     def create_exclusive(self, key: str, content: bytes) -> bool:
         """Write a key only if nobody has; True for the one who did, False for all others.
@@ -274,7 +351,7 @@ class Store:
         with self._errors(f"creating {key}"):
             if self._local:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                temporary = f"{os.path.dirname(path)}/.tmp-{secrets.token_hex(8)}"
+                temporary = f"{os.path.dirname(path)}/{_TEMPORARY}{secrets.token_hex(8)}"
                 try:
                     _write_synced(temporary, content)
                     os.link(temporary, path)
@@ -298,7 +375,7 @@ class Store:
             "promotion need: use a local (or NFS) directory or s3://."
         )
 
-    # -- receipts and cache -----------------------------------------------------------------------------------------
+    # -- receipts --------------------------------------------------------------------------------------------------
 
     def record(self, receipt: Receipt) -> None:
         """Keep a receipt as the last one of its task instance."""
@@ -306,9 +383,10 @@ class Store:
 
     def receipt(self, run_key: str) -> Receipt | None:
         """The last receipt of a task instance, or None; an unreadable one counts as none."""
-        return self._read_receipt(f"receipts/{run_key}.json")
+        return self.read_receipt(f"receipts/{run_key}.json")
 
-    def _read_receipt(self, key: str) -> Receipt | None:
+    def read_receipt(self, key: str) -> Receipt | None:
+        """The receipt at a key, or None; an unreadable one counts as none."""
         text = self.read(key)
         if text is None:
             return None
@@ -317,101 +395,6 @@ class Store:
         except ContractError as error:
             log.warning("%s is passed over: %s", key, error)
             return None
-
-    def cache_lookup(
-        self, stage: str, cache_key: str, ttl_s: float | None = None
-    ) -> tuple[Receipt | None, str]:
-        """The receipt of an equal earlier run whose artifacts are all intact, or None; and why, in a few words."""
-        entry = self._read_receipt(_cache_entry(stage, cache_key))
-        if entry is None:
-            return None, "miss: not computed before"
-        if (entry.stage, entry.cache_key) != (stage, cache_key):
-            return None, "miss: the entry is of another run"
-        age_s = time.time() - _created(entry)
-        if ttl_s is not None and age_s > ttl_s:
-            return None, f"miss: the entry is {age_s:.0f} s old, older than cache_ttl_s={ttl_s:g}"
-        for name, artifact in entry.artifacts.items():
-            if not self.intact(artifact):
-                return None, f"miss: artifact {name!r} is missing or altered"
-        return entry, f"hit: computed {entry.created} in {entry.seconds:.1f} s"
-
-    def cache_record(self, receipt: Receipt) -> None:
-        """Make a finished receipt what an equal run gets."""
-        if receipt.cache_key:
-            entry = replace(receipt, status="done")
-            self.write(_cache_entry(receipt.stage, receipt.cache_key), entry.to_json().encode())
-
-    def cache_entries(self) -> list[tuple[str, Receipt]]:
-        """All cache entries with their keys, oldest first."""
-        found = [(key, self._read_receipt(key)) for key in self.keys("cache")]
-        return sorted(((k, r) for k, r in found if r is not None), key=lambda item: item[1].created)
-
-    def cache_evict(self, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
-        """Drop what is at least so old: cache entries, receipts, checkpoints of fits that were given up; and then the
-        artifacts that nothing reaches any more.
-
-        An artifact stays when a cache entry, a registration, a ledger entry or an endpoint names it; when a task's
-        receipt does that is younger (tasks after it may be about to read it). What is younger than an hour always stays:
-        a task may be about to name the artifact, to read its receipt, or to resume. With ``stage``, only that stage's.
-        Returns the numbers of cache entries and of bytes removed.
-        """
-        limit = time.time() - older_than_s
-        dropped = 0
-        for key, entry in self.cache_entries():
-            if (stage is None or entry.stage == stage) and _created(entry) <= limit:
-                self.delete(key)
-                dropped += 1
-        # A receipt that stays keeps what it names: a task that just had a hit names blobs that are old.
-        recent_s = max(older_than_s, _GRACE_S)
-        freed = self._evict_runs(recent_s, stage)
-        naming = [key for prefix in _KEEPING for key in self.keys(prefix)]
-        naming += [key for key in self.keys("receipts") if self._age_s(key) < recent_s]
-        kept = b"\n".join(self.read(key) or b"" for key in naming).decode(errors="replace")
-        with self._errors("evicting artifacts"):
-            for folder in self._folders("artifacts"):
-                if folder in kept or self._age_s(f"artifacts/{folder}") < _GRACE_S:
-                    continue
-                freed += self._remove(f"artifacts/{folder}")
-        return dropped, freed
-
-    def _evict_runs(self, older_than_s: float, stage: str | None) -> int:
-        """Drop what runs so old have left: checkpoints nobody resumed from any more, then receipts. Bytes removed."""
-        checkpoints = {name: f"checkpoints/{name}" for name in self._folders("checkpoints")}
-        receipts = {key.rpartition("/")[2].removesuffix(".json"): key for key in self.keys("receipts")}
-        freed = 0
-        with self._errors("evicting runs"):
-            for run_key, key in [*checkpoints.items(), *receipts.items()]:
-                if self._age_s(key) < older_than_s:
-                    continue
-                if stage is not None:
-                    receipt = self.receipt(run_key)
-                    if receipt is None or receipt.stage != stage:
-                        continue
-                freed += self._remove(key)
-        return freed
-
-    def _remove(self, key: str) -> int:
-        """Delete a key, a file or a directory; returns its bytes."""
-        size = int(self.fs.du(self._path(key)))
-        self.delete(key)
-        return size
-
-    def _folders(self, prefix: str) -> list[str]:
-        try:
-            return [
-                p["name"].rstrip("/").rpartition("/")[2] for p in self.fs.ls(self._path(prefix), detail=True)
-            ]
-        except FileNotFoundError:
-            return []
-
-    def _age_s(self, key: str) -> float:
-        newest = 0.0
-        # The folder too: a writer may have made it and not yet the file in it.
-        for path in (self._path(key), *self.fs.find(self._path(key))):
-            info = self.fs.info(path)
-            stamp = info.get("mtime") or info.get("LastModified") or info.get("created") or 0.0
-            newest = max(newest, stamp.timestamp() if isinstance(stamp, datetime) else float(stamp))
-        return time.time() - newest
 
     # -- file system --------------------------------------------------------------------------------------------------
 
@@ -439,7 +422,7 @@ class Store:
         parent, _, _ = path.rpartition("/")
         if self._local:
             os.makedirs(parent, exist_ok=True)
-            temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+            temporary = f"{parent}/{_TEMPORARY}{secrets.token_hex(8)}"
             try:
                 _write_synced(temporary, content)
                 os.replace(temporary, path)
@@ -450,7 +433,7 @@ class Store:
             self._upload(content, path)
             return
         self.fs.makedirs(parent, exist_ok=True)
-        temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+        temporary = f"{parent}/{_TEMPORARY}{secrets.token_hex(8)}"
         self._upload(content, temporary)
         self.fs.mv(temporary, path)
 
@@ -467,14 +450,14 @@ class Store:
             return
         target = Path(self._path(key))
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
+        temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
             shutil.copytree(directory, temporary)
             try:
                 os.rename(temporary, target)
             except OSError:  # it is there already: keep it if it is whole, else put this one in its place
                 if digest_path(target)[0] != digest_path(directory)[0]:
-                    aside = target.parent / f".tmp-{secrets.token_hex(8)}"
+                    aside = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
                     os.rename(target, aside)
                     os.rename(temporary, target)
                     shutil.rmtree(aside, ignore_errors=True)
@@ -512,8 +495,6 @@ class Store:
             ) from error
 
 
-_GRACE_S = 3600.0
-_KEEPING = ("cache", "registrations", "ledger", "endpoints")  # the records whose artifacts are kept
 _DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # their own errors are no OSErrors
 
 
@@ -532,16 +513,15 @@ def _altered(uri: str, found: str, wanted: str) -> str:
     )
 
 
-def _cache_entry(stage: str, cache_key: str) -> str:
-    return f"cache/{stage}/{cache_key[:40]}.json"
+def at_once(function: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+    """What the function returns for each item, in order; 16 calls at a time, as each waits for the store."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, items))
 
 
-def _created(entry: Receipt) -> float:
-    """When a receipt was made, in seconds since 1970; one that does not say it is as old as can be."""
-    try:
-        return datetime.fromisoformat(entry.created).timestamp()
-    except ValueError:
-        return 0.0
+def is_temporary(path: str) -> bool:
+    """Whether a path ends in a name that a writer gives to what is not yet in its place."""
+    return path.rstrip("/").rpartition("/")[2].startswith(_TEMPORARY)
 
 
 def now() -> str:
@@ -593,6 +573,32 @@ def _is_local(fs: Any) -> bool:
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
+def _walk(path: str, cut: int) -> Iterator[Listed]:
+    """A local path and all below it; the first ``cut`` characters of a path are no part of its key."""
+    todo = [path.rstrip("/")]
+    while todo:
+        path = todo.pop()
+        with suppress(FileNotFoundError):  # removed since it was seen
+            info = os.stat(path)
+            if not stat.S_ISDIR(info.st_mode):
+                yield Listed(path[cut:], info.st_size, info.st_mtime)
+                continue
+            yield Listed(f"{path[cut:]}/", 0, info.st_mtime)
+            with os.scandir(path) as found:
+                todo += [item.path for item in found]
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """When fsspec says that a file was written; now, where it does not say, so that nothing passes for old."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        stamp = info.get(name)
+        if isinstance(stamp, str):
+            stamp = datetime.fromisoformat(stamp)
+        if stamp:
+            return stamp.timestamp() if isinstance(stamp, datetime) else float(stamp)
+    return time.time()
+
+
 def _write_synced(path: str, content: bytes | Path) -> None:
     """Write and flush to disk, so that a rename after a power cut cannot leave an empty file under the final name."""
     with open(path, "xb") as out:
@@ -614,7 +620,7 @@ def _storage_options(protocol: str, connection: Connection | None) -> dict[str, 
         import fsspec
 
         machine = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})  # an argument would hide it
-        told = machine | options.get("config_kwargs", {})
+        told = {"max_pool_connections": AT_ONCE} | machine | options.get("config_kwargs", {})
         options["config_kwargs"] = {"connect_timeout": _CONNECT_S} | told
     if connection and protocol in ("s3", "s3a"):
         aws = AwsAccess.of(connection)

@@ -29,7 +29,7 @@ def check_parity(
     """
     import numpy as np
 
-    from lepton_airflow.packaging.package import open_session, predict_onnx
+    from lepton_airflow.packaging.session import open_session, predict_onnx
 
     session = open_session(onnx_model)
     schema = rows.schema
@@ -43,9 +43,7 @@ def check_parity(
                 raise
             log.info("parity: the native model does not take %s, so that is not compared", probe)
             continue
-        onnx = predict_onnx(session, schema.features, schema.task, len(schema.classes), frame).astype(
-            np.float64
-        )
+        onnx = predict_onnx(session, schema, frame).astype(np.float64)
         equal = (native == onnx) | (np.isnan(native) & np.isnan(onnx))
         difference = np.where(equal, 0.0, np.abs(native - onnx) / unit)
         difference = np.where(np.isnan(difference), np.inf, difference).reshape(len(frame), -1).max(axis=1)

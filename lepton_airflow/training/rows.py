@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
+from lepton_airflow.data.features import KINDS, Feature, feature_frame
 from lepton_airflow.errors import BadInput
-from lepton_airflow.packaging.export.fitted import Schema
-from lepton_airflow.packaging.package import feature_frame, features_of
+from lepton_airflow.packaging.schema import Schema, features_of
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
-
-    from lepton_airflow.packaging.package import Feature
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Rows:
             raise BadInput(f"{name}: {error}") from None
         if like is None:
             _check_not_empty(raw, features, name)
-        raw = raw.astype({f.name: np.float64 for f in features if f.kind == "number"})
+        raw = raw.astype({f.name: KINDS[f.kind].trainer_dtype for f in features})
         classes = like.schema.classes if like else list(info.classes)
         if info.task == "classification":
             classes, raw[target] = _class_numbers(frame[target], classes, name, target)
@@ -114,8 +112,7 @@ def _checked_target(info: DatasetInfo, name: str, like: Rows | None) -> str:
 
 def _check_not_empty(raw: pd.DataFrame, features: Sequence[Feature], name: str) -> None:
     for f in features:
-        empty = (raw[f.name] == "").all() if f.kind == "category" else raw[f.name].isna().all()
-        if empty:
+        if KINDS[f.kind].is_missing(raw[f.name]).all():
             raise BadInput(
                 f"{name}: feature {f.name!r} is missing in all {len(raw):,} rows, so nothing can be learned "
                 "from it; take it out of the features or mend its source."
