@@ -41,7 +41,7 @@ _QUICKLY_READ = 64 << 20
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
 
-def perform(
+def run_stage(
     request: Request,
     connections: Mapping[str, Connection] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -86,7 +86,7 @@ def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt |
 
     For runners whose stages run with the worker's own interpreter and code: a cached task then starts no process. The cache
     is asked only where the digests of the inputs are known or quickly computed, because a miss computes them twice. An
-    error is not raised here: :func:`perform` meets it again and reports it.
+    error is not raised here: :func:`run_stage` meets it again and reports it.
     """
     try:
         stage = build(request.stage, request.parameters)

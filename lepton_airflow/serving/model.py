@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import psutil
 
 from lepton_airflow.contract import split_pin
+from lepton_airflow.data.features import KINDS
 from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import BadInput, LeptonError
-from lepton_airflow.packaging.package import OUTPUTS, ModelCard
-from lepton_airflow.serving.protocol import Output, Refused, parse, render, request_body
+from lepton_airflow.packaging.package import ModelCard
+from lepton_airflow.packaging.session import open_session
+from lepton_airflow.serving.protocol import Output, RequestError, parse, render, request_body
 from lepton_airflow.store.files import Store
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ _DATATYPES = {
     "tensor(bool)": "BOOL",
     "tensor(string)": "BYTES",
 }
-_KINDS = {"number": "tensor(float)", "category": "tensor(string)"}
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ class ServedModel:
     def answer(self, body: bytes, max_rows: int) -> tuple[bytes, int]:
         """The body of the answer to an inference request, and its number of rows.
 
-        :raises Refused: the request is wrong.
+        :raises RequestError: the request is wrong.
         """
         inference = parse(body, self.card.features, list(self.outputs), max_rows)
         try:
             values = self.session.run(inference.outputs, inference.feed)
         except Exception as error:  # noqa: BLE001 - as in _session
-            raise Refused(422, f"the model cannot compute these rows: {str(error)[:300]}") from None
+            raise RequestError(422, f"the model cannot compute these rows: {str(error)[:300]}") from None
         return render(
             self.desired.endpoint, self.desired.version, inference, self.outputs, values
         ), inference.rows
@@ -88,10 +89,10 @@ class ServedModel:
     def _check_signature(self) -> None:
         """Raise BadInput unless the graph takes and gives what the card says."""
         takes = {node.name: node.type for node in self.session.get_inputs()}
-        wanted = {f.input: _KINDS[f.kind] for f in self.card.features}
+        wanted = {f.input: f"tensor({KINDS[f.kind].tensor})" for f in self.card.features}
         if takes != wanted:
             raise BadInput(f"model.onnx takes {takes}, model.json says {wanted}: the package is not whole.")
-        absent = {*self.card.outputs, OUTPUTS[self.card.task][0]} - set(self.outputs)
+        absent = {*self.card.outputs, self.card.schema.output} - set(self.outputs)
         unknown = [o.name for o in self.outputs.values() if not o.datatype]
         if absent or unknown:
             raise BadInput(
@@ -101,16 +102,11 @@ class ServedModel:
 
 
 def _session(model: bytes) -> onnxruntime.InferenceSession:
+    """A session on one thread: requests run side by side, and one that used all cores would slow the others."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    # Requests run side by side in threads of their own; a session that spreads one over all cores would slow the others.
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Weights in files beside the model would be read unverified, from the current directory: there is none here.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return open_session(model)
     except Exception as error:  # noqa: BLE001 - a dozen kinds of its own, and RuntimeError
         raise BadInput(
             f"model.onnx cannot be run by ONNX Runtime {onnxruntime.__version__}: {str(error)[:300]}"
@@ -173,9 +169,9 @@ def _values(model: ServedModel, body: bytes) -> list[list[float | None]]:
     """The main output of an answer, read back from its JSON, row by row."""
     try:
         content, rows = model.answer(body, max_rows=10**6)
-    except Refused as error:
+    except RequestError as error:
         raise BadInput(f"it does not answer the golden requests: {error}") from None
-    tensor = next(o for o in json.loads(content)["outputs"] if o["name"] == OUTPUTS[model.card.task][0])
+    tensor = next(o for o in json.loads(content)["outputs"] if o["name"] == model.card.schema.output)
     width = len(tensor["data"]) // rows
     return [tensor["data"][i * width : (i + 1) * width] for i in range(rows)]
 

@@ -32,7 +32,7 @@ from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Status, check_endpoint_name
 from lepton_airflow.errors import BadConfiguration, StoreError, did_you_mean
 from lepton_airflow.serving.model import ServedModel
-from lepton_airflow.serving.protocol import Refused, metadata
+from lepton_airflow.serving.protocol import RequestError, metadata
 from lepton_airflow.serving.reconcile import Reconciler
 from lepton_airflow.store.files import Store
 
@@ -145,13 +145,17 @@ class Endpoint:
     def find(self, name: str, version: str | None) -> ServedModel:
         """The version in service, if it is the one asked for."""
         if name != self.name:
-            raise Refused(404, f"there is no model {name!r} here; {did_you_mean(name, [self.name])}")
+            raise RequestError(404, f"there is no model {name!r} here; {did_you_mean(name, [self.name])}")
         current = self.current
         if current is None:
-            raise Refused(503, f"endpoint {self.name!r} has no version in service yet: deploy one.", **_LATER)
+            raise RequestError(
+                503, f"endpoint {self.name!r} has no version in service yet: deploy one.", **_LATER
+            )
         if version not in (None, current.desired.version):
             serving = current.desired.version
-            raise Refused(404, f"version {version!r} of {name!r} is not in service, version {serving!r} is.")
+            raise RequestError(
+                404, f"version {version!r} of {name!r} is not in service, version {serving!r} is."
+            )
         return current
 
     async def infer(self, request: Request, name: str, version: str | None) -> bytes:
@@ -161,7 +165,7 @@ class Endpoint:
         try:
             content = await self._admit(request, self.find(name, version))
             status = 200
-        except Refused as error:
+        except RequestError as error:
             status = error.status
             raise
         finally:
@@ -172,7 +176,7 @@ class Endpoint:
     async def _admit(self, request: Request, model: ServedModel) -> bytes:
         """Read a request, unless there are too many, and have it answered in a thread."""
         if self._in_flight >= self.limits.in_flight:
-            raise Refused(
+            raise RequestError(
                 503, f"{self.limits.in_flight} requests are in flight, the limit: come back later.", **_LATER
             )
         self._in_flight += 1
@@ -188,12 +192,12 @@ class Endpoint:
         return content
 
     async def _read(self, request: Request) -> bytes:
-        too_large = Refused(
+        too_large = RequestError(
             413,
             f"the request has more than {self.limits.bytes} bytes, the limit: send its rows in several requests.",
         )
         if "inference-header-content-length" in request.headers:
-            raise Refused(400, "the request holds binary data, an extension not offered: send JSON.")
+            raise RequestError(400, "the request holds binary data, an extension not offered: send JSON.")
         if int(request.headers.get("content-length", "0")) > self.limits.bytes:
             raise too_large
         parts, size = [], 0
@@ -205,9 +209,9 @@ class Endpoint:
                     if size > self.limits.bytes:
                         raise too_large
         except ClientDisconnect:
-            raise Refused(400, "the client left before its request was whole.") from None
+            raise RequestError(400, "the client left before its request was whole.") from None
         except TimeoutError:
-            raise Refused(408, f"the request did not arrive within {_BODY_S:g} s.") from None
+            raise RequestError(408, f"the request did not arrive within {_BODY_S:g} s.") from None
         return b"".join(parts)
 
 
@@ -236,8 +240,8 @@ def create_app(endpoint: Endpoint, reconciler: Reconciler) -> FastAPI:
     # Its documentation pages load scripts from elsewhere.
     app = FastAPI(title="lepton_airflow", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
         return JSONResponse({"error": str(error)}, error.status, error.headers)
 
     @app.exception_handler(HTTPException)

@@ -298,7 +298,8 @@ class _Wanted:
         return golden, window
 
     def _computed(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
-        from lepton_airflow.packaging.package import ModelPackage, feature_frame
+        from lepton_airflow.data.features import feature_frame
+        from lepton_airflow.packaging.package import ModelPackage
 
         model = ModelPackage.open(self.run.fetch(package))
         rows = feature_frame(self._rows(model), model.card.features)

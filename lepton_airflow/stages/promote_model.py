@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, require
-from lepton_airflow.evaluation.report import TITLES
 from lepton_airflow.registry.ledger import (
     Ledger,
     LedgerEntry,
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from lepton_airflow.packaging.package import ModelPackage
 
 log = logging.getLogger(__name__)
-
-_DEFAULT_METRIC = {"classification": "roc_auc", "regression": "rmse"}
 
 
 @dataclass(kw_only=True)
@@ -210,7 +207,9 @@ class _Bench:
 
     def __init__(self, stage: PromoteModel, run: RunInfo, candidate: Registration) -> None:
         from lepton_airflow.evaluation.rows import load_rows
-        from lepton_airflow.packaging.package import ModelPackage, overlap
+        from lepton_airflow.packaging.package import ModelPackage
+        from lepton_airflow.packaging.touched import overlap
+        from lepton_airflow.statistics.catalogue import JUDGED_BY
 
         self.stage = stage
         self.run = run
@@ -224,19 +223,20 @@ class _Bench:
                 f"version {candidate.version} of {stage.name!r} has touched rows of the dataset it should be judged on: "
                 f"{touched} Pass rows that it has not seen, such as prepare.output['test']."
             )
-        self.metric = stage.metric or _DEFAULT_METRIC[self.package.card.task]
+        self.metric = stage.metric or JUDGED_BY[self.package.card.task]
         self.scores = self._scores(self.package)
 
     def judge(self, champion: LedgerEntry | None) -> _Finding:
         """The decision about the candidate as long as this one is champion."""
         from lepton_airflow.packaging.package import ModelPackage
+        from lepton_airflow.statistics.catalogue import METRICS
 
         metrics = self._interval("candidate", self.scores)
         if champion is None:
             value, low, high = metrics.values()
             sentence = (
                 f"bootstrap: {self.stage.name} has no champion yet, so version {self.candidate.version} is the first; its "
-                f"{TITLES[self.metric]} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(self.rows.y):,} rows."
+                f"{METRICS[self.metric].title} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(self.rows.y):,} rows."
             )
             return _Finding("bootstrap", sentence, metrics)
         if champion.sha256 == self.candidate.sha256:
@@ -256,7 +256,7 @@ class _Bench:
     def _why_not_compared(self, champion: LedgerEntry, package: ModelPackage) -> str | None:
         """Why these rows cannot decide between the two; raises when the two can never be compared."""
         from lepton_airflow.evaluation.rows import check_kinds
-        from lepton_airflow.packaging.package import overlap
+        from lepton_airflow.packaging.touched import overlap
 
         self._refuse_another_kind(package, champion)
         check_kinds(package.card, self.rows.info)
@@ -272,7 +272,7 @@ class _Bench:
 
     def _compared(self, champion: ModelPackage, metrics: dict[str, float | None]) -> _Finding:
         """What the paired test says of both models' scores on the same rows."""
-        from lepton_airflow.statistics.paired import paired_test, verdict
+        from lepton_airflow.statistics.paired import paired_test, paired_verdict
 
         stage, rows = self.stage, self.rows
         scores = self._scores(champion)
@@ -286,7 +286,7 @@ class _Bench:
             min_effect=stage.min_effect,
             threshold=stage.threshold,
         )
-        judged = verdict(result)
+        judged = paired_verdict(result)
         metrics = metrics | self._interval("champion", scores)
         metrics |= {
             "difference": result.difference,
@@ -300,6 +300,7 @@ class _Bench:
 
     def _interval(self, who: str, scores: NDArray[np.float32]) -> dict[str, float | None]:
         from lepton_airflow.statistics.bootstrap import bootstrap_intervals
+        from lepton_airflow.statistics.catalogue import METRICS
 
         stage, rows = self.stage, self.rows
         found = bootstrap_intervals(
@@ -314,7 +315,7 @@ class _Bench:
         )
         if self.metric not in found:
             raise BadInput(
-                f"{TITLES[self.metric]} is not defined on these {len(rows.y):,} rows (one class, or a constant target): widen "
+                f"{METRICS[self.metric].title} is not defined on these {len(rows.y):,} rows (one class, or a constant target): widen "
                 "the window, or pass another metric."
             )
         low, estimate, high = found[self.metric]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lepton_airflow.packaging.export.fitted import Fitted
-    from lepton_airflow.packaging.package import Touched
+    from lepton_airflow.packaging.touched import Touched
     from lepton_airflow.training.rows import Rows
     from lepton_airflow.training.trainer import Curves, Trainer
 
@@ -94,7 +94,9 @@ class TrainModel(Stage):
         for library in ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "pandas", "pyarrow"):
             require(library, "TrainModel", self.extra)
         from lepton_airflow import models
-        from lepton_airflow.packaging.package import OUTPUTS, ModelCard, row_fingerprints, write_package
+        from lepton_airflow.packaging.package import ModelCard, write_package
+        from lepton_airflow.packaging.schema import OUTPUTS
+        from lepton_airflow.packaging.touched import row_fingerprints
         from lepton_airflow.training.fit import score
         from lepton_airflow.training.gpu import Readings
         from lepton_airflow.training.rows import Rows
@@ -214,7 +216,7 @@ class TrainModel(Stage):
 
     def _touched(self, run: RunInfo, rows: Rows, valid: Rows | None) -> list[Touched]:
         from lepton_airflow.data.dataset import read_info
-        from lepton_airflow.packaging.package import Touched
+        from lepton_airflow.packaging.touched import Touched
 
         def sha256(uri: str) -> str:
             return split_pin(uri)[1] or run.store.digest(uri)
@@ -328,7 +330,7 @@ def check_parity(
     """
     import numpy as np
 
-    from lepton_airflow.packaging.package import open_session, predict_onnx
+    from lepton_airflow.packaging.session import open_session, predict_onnx
 
     session = open_session(onnx_model)
     schema = rows.schema
@@ -342,9 +344,7 @@ def check_parity(
                 raise
             log.info("parity: the native model does not take %s, so that is not compared", probe)
             continue
-        onnx = predict_onnx(session, schema.features, schema.task, len(schema.classes), frame).astype(
-            np.float64
-        )
+        onnx = predict_onnx(session, schema, frame).astype(np.float64)
         equal = (native == onnx) | (np.isnan(native) & np.isnan(onnx))
         difference = np.where(equal, 0.0, np.abs(native - onnx) / unit)
         difference = np.where(np.isnan(difference), np.inf, difference).reshape(len(frame), -1).max(axis=1)
@@ -406,12 +406,12 @@ def _few_values(row: pd.Series[Any]) -> str:
 def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
     """Raise BadInput when rows to stop early on, and to be judged by, are among the rows to learn from.
 
-    As for evaluation rows (:func:`lepton_airflow.packaging.package.overlap`): splits of one PrepareData run share no row; of others
+    As for evaluation rows (:func:`lepton_airflow.packaging.touched.overlap`): splits of one PrepareData run share no row; of others
     the time ranges decide, both ends included, or where a side has none, equal rows.
     """
     import numpy as np
 
-    from lepton_airflow.packaging.package import row_fingerprints, time_span
+    from lepton_airflow.packaging.touched import row_fingerprints, time_span
 
     ours, theirs = valid.info, rows.info
     if ours.split_id is not None and ours.split_id == theirs.split_id:
@@ -488,7 +488,9 @@ def _summary(
     parity: Mapping[str, Any],
     size: int,
 ) -> str:
-    key = "roc_auc" if rows.schema.task == "classification" else "rmse"
+    from lepton_airflow.statistics.catalogue import JUDGED_BY
+
+    key = JUDGED_BY[rows.schema.task]
     part = next(p for p in ("out_of_fold", "valid", "train") if p in metrics)
     value = metrics[part][key]
     return (

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_METRIC = {"classification": "log_loss", "regression": "rmse"}
 _HOPELESS_TRIALS = 3
 _STARTUP_TRIALS = 5  # trials before the pruner compares; a median of fewer says little
 
@@ -155,11 +154,11 @@ class TuneModel(Stage):
         return self._result(run, study, metric, list(space))
 
     def _metric(self, task: str) -> str:
-        from lepton_airflow.statistics.metrics import CLASSIFICATION, REGRESSION, check_metric_names
+        from lepton_airflow.statistics.catalogue import TUNED_BY, check_metric_names, metrics_of
 
-        name = self.metric or _DEFAULT_METRIC[task]
+        name = self.metric or TUNED_BY[task]
         check_metric_names([name])
-        fitting = CLASSIFICATION if task == "classification" else REGRESSION
+        fitting = metrics_of(task)
         if name not in fitting:
             raise BadConfiguration(f"metric={name!r} does not fit {task}: use one of {', '.join(fitting)}.")
         return name
@@ -169,13 +168,13 @@ class TuneModel(Stage):
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
-        from lepton_airflow.statistics.metrics import HIGHER_IS_BETTER
+        from lepton_airflow.statistics.catalogue import METRICS
 
         shown = url.partition("@")[2] or url  # what follows the password, if there is one
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
         arguments: dict[str, Any] = {
             "study_name": name,
-            "direction": "maximize" if HIGHER_IS_BETTER[metric] else "minimize",
+            "direction": "maximize" if METRICS[metric].higher_is_better else "minimize",
             "pruner": pruner if self.pruner == "median" else optuna.pruners.NopPruner(),
             "load_if_exists": True,
         }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.statistics import metrics
+from lepton_airflow.statistics.catalogue import check_metric_names
 from lepton_airflow.statistics.clusters import cluster_codes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def bootstrap_intervals(
     import numpy as np
     from scipy import stats
 
-    names = metrics.check_metric_names(names)
+    names = check_metric_names(names)
     if n_resamples < 100 or not 0 < confidence < 1:
         raise BadConfiguration(
             f"bootstrap: n_resamples={n_resamples} and confidence={confidence}, "

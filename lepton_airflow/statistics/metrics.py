@@ -8,29 +8,14 @@ unknown names with :class:`~lepton_airflow.errors.BadConfiguration`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean
+from lepton_airflow.errors import BadConfiguration, BadInput
+from lepton_airflow.statistics.catalogue import METRICS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
-
-CLASSIFICATION = ("accuracy", "precision", "recall", "f1", "roc_auc", "log_loss", "brier")
-REGRESSION = ("mae", "rmse", "r2")
-HIGHER_IS_BETTER: dict[str, bool] = {
-    "accuracy": True,
-    "precision": True,
-    "recall": True,
-    "f1": True,
-    "roc_auc": True,
-    "log_loss": False,
-    "brier": False,
-    "mae": False,
-    "rmse": False,
-    "r2": True,
-}
 
 # ONNX models answer in float32, where 1 - p below this is 0: one saturated row must not make the log loss
 # infinite, and the same model must get the same log loss whether its scores arrive as float32 or as float64.
@@ -84,28 +69,11 @@ def regression_metrics(y: ArrayLike, pred: ArrayLike) -> dict[str, float | None]
     }
 
 
-def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names as a tuple, or refuse the first unknown one and a mix of classification and
-    regression."""
-    names = tuple(names)
-    for name in names:
-        if name not in HIGHER_IS_BETTER:
-            raise BadConfiguration(
-                f"metrics: {name!r} is not a metric; {did_you_mean(name, HIGHER_IS_BETTER)}"
-            )
-    if 0 < sum(name in REGRESSION for name in names) < len(names):
-        raise BadConfiguration(
-            f"metrics: {', '.join(names)} mix classification ({', '.join(CLASSIFICATION)}) "
-            f"and regression ({', '.join(REGRESSION)}); ask for one kind at a time."
-        )
-    return names
-
-
 def arrays_for(
     names: tuple[str, ...], y: ArrayLike, p: ArrayLike
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]] | tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Check and convert labels and predictions for these metrics."""
-    if names and names[0] in REGRESSION:
+    if names and METRICS[names[0]].task == "regression":
         return regression_arrays(y, p)
     labels, scores = classification_arrays(y, p)
     if set(names) != {"roc_auc"}:  # a rank needs no probability

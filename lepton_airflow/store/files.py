@@ -35,7 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lepton_airflow.connections import Connection
+from lepton_airflow.connections import AwsAccess, Connection
 from lepton_airflow.contract import Artifact, Receipt, digest_of, pin, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, IntegrityError, StoreError
 
@@ -615,8 +615,7 @@ def _storage_options(protocol: str, connection: Connection | None) -> dict[str, 
     """What fsspec needs to know for a Connection; a Connection's extra may hold more under ``storage_options``."""
     # Other processes write to the same store: a listing from a minute ago would hide what they made.
     options: dict[str, Any] = {"use_listings_cache": False} if protocol in _ATOMIC_PUT - {"memory"} else {}
-    extra = connection.extra if connection else {}  # named as Airflow's Amazon provider names them
-    options |= extra.get("storage_options", {})
+    options |= connection.extra.get("storage_options", {}) if connection else {}
     if protocol in ("s3", "s3a"):
         import fsspec
 
@@ -624,12 +623,13 @@ def _storage_options(protocol: str, connection: Connection | None) -> dict[str, 
         told = {"max_pool_connections": AT_ONCE} | machine | options.get("config_kwargs", {})
         options["config_kwargs"] = {"connect_timeout": _CONNECT_S} | told
     if connection and protocol in ("s3", "s3a"):
+        aws = AwsAccess.of(connection)
         for key, value in (
-            ("key", connection.login or extra.get("aws_access_key_id")),
-            ("secret", connection.password or extra.get("aws_secret_access_key")),
-            ("token", extra.get("aws_session_token")),
-            ("endpoint_url", extra.get("endpoint_url") or connection.host),
-            ("client_kwargs", {"region_name": extra["region_name"]} if extra.get("region_name") else None),
+            ("key", aws.access_key_id),
+            ("secret", aws.secret_access_key),
+            ("token", aws.session_token),
+            ("endpoint_url", aws.endpoint_url),
+            ("client_kwargs", {"region_name": aws.region} if aws.region else None),
         ):
             if value:
                 options.setdefault(key, value)

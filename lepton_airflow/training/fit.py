@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.errors import BadConfiguration, LeptonError, OutOfMemory
-from lepton_airflow.packaging.export.fitted import Fitted, Schema, as_fitted
+from lepton_airflow.packaging.export.fitted import Fitted, as_fitted
+from lepton_airflow.packaging.schema import Schema
 from lepton_airflow.store.checkpoints import Checkpoints
 from lepton_airflow.training.rows import Rows
 from lepton_airflow.training.trainer import Curves, Trainer, TrainerRun, silent

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
+from lepton_airflow.data.features import KINDS, feature_frame
 from lepton_airflow.errors import BadInput
-from lepton_airflow.packaging.export.fitted import Schema
-from lepton_airflow.packaging.package import feature_frame, features_of
+from lepton_airflow.packaging.schema import Schema, features_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,13 +79,12 @@ class Rows:
             raise BadInput(f"{name}: {error}") from None
         if like is None:
             for f in features:
-                empty = (raw[f.name] == "").all() if f.kind == "category" else raw[f.name].isna().all()
-                if empty:
+                if KINDS[f.kind].is_missing(raw[f.name]).all():
                     raise BadInput(
                         f"{name}: feature {f.name!r} is missing in all {len(raw):,} rows, so nothing can be learned "
                         "from it; take it out of the features or mend its source."
                     )
-        raw = raw.astype({f.name: np.float64 for f in features if f.kind == "number"})
+        raw = raw.astype({f.name: KINDS[f.kind].trainer_dtype for f in features})
         classes = like.schema.classes if like else list(info.classes)
         if info.task == "classification":
             classes, raw[info.target] = _class_numbers(frame[info.target], classes, name, info.target)

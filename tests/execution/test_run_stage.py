@@ -14,7 +14,7 @@ import pytest
 from lepton_airflow.__main__ import main
 from lepton_airflow.connections import Connection, redactor
 from lepton_airflow.contract import PROTOCOL, Receipt, Request
-from lepton_airflow.execution.run_stage import in_brief, perform
+from lepton_airflow.execution.run_stage import in_brief, run_stage
 from lepton_airflow.sdk.values import plain_json
 from lepton_airflow.stages import all_stages
 from lepton_airflow.store import Store
@@ -151,7 +151,7 @@ def test_a_stage_without_its_window_says_why_there_is_none(tmp_path: Path) -> No
     request = Request(
         "IngestData", given, str(tmp_path / "store"), window_note="the interval is empty: do this"
     )
-    receipt = perform(request)
+    receipt = run_stage(request)
     assert receipt.status == "refused"
     assert "query uses $window_start" in receipt.summary
     assert receipt.summary.endswith("Why it has none: the interval is empty: do this.")
@@ -286,7 +286,7 @@ def test_a_receipt_that_cannot_be_kept_is_no_success(tmp_path: Path) -> None:
     store = tmp_path / "store"
     request = probe("Copy", store)
     Store(str(store)).write("receipts", b"a file where a folder should be")
-    receipt = perform(request)
+    receipt = run_stage(request)
     assert (receipt.status, receipt.error["kind"]) == ("failed", "StoreError")
 
 
@@ -332,7 +332,7 @@ def test_a_missing_module_is_named_with_the_line_that_asks_for_it(
         "        import no_such_library.part\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    receipt = perform(
+    receipt = run_stage(
         Request(stage="asks_for_more:AsksForMore", parameters={}, store=str(tmp_path / "store"))
     )
     assert receipt.error is not None

@@ -15,7 +15,7 @@ import pytest
 
 from lepton_airflow import stages
 from lepton_airflow.contract import Receipt, Request, RunIdentity, Window, split_pin
-from lepton_airflow.execution.run_stage import perform, recall
+from lepton_airflow.execution.run_stage import recall, run_stage
 from lepton_airflow.sdk.fingerprint import cache_key
 from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage
 from lepton_airflow.stages.prepare_data import PrepareData
@@ -88,7 +88,7 @@ class Bench:
             window=window,
             identity=RunIdentity(run_id=run_id),
         )
-        receipt = perform(request)
+        receipt = run_stage(request)
         assert receipt.status in ("done", "cached"), receipt.summary
         assert self.store.receipt(request.run_key) == receipt
         return receipt
@@ -285,7 +285,7 @@ def test_what_must_not_be_reused_never_is(run: Bench, stage: str) -> None:
 
 
 def test_a_failure_is_not_cached(run: Bench, tmp_path: Path) -> None:
-    receipt = perform(Request(stage="Shout", parameters={"text": "/no/such/file"}, store=run.store.root))
+    receipt = run_stage(Request(stage="Shout", parameters={"text": "/no/such/file"}, store=run.store.root))
     assert receipt.status == "refused"
     assert run.store.keys("cache") == []
 

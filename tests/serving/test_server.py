@@ -32,7 +32,7 @@ from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.serving import server as server_module
 from lepton_airflow.serving.model import ServedModel
-from lepton_airflow.serving.protocol import Refused
+from lepton_airflow.serving.protocol import RequestError
 from lepton_airflow.serving.server import Endpoint, Limits, Metrics, serve
 from lepton_airflow.stages.deploy_model import DeployModel
 from lepton_airflow.store import Store
@@ -394,7 +394,7 @@ def test_a_client_that_stalls_or_leaves_gives_its_place_back(
             return left.pop(0) if left else await asyncio.Future()
 
         request = Request({"type": "http", "method": "POST", "headers": []}, receive)
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RequestError) as refused:
             await endpoint.infer(request, "wine", None)
         return refused.value.status
 

@@ -31,7 +31,7 @@ from lepton_airflow.store import Store
 from lepton_airflow.training.gpu import Readings
 from lepton_airflow.training.trainer import TrainerRun
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text()
 
 # Around the trainer of the page: notes the time of every step, so that the test can tell what a kill cost.

@@ -9,7 +9,7 @@ import textwrap
 
 from onnx import TensorProto, helper
 
-from lepton_airflow.packaging.export import fitted
+from lepton_airflow.packaging.export import graph
 
 _CONVERT = textwrap.dedent(
     """
@@ -20,8 +20,9 @@ _CONVERT = textwrap.dedent(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
-    from lepton_airflow.packaging.export.fitted import Schema, as_fitted
-    from lepton_airflow.packaging.package import Feature
+    from lepton_airflow.data.features import Feature
+    from lepton_airflow.packaging.export.fitted import as_fitted
+    from lepton_airflow.packaging.schema import Schema
 
     data = load_breast_cancer()
     frame = pd.DataFrame({"radius": data.data[:, 0], "size": ["large" if r > 14 else "small" for r in data.data[:, 0]]})
@@ -55,5 +56,5 @@ def test_operator_sets_are_declared_once() -> None:
         helper.make_opsetid(domain, version) for domain, version in (("", 18), ("ai.onnx.ml", 1), ("", 17))
     ]
     model = helper.make_model(helper.make_graph([identity], "g", [x], [y]), opset_imports=sets)
-    fitted._strip(model)
+    graph.strip(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18), ("ai.onnx.ml", 1)]
