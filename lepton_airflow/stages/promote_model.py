@@ -228,50 +228,54 @@ class _Bench:
 
     def judge(self, champion: LedgerEntry | None) -> _Finding:
         """The decision about the candidate as long as this one is champion."""
-        from lepton_airflow.evaluation.rows import check_kinds
         from lepton_airflow.packaging.package import ModelPackage
-        from lepton_airflow.packaging.touched import overlap
         from lepton_airflow.statistics.catalogue import METRICS
-        from lepton_airflow.statistics.paired import paired_test, paired_verdict
 
-        stage, candidate, rows = self.stage, self.candidate, self.rows
         metrics = self._interval("candidate", self.scores)
         if champion is None:
             value, low, high = metrics.values()
-            return _Finding(
-                "bootstrap",
-                f"bootstrap: {stage.name} has no champion yet, so version {candidate.version} is the first; its "
-                f"{METRICS[self.metric].title} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(rows.y):,} rows.",
-                metrics,
+            sentence = (
+                f"bootstrap: {self.stage.name} has no champion yet, so version {self.candidate.version} is the first; its "
+                f"{METRICS[self.metric].title} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(self.rows.y):,} rows."
             )
-        if champion.sha256 == candidate.sha256:
+            return _Finding("bootstrap", sentence, metrics)
+        if champion.sha256 == self.candidate.sha256:
             same = (
                 "is"
-                if champion.version == candidate.version
+                if champion.version == self.candidate.version
                 else f"has the same package as version {champion.version},"
             )
-            return _Finding(
-                "hold", f"hold: version {candidate.version} {same} the champion already.", metrics
-            )
+            sentence = f"hold: version {self.candidate.version} {same} the champion already."
+            return _Finding("hold", sentence, metrics)
         package = ModelPackage.open(self.run.fetch(champion.package))
+        why_not = self._why_not_compared(champion, package)
+        if why_not:
+            return _Finding("hold", f"hold: champion version {champion.version} {why_not}", metrics)
+        return self._compared(package, metrics)
+
+    def _why_not_compared(self, champion: LedgerEntry, package: ModelPackage) -> str | None:
+        """Why these rows cannot decide between the two; raises when the two can never be compared."""
+        from lepton_airflow.evaluation.rows import check_kinds
+        from lepton_airflow.packaging.touched import overlap
+
         self._refuse_another_kind(package, champion)
-        check_kinds(package.card, rows.info)
-        if is_newer(champion.window, candidate.window):
-            return _Finding(
-                "hold",
-                f"hold: champion version {champion.version} was trained on newer data ({_span(champion.window)}) than "
-                f"version {candidate.version} ({_span(candidate.window)}).",
-                metrics,
+        check_kinds(package.card, self.rows.info)
+        if is_newer(champion.window, self.candidate.window):
+            return (
+                f"was trained on newer data ({_span(champion.window)}) than version {self.candidate.version} "
+                f"({_span(self.candidate.window)})."
             )
-        touched = overlap(package, self.path, rows.info)
+        touched = overlap(package, self.path, self.rows.info)
         if touched:
-            return _Finding(
-                "hold",
-                f"hold: champion version {champion.version} has touched rows of this dataset, so a comparison would "
-                f"flatter it: {touched}",
-                metrics,
-            )
-        scores = self._scores(package)
+            return f"has touched rows of this dataset, so a comparison would flatter it: {touched}"
+        return None
+
+    def _compared(self, champion: ModelPackage, metrics: dict[str, float | None]) -> _Finding:
+        """What the paired test says of both models' scores on the same rows."""
+        from lepton_airflow.statistics.paired import paired_test, paired_verdict
+
+        stage, rows = self.stage, self.rows
+        scores = self._scores(champion)
         result = paired_test(
             rows.y,
             scores,
