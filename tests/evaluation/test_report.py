@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from lepton_airflow.evaluation.report import render
 from lepton_airflow.packaging.package import ModelCard
 from lepton_airflow.statistics import METRICS, metrics_of
 
-VOID = {"meta", "img"}
 CARD = ModelCard(
     task="classification",
     target="late",
@@ -28,46 +26,6 @@ CARD = ModelCard(
     seed=0,
     window={"start": "2013-01-01", "end": "2013-04-01"},
 )
-
-
-@dataclass
-class Element:
-    """A tag with its attributes, what is in it, and its text."""
-
-    tag: str
-    attributes: dict[str, str | None] = field(default_factory=dict)
-    children: list[Element] = field(default_factory=list)
-    text: str = ""
-
-    def all(self, tag: str, **attributes: str) -> list[Element]:
-        found = [e for e in self.children if e.tag == tag and attributes.items() <= e.attributes.items()]
-        return found + [e for child in self.children for e in child.all(tag, **attributes)]
-
-    def __str__(self) -> str:
-        return self.text + "".join(map(str, self.children))
-
-
-class Page(HTMLParser):
-    """Builds the tree, and refuses a tag that is not closed by its own."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.root = Element("")
-        self.open = [self.root]
-        self.feed(text)
-        assert [e.tag for e in self.open[1:]] == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, dict(attrs))
-        self.open[-1].children.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        self.open[-1].children.append(Element("#text", text=data))
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -89,11 +47,17 @@ def result(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def read(pictures: list[Path] | None = None, card: ModelCard = CARD, **changes: Any) -> Element:
-    return Page(render(result(**changes), card, pictures or [])).root
+@pytest.fixture
+def read(read_html: Callable[[str], Any]) -> Callable[..., Any]:
+    """``read(pictures, card, **changes)``: the page of that result, as a tree."""
+
+    def call(pictures: Sequence[Path] = (), card: ModelCard = CARD, **changes: Any) -> Any:
+        return read_html(render(result(**changes), card, pictures))
+
+    return call
 
 
-def test_every_metric_has_a_card_with_its_title_value_and_interval() -> None:
+def test_every_metric_has_a_card_with_its_title_value_and_interval(read: Any) -> None:
     values = {name: i / 10 for i, name in enumerate(metrics_of("classification"))}
     metrics = {n: {"value": v, "low": v - 0.0421, "high": v + 0.0421} for n, v in values.items()}
     cards = read(metrics=metrics).all("div", **{"class": "metric"})
@@ -103,7 +67,7 @@ def test_every_metric_has_a_card_with_its_title_value_and_interval() -> None:
     ]
 
 
-def test_only_shares_have_a_bar_and_it_lies_where_the_interval_is() -> None:
+def test_only_shares_have_a_bar_and_it_lies_where_the_interval_is(read: Any) -> None:
     cards = read(
         metrics={
             "roc_auc": {"value": 0.7, "low": 0.65, "high": 0.72},
@@ -121,7 +85,7 @@ def test_only_shares_have_a_bar_and_it_lies_where_the_interval_is() -> None:
     ]
 
 
-def test_a_metric_without_value_or_interval_says_so_and_large_numbers_are_grouped() -> None:
+def test_a_metric_without_value_or_interval_says_so_and_large_numbers_are_grouped(read: Any) -> None:
     cards = read(
         metrics={
             "roc_auc": {"value": None, "low": None, "high": None},
@@ -131,7 +95,7 @@ def test_a_metric_without_value_or_interval_says_so_and_large_numbers_are_groupe
     assert [str(card) for card in cards] == ["ROC AUC–", "MAE12,346"]
 
 
-def test_slices_are_a_table_with_the_interval_at_the_main_metric() -> None:
+def test_slices_are_a_table_with_the_interval_at_the_main_metric(read: Any) -> None:
     rows = [
         {
             "slice": "JFK",
@@ -151,7 +115,7 @@ def test_slices_are_a_table_with_the_interval_at_the_main_metric() -> None:
     ]
 
 
-def test_the_facts_say_which_model_and_which_rows() -> None:
+def test_the_facts_say_which_model_and_which_rows(read: Any) -> None:
     page = read()
     facts = dict(zip(map(str, page.all("dt")), map(str, page.all("dd")), strict=True))
     assert facts == {
@@ -167,7 +131,9 @@ def test_the_facts_say_which_model_and_which_rows() -> None:
     }
 
 
-def test_pictures_are_in_the_page_byte_for_byte_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
+def test_pictures_are_in_the_page_byte_for_byte_and_nothing_comes_from_elsewhere(
+    read: Any, tmp_path: Path
+) -> None:
     picture = tmp_path / "precision_recall.png"
     picture.write_bytes(b"\x89PNG the bytes of a picture")
     page = read([picture])
@@ -183,7 +149,7 @@ def test_pictures_are_in_the_page_byte_for_byte_and_nothing_comes_from_elsewhere
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b < c"])
-def test_text_of_the_data_stays_text(text: str) -> None:
+def test_text_of_the_data_stays_text(read: Any, text: str) -> None:
     card = ModelCard(
         task="classification",
         target=text,

@@ -211,24 +211,31 @@ def _try_in_a_process(model: bytes, output: str, feed: Feed) -> None:
     onnxruntime 1.31 dies of a segmentation fault when it opens a transformer encoder of torch's exporter in 16 bits. In the
     stage's own process that would end the stage.
     """
-    arrays = {
-        n: (a.dtype.str if a.dtype.kind != "O" else "O", a.shape, a.ravel().tolist()) for n, a in feed.items()
-    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         path.write_bytes(model)
         try:
             done = subprocess.run(
                 [sys.executable, "-P", "-c", _TRY, str(path), output],
-                input=json.dumps(arrays).encode(),
+                input=_feed_as_json(feed),
                 check=False,
                 capture_output=True,
+                text=True,
                 timeout=_TRY_S,
             )
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"onnxruntime has not run one batch of it within {_TRY_S} s") from None
     if done.returncode < 0:
         raise RuntimeError(f"onnxruntime dies of signal {-done.returncode} when it opens or runs it")
+
+
+def _feed_as_json(feed: Feed) -> str:
+    """The arrays of a call, each as its type, shape and values."""
+    arrays = {
+        name: ("O" if array.dtype.kind == "O" else array.dtype.str, array.shape, array.ravel().tolist())
+        for name, array in feed.items()
+    }
+    return json.dumps(arrays)
 
 
 _TRY_S = 120
