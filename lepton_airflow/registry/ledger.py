@@ -113,8 +113,8 @@ class Registrations(Log[Registration]):
         found = self.find("run_key", run_key)
         return found[-1] if found else None
 
-    def append_after(self, newest: Registration | None, registration: Registration) -> bool:
-        """Register as the next one after the newest that the caller knows of; False when that is not the newest any more."""
+    def append_after(self, newest: Registration | None, registration: Registration) -> Registration | None:
+        """Register after the newest that the caller knows of; None when that is not the newest any more."""
         before = newest.sequence if newest else 0
         registration = replace(registration, sequence=before + 1)
         highest = newest.highest if newest else 0
@@ -123,8 +123,8 @@ class Registrations(Log[Registration]):
             aliases = alias_targets([*self.entries()[:before], registration])
         else:
             aliases = _with(newest.aliases if newest else {}, registration)
-        highest = max(highest, registration.version)
-        return self.append(replace(registration, aliases=aliases, highest=highest))
+        registration = replace(registration, aliases=aliases, highest=max(highest, registration.version))
+        return registration if self.append(registration) else None
 
 
 def registrations(store: Store, name: str) -> list[Registration]:

@@ -167,7 +167,7 @@ class RegisterModel(Stage):
             description=self.description,
             check=held.check,
         )
-        registration = Registration(
+        wanted = Registration(
             name=self.name,
             version=version,
             package=pinned,
@@ -179,7 +179,8 @@ class RegisterModel(Stage):
             identity=asdict(run.identity),
             created=now(),
         )
-        if not records.append_after(newest, registration):
+        registration = records.append_after(newest, wanted)
+        if registration is None:
             # We were frozen past our lease, and another one has registered. If that was for our run key, its record counts and
             # our version is a double.
             return self._register(run, mlflow, held, path, card, pinned, metrics)

@@ -336,7 +336,10 @@ class Store:
                 self.fs.rm_file(self._path(key))
 
         with self._errors(f"deleting {len(keys)} files"):
-            if self.protocol in ("s3", "s3a") and keys:
+            if self._local:
+                for key in keys:
+                    Path(self._path(key)).unlink(missing_ok=True)
+            elif self.protocol in ("s3", "s3a") and keys:
                 self.fs.rm([self._path(key) for key in keys])
             else:
                 at_once(delete, keys)
@@ -575,17 +578,32 @@ def _is_local(fs: Any) -> bool:
 
 def _walk(path: str, cut: int) -> Iterator[Listed]:
     """A local path and all below it; the first ``cut`` characters of a path are no part of its key."""
-    todo = [path.rstrip("/")]
+    path = path.rstrip("/")
+    try:
+        top = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(top.st_mode):
+        yield Listed(path[cut:], top.st_size, top.st_mtime)
+        return
+    yield Listed(f"{path[cut:]}/", 0, top.st_mtime)
+    todo = [path]
     while todo:
-        path = todo.pop()
-        with suppress(FileNotFoundError):  # removed since it was seen
-            info = os.stat(path)
-            if not stat.S_ISDIR(info.st_mode):
-                yield Listed(path[cut:], info.st_size, info.st_mtime)
+        try:
+            with os.scandir(todo.pop()) as found:
+                items = list(found)
+        except FileNotFoundError:  # removed since it was seen, as below
+            continue
+        for item in items:
+            try:
+                info = item.stat()
+            except FileNotFoundError:
                 continue
-            yield Listed(f"{path[cut:]}/", 0, info.st_mtime)
-            with os.scandir(path) as found:
-                todo += [item.path for item in found]
+            if item.is_dir():
+                todo.append(item.path)
+                yield Listed(f"{item.path[cut:]}/", 0, info.st_mtime)
+            else:
+                yield Listed(item.path[cut:], info.st_size, info.st_mtime)
 
 
 def _modified(info: dict[str, Any]) -> float:
