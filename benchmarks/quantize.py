@@ -1,10 +1,10 @@
 """What QuantizeModel decides for models of five kinds, and whether the decision holds when it is checked again.
 
-Per model the candidates are measured as the stage measures them, on rows that choosing may use; then what was shipped is
-checked against fp32 in fresh rounds and on held-out rows. `shipped_slower_or_worse` counts the models whose shipped form
+For each model the candidates are measured as the stage measures them, on rows that the choice may use. Then the chosen form is
+checked against fp32, in new rounds and on held-out rows. `shipped_slower_or_worse` counts the models whose chosen form
 is slower there (median ratio below 0.97 at some batch size, the stage's own margin) or worse (metric lower by more than
-its margin). One thread.
-`speedup_…` is the shipped form's at the largest batch in the check, `size_…` its share of fp32's bytes.
+the stage's margin). `speedup_…` is the chosen form's speed over that of fp32 at the largest batch of the check, `size_…` its bytes over
+those of fp32. One thread.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bo
         size = f"{c.bytes / 1e6:.2f} MB" if c.bytes else ""
         print(f"  {c.name:<13}{c.verdict:<9} {size:>9}  {metric}  {times}")
     shipped = found.models[found.chosen]
-    size = len(shipped) / len(case.model)
+    share = len(shipped) / len(case.model)
     if found.chosen == "fp32":
-        return False, 1.0, size  # the same bytes
+        return False, 1.0, share  # the same bytes
     pair = {"fp32": case.model, "shipped": shipped}
     again = time_side_by_side(
         pair, "probabilities", case.timing(case.check), seconds=seconds, rounds=ROUNDS, seed=1
@@ -123,7 +123,7 @@ def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bo
         + ", ".join(f"{t.speedup:.2f} times as fast at batch {t.batch}" for t in again)
         + f", ROC AUC {fresh.difference:+.4f}{', SLOWER' * slower}{', WORSE' * worse}"
     )
-    return slower or worse, again[-1].speedup, size
+    return slower or worse, again[-1].speedup, share
 
 
 # -- tabular, on real flights ------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def _encoder(epochs: int) -> Case:
     import torch
     from torch import nn
 
-    class Encoder(nn.Module):
+    class Encoder(nn.Module):  # type: ignore[misc]
         def __init__(self, width: int = 384) -> None:
             super().__init__()
             self.embed = nn.Linear(8, width)

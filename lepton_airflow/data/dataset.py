@@ -105,9 +105,13 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def literal(path: Path) -> str:
-    """A path as an SQL text."""
-    return "'" + str(path).replace("'", "''") + "'"
+def literal(value: Path | str | Mapping[str, Any] | Sequence[Any]) -> str:
+    """A path or a text as SQL; a sequence as a list and a mapping as a struct of such texts."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{literal(str(k))}: {literal(str(v))}" for k, v in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return "'" + str(value).replace("'", "''") + "'"
 
 
 def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duckdb.Statement:

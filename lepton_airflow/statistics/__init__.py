@@ -1,4 +1,4 @@
-"""How good, how sure, better or not, how different: pure functions on arrays, without I/O.
+"""How good, how sure, better or not, how different? Pure functions on arrays, without I/O.
 
 ::
 

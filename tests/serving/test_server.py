@@ -28,7 +28,7 @@ from starlette.requests import Request
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
-from lepton_airflow.delivery.endpoints import Desired, Status
+from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.serving import server as server_module
 from lepton_airflow.serving.model import ServedModel
@@ -375,7 +375,7 @@ def test_no_request_fails_while_versions_change(shelf: Any, run_at: RunInfo, tmp
             for thread in clients:
                 thread.join()
     assert wrong == []
-    assert len(endpoints.desired_after(run_at.store, "swap")) == 7
+    assert len(DesiredLog(run_at.store, "swap").entries()) == 7
 
 
 def _until(condition: Callable[[], object]) -> None:

@@ -228,7 +228,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Pat
 
 
 @pytest.fixture(scope="session")
-def at_once() -> Iterator[Callable[[Sequence[Callable[..., Any]], Sequence[Any]], list[Any]]]:
+def at_once() -> Callable[[Sequence[Callable[..., Any]], Sequence[Any]], list[Any]]:
     """``at_once([a.run, b.run], [run_a, run_b])``: each call in a process of its own, all together.
 
     The processes are forked from one that has imported the engines, so that they start within milliseconds.
