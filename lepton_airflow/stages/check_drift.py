@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import pin, split_pin
-from lepton_airflow.data.dataset import connect, interruptible, literal, quote, read_info
+from lepton_airflow.data.dataset import read_info
+from lepton_airflow.data.duckdb_types import is_number
+from lepton_airflow.data.sql import connect, fetch_row, interruptible, literal, quote
 from lepton_airflow.errors import (
     BadConfiguration,
     BadInput,
@@ -20,7 +22,7 @@ from lepton_airflow.errors import (
     did_you_mean,
     require,
 )
-from lepton_airflow.evaluation.drift import ColumnVerdict, check_profile, is_number, judge_columns
+from lepton_airflow.evaluation.drift import ColumnVerdict, check_profile, judge_columns
 from lepton_airflow.registry.ledger import Ledger, check_model_name, models_with_champion
 from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
@@ -249,8 +251,7 @@ class CheckDrift(Stage):
             raise BadConfiguration(
                 f"cluster_column {cluster!r} is not among the columns; {did_you_mean(cluster, there)}"
             )
-        found = con.execute("SELECT count(*) FROM current_rows").fetchone()
-        rows = int(found[0]) if found else 0
+        (rows,) = fetch_row(con, "SELECT count(*) FROM current_rows")
         if not rows:
             raise BadInput(
                 f"{split_pin(self.dataset)[0]} has no rows: check that the data of this window have arrived."

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import first_line
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line
 from lepton_airflow.packaging.compression.convert import METHODS, Graph, convert, inspect, prepare
 from lepton_airflow.packaging.compression.latency import Latency, median_interval, time_side_by_side
 from lepton_airflow.packaging.compression.quality import Judge, Quality

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import first_line
 from lepton_airflow.data.features import KINDS, Feature
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, first_line
 from lepton_airflow.packaging.export import graph
 from lepton_airflow.packaging.schema import Schema
 
