@@ -1,6 +1,6 @@
 # Every target sets up .venv first (minutes once, then nothing): see .ci/setup.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-cluster demo-stop images test test-quick lint bench  # bench-% cannot be listed, and no file is called so
+.PHONY: help setup demo demo-cluster demo-stop images test test-quick lint docs bench  # bench-% cannot be listed, and no file is called so
 python := .venv/bin/python
 
 help: ## Show this list
@@ -31,11 +31,17 @@ test: setup ## Run all tests; those on a Kubernetes cluster when KUBECONFIG name
 test-quick: setup ## Run the tests that need no Airflow, no cluster, no browser and no network: four minutes
 	@$(pytest) -m "not airflow and not cluster and not network and not slow"
 
-lint: setup ## Check style, types and the layers of the architecture
-	$(python) -m ruff check
-	$(python) -m ruff format --check
-	$(python) -m mypy
+lint: setup ## Check style, types, the layers of the architecture, shell scripts, Dockerfiles and spelling
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/shellcheck $$(git grep -lE '^#!.*sh$$')
+	.venv/bin/hadolint images/*.Dockerfile
+	.venv/bin/codespell $$(git ls-files)
+
+docs: setup ## Build the documentation as one site, in site/; it loads nothing from elsewhere
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict # without Material's notice: see mkdocs.yml
 
 bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py

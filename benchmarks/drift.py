@@ -2,8 +2,8 @@
 
 A window of `ROWS` rows and ten features in clusters of 1,000, and as many reference rows. `seconds_ours` is the wall time
 of `judge_columns` from the Parquet file and the reference's profile; `seconds_evidently` that of reading both Parquet
-files into pandas and of Evidently's drift metrics (PSI too) without a page. Each runs in a fresh process, in turns, imports not counted;
-`mib_…` is the largest resident memory of that process, libraries included. The data are synthetic: made by DuckDB from
+files into pandas and of Evidently's drift metrics (PSI too) without a page. Each runs in a new process, in turns; imports are not
+counted. `mib_…` is the largest resident memory of that process, libraries included. The data are synthetic: DuckDB makes them from
 row numbers, the same every time.
 """
 
@@ -90,7 +90,7 @@ _SIDES = {
 import json, resource, sys, time
 from pathlib import Path
 import numpy, scipy.stats
-from lepton_airflow.data.dataset import connect, literal
+from lepton_airflow.data.sql import connect, literal
 from lepton_airflow.evaluation.drift import judge_columns
 folder = Path(sys.argv[1])
 (folder / "work").mkdir(exist_ok=True)

@@ -1,15 +1,16 @@
-"""What becomes of a task in a pod when something befalls it: `Pod` and a plain `KubernetesPodOperator`, side by side.
+"""What becomes of a task in a pod when it is disturbed: `Pod` and a plain `KubernetesPodOperator`, side by side.
 
-Each drill is done for real, once, on a real Airflow (heartbeats noticed after 15 s, `retries=1`) and the cluster of
-`$KUBECONFIG`, with the image of `$LEPTON_TEST_IMAGE`. A cell says the task's final state, how many pods were ever made for it, how many
-of them still ran when it had ended, the tries it used, and the seconds it took. The stage waits for a file and ends when the
-drill is over. `tests/cluster/test_drills.py` asserts the last column.
+Each disturbance is produced once, on a real Airflow (missing heartbeats noticed after 15 s, `retries=1`) and the cluster of
+`$KUBECONFIG`, with the image of `$LEPTON_TEST_IMAGE`. A cell gives the task's final state, the number of pods that were ever made for
+it, how many of them still ran when it had ended, the number of tries, and the seconds that it took. The stage waits for a file and ends
+when the disturbance is over. `tests/cluster/test_drills.py` asserts the last column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from pods import arenas, lacks
@@ -61,16 +62,15 @@ def measure() -> dict[str, Any]:
                     if done in IMPATIENT and how == "sync":
                         continue  # the short clocks are those of the deferred DAG
                     where = "impatient" if done in IMPATIENT else how
-                    pool.submit(note, drill, column, lambda d=done, a=arena, w=where: d(a, w))
+                    pool.submit(note, drill, column, partial(done, arena, where))
             killed = ("worker",) if how == "sync" else ("triggerer", "scheduler")
             for name in killed:
-                note(
-                    f"kill -9 of the {name}",
-                    column,
-                    lambda a=arena, n=name, h=how: (
-                        disturb.worker_killed(a, h) if n == "worker" else disturb.component_killed(a, h, n)
-                    ),
+                kill = (
+                    partial(disturb.worker_killed, arena, how)
+                    if name == "worker"
+                    else partial(disturb.component_killed, arena, how, name)
                 )
+                note(f"kill -9 of the {name}", column, kill)
     return {"drills": len(cells), "cells": cells}
 
 

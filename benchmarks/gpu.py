@@ -3,11 +3,11 @@
 `small_ratio`, `large_ratio`: rows per second of `fit_torch` over those of a plain PyTorch loop with the same module, rows on
 the device, precision, optimizer and order of work; median of paired epochs, the two taking turns. Small: 0.2 million weights
 in fp32, batches of 1024. Large: 134 million weights in bf16 autocast, batches of 16384 rows; `large_mfu` is its share of the
-device's peak (6 FLOP per weight and row), `large_of_matmul` of what one bf16 matrix product of 8192 reaches here.
-`streamed_ratio`: rows from pinned memory instead, against rows on the device. `syncs_per_step`: how often a step waits for the
-device. `checkpoint_stall_s`: how long training stands still for a checkpoint of the large model. `resume_difference`: of the
-validation loss of the MLP, killed with SIGTERM through the door and resumed, from that of an undisturbed run. `gpu_…` as in
-the receipt of that run.
+device's peak (6 FLOP per weight and row), `large_of_matmul` its share of what one bf16 matrix product of 8192 reaches here.
+`streamed_ratio`: the speed with rows from pinned memory over that with rows on the device. `syncs_per_step`: how often a step waits
+for the device. `checkpoint_stall_s`: how long training stops for a checkpoint of the large model. `resume_difference`: between the
+validation loss of the MLP in a stage that was killed with SIGTERM and resumed, and that of an undisturbed run. `gpu_…`: as in the
+receipt of that run.
 
 Runs where `lepton-airflow[torch]` and nvidia-ml-py are installed: `make bench-gpu`, or `python benchmarks/gpu.py`.
 `--cpu-smoke` runs all of it on a CPU with tiny sizes, to see that it works: the numbers mean nothing then.
@@ -117,7 +117,7 @@ def measure(device: str = "cuda", scale: float = 1.0) -> dict[str, Any]:
             numbers["streamed_ratio"] = round(statistics.median(ours) / statistics.median(streamed), 4)
             numbers["checkpoint_stall_s"] = round(_checkpoint_stall(case, device), 3)
     numbers["syncs_per_step"] = _syncs_per_step(small, device)
-    return numbers | _through_the_door(
+    return numbers | _killed_and_resumed(
         device, rows=int(400_000 * scale) or 2000, epochs=30 if scale == 1 else 8
     )
 
@@ -148,7 +148,8 @@ def _optimizer(parameters: Any) -> Any:
 
 def _paired(case: Case, device: str) -> tuple[list[float], list[float]]:
     """Seconds of epochs of ``fit_torch`` and of the loop by hand, in turns; the first epoch of each turn warms up."""
-    ours, by_hand = [], []
+    ours: list[float] = []
+    by_hand: list[float] = []
     for number in range(4):
         for turn in (0, 1) if number % 2 == 0 else (1, 0):
             (by_hand if turn else ours).extend((_epochs_by_hand if turn else _epochs)(case, device))
@@ -261,7 +262,7 @@ def _checkpoint_stall(case: Case, device: str) -> float:
             return bool(written)
 
         run.save_checkpoint = timed
-        how = {"batch_size": case.batch, "epochs": 1, "precision": case.precision}
+        how: dict[str, Any] = {"batch_size": case.batch, "epochs": 1, "precision": case.precision}
         fit_torch(case.net(), torch.nn.CrossEntropyLoss(), case.data(), run, optimizer=_optimizer, **how)
         run.checkpoints.settle()
     return stalls[0]
@@ -296,7 +297,7 @@ def _syncs_per_step(case: Case, device: str) -> float:
 # -- the whole stage ---------------------------------------------------------------------------------------------------
 
 
-def _through_the_door(device: str, rows: int, epochs: int) -> dict[str, Any]:
+def _killed_and_resumed(device: str, rows: int, epochs: int) -> dict[str, Any]:
     """Train the MLP undisturbed, and once more with a SIGTERM after its first checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         _write_rows(Path(folder), rows)
@@ -350,7 +351,7 @@ def _train(folder: Path, name: str, device: str, epochs: int, *, stop: bool) -> 
     (folder / "request.json").write_text(request.to_json())
     command = [sys.executable, "-m", "lepton_airflow", "run", "request.json", "receipt.json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    codes = []
+    codes: list[int] = []
     while not codes or codes[-1] == 75:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         if stop and not codes:
@@ -363,7 +364,7 @@ def _train(folder: Path, name: str, device: str, epochs: int, *, stop: bool) -> 
         output, _ = process.communicate()
         codes.append(process.returncode)
     if codes[-1]:
-        raise SystemExit(f"gpu: the fit through the door failed with {codes[-1]}:\n{output}")
+        raise SystemExit(f"gpu: the fit in a process of its own failed with {codes[-1]}:\n{output}")
     metrics = Receipt.from_json((folder / "receipt.json").read_text()).metrics
     return {key: value for key, value in metrics.items() if value is not None}, codes[0]
 

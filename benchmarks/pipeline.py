@@ -1,9 +1,9 @@
 """What running flights_retrain as Airflow tasks costs over a plain script, and what the cache saves.
 
-One month: by a plain script that calls the same libraries in one process, by a real Airflow, and by that Airflow three
-times more with the run cleared, of which each task's median counts. Airflow's database is PostgreSQL where that is
+One month: by a plain script that calls the same libraries in one process, by a real Airflow, and three times more by that
+Airflow with the run cleared; of these three, each task's median counts. Airflow's database is PostgreSQL where that is
 installed, else sqlite. `overhead_seconds_per_task` and `overhead_ratio` compare the sum of the task durations that Airflow
-shows with the script's wall time; `cached_speedup` is the first run over the sum of those medians, in task time.
+shows with the script's wall time. `cached_speedup` is the task time of the first run over the sum of those medians.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 `parse_ratio_vs_kpo` and `parse_ratio_vs_empty` are the CPU time of a fresh interpreter that imports
 `dags/flights_retrain_pods.py` (12 tasks) over that of one that imports the same DAG made of plain `KubernetesPodOperator`s, and
-of `EmptyOperator`s: medians of alternating runs. Most of either is `airflow.sdk` itself, so `parse_added_seconds` tells the CPU
-time that the file costs a process that has imported it, as Airflow's DAG processor has. `seconds_to_container_start` is the time from the start of the task, as
-Airflow has it, to the start of the container, as the kubelet has it in whole seconds: medians of runs in turns.
-`triggerer_mib_per_deferred_pod` is what the triggerer's processes hold for themselves (USS) with 50 tasks deferred whose pods
-wait for a node, less what they held before, a task. Both are measured on the cluster of `$KUBECONFIG`, in the image of
-`$LEPTON_TEST_IMAGE`.
+of `EmptyOperator`s: medians of alternating runs. Most of that time is `airflow.sdk` itself, so `parse_added_seconds` gives the CPU
+time that the file costs a process that has already imported it, as Airflow's DAG processor has. `seconds_to_container_start` is the
+time from the start of the task, by Airflow's clock, to the start of the container, which the kubelet gives in whole seconds: medians
+of alternating runs. `triggerer_mib_per_deferred_pod` is the memory that the triggerer's processes hold for themselves (USS) with 50
+tasks deferred whose pods wait for a node, less what they held before, divided by the number of tasks. Both are measured on the cluster
+of `$KUBECONFIG`, in the image of `$LEPTON_TEST_IMAGE`.
 """
 
 from __future__ import annotations

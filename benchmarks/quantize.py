@@ -1,10 +1,10 @@
 """What QuantizeModel decides for models of five kinds, and whether the decision holds when it is checked again.
 
-Per model the candidates are measured as the stage measures them, on rows that choosing may use; then what was shipped is
-checked against fp32 in fresh rounds and on held-out rows. `shipped_slower_or_worse` counts the models whose shipped form
+For each model the candidates are measured as the stage measures them, on rows that the choice may use. Then the chosen form is
+checked against fp32, in new rounds and on held-out rows. `shipped_slower_or_worse` counts the models whose chosen form
 is slower there (median ratio below 0.97 at some batch size, the stage's own margin) or worse (metric lower by more than
-its margin). One thread.
-`speedup_…` is the shipped form's at the largest batch in the check, `size_…` its share of fp32's bytes.
+the stage's margin). `speedup_…` is the chosen form's speed over that of fp32 at the largest batch of the check, `size_…` its bytes over
+those of fp32. One thread.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Case:
             yield self.rows(slice(start, min(start + step, self.train.stop)))
 
     def predict(self, model: bytes, part: slice) -> Any:
-        from lepton_airflow.packaging.compression.quantize import open_session
+        from lepton_airflow.packaging.session import open_session
 
-        (predicted,) = open_session(model, 1).run(["probabilities"], self.rows(part))
+        (predicted,) = open_session(model).run(["probabilities"], self.rows(part))
         return predicted
 
     def timing(self, part: slice) -> dict[int, list[dict[str, Any]]]:
@@ -68,7 +68,7 @@ class Case:
 
 def measure(seconds: float = SECONDS, epochs: int = 6) -> dict[str, float]:
     """Choose and check for each kind of model."""
-    from lepton_airflow.packaging.compression.quantize import cpu_flags
+    from lepton_airflow.packaging.compression.convert import cpu_flags
     from lepton_airflow.sdk.fingerprint import cpu_model
 
     print(f"{cpu_model()}, {' '.join(cpu_flags())}, 1 thread, {ROUNDS} rounds of fresh sessions")
@@ -85,7 +85,9 @@ def measure(seconds: float = SECONDS, epochs: int = 6) -> dict[str, float]:
 
 def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bool, float, float]:
     """Decide as the stage does, print the table, and judge the decision anew."""
-    from lepton_airflow.packaging.compression.quantize import Judge, Work, compare, time_side_by_side
+    from lepton_airflow.packaging.compression.compare import Work, compare
+    from lepton_airflow.packaging.compression.latency import time_side_by_side
+    from lepton_airflow.packaging.compression.quality import Judge
 
     judge = Judge(y=case.y[case.choose], metric="roc_auc", max_loss=MAX_LOSS)
     work = Work(
@@ -106,9 +108,9 @@ def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bo
         size = f"{c.bytes / 1e6:.2f} MB" if c.bytes else ""
         print(f"  {c.name:<13}{c.verdict:<9} {size:>9}  {metric}  {times}")
     shipped = found.models[found.chosen]
-    size = len(shipped) / len(case.model)
+    share = len(shipped) / len(case.model)
     if found.chosen == "fp32":
-        return False, 1.0, size  # the same bytes
+        return False, 1.0, share  # the same bytes
     pair = {"fp32": case.model, "shipped": shipped}
     again = time_side_by_side(
         pair, "probabilities", case.timing(case.check), seconds=seconds, rounds=ROUNDS, seed=1
@@ -121,7 +123,7 @@ def _choose_and_check(case: Case, seconds: float, training_s: float) -> tuple[bo
         + ", ".join(f"{t.speedup:.2f} times as fast at batch {t.batch}" for t in again)
         + f", ROC AUC {fresh.difference:+.4f}{', SLOWER' * slower}{', WORSE' * worse}"
     )
-    return slower or worse, again[-1].speedup, size
+    return slower or worse, again[-1].speedup, share
 
 
 # -- tabular, on real flights ------------------------------------------------------------------------------------------
@@ -156,8 +158,9 @@ def _tabular(name: str, last: Any) -> Case:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    from lepton_airflow.packaging.export.fitted import Schema, as_fitted
-    from lepton_airflow.packaging.package import Feature
+    from lepton_airflow.data.features import Feature
+    from lepton_airflow.packaging.export.fitted import as_fitted
+    from lepton_airflow.packaging.schema import Schema
 
     sys.path.insert(0, str(ROOT / "demo"))
     from flights import land
@@ -187,7 +190,7 @@ def _encoder(epochs: int) -> Case:
     import torch
     from torch import nn
 
-    class Encoder(nn.Module):
+    class Encoder(nn.Module):  # type: ignore[misc]
         def __init__(self, width: int = 384) -> None:
             super().__init__()
             self.embed = nn.Linear(8, width)

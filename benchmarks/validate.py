@@ -3,8 +3,8 @@
 The same 30 expectations on the same Parquet files of 10 columns: `seconds_…` is the wall time of `ValidateData.run` in a
 fresh process, reading the file included, `gib_…` the largest resident memory of that process. Both engines run through
 the same stage, which asks either one for examples only where something fails. pandas would not fit with 100 million
-rows, so there only DuckDB is measured. The data are synthetic: made by DuckDB from row numbers, the same every time;
-they and what is spilled need 20 GB of disk for a while, in TMPDIR.
+rows, so there only DuckDB is measured. The data are synthetic: DuckDB makes them from row numbers, the same every time.
+While it runs, they and what is spilled take 20 GB of disk, in TMPDIR.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ in a folder that ``volumes`` mounts at the same path), and MLflow, the Connectio
 
 import os
 from datetime import UTC, datetime
+from typing import Any
 
 from airflow.sdk import DAG, Param
 from airflow.timetables.interval import CronDataIntervalTimetable
@@ -33,7 +34,7 @@ RAW = "{{ var.value.flights_raw }}"
 MODEL = "flights_late_pods"
 
 
-def pod(**settings):
+def pod(**settings: Any) -> Pod:
     """A pod of this team: its image, its namespace, and what the stage needs."""
     return Pod(
         image="{{ var.value.flights_image }}", namespace="{{ var.value.flights_namespace }}", **settings

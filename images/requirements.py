@@ -1,9 +1,10 @@
-"""Print what a stage image installs: what the door and the extras of pyproject.toml need, one requirement a line.
+"""Print what a stage image installs: what the entry point and the extras of pyproject.toml need, one requirement a line.
 
     python images/requirements.py train,s3 < pyproject.toml
 
-Airflow is not among it: where a stage runs, only the door does. Standard library only, since it runs before anything is
-installed, and it reads pyproject.toml instead of the package, so that a change of code installs nothing anew.
+Airflow is left out: a stage runs by `python -m lepton_airflow run`, which does not import it. Standard library only, because
+this runs before anything is installed. It reads pyproject.toml instead of the package, so that a change of code installs
+nothing anew.
 """
 
 # ruff: noqa: INP001 - a script, no package
@@ -14,13 +15,13 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 
-DOOR = ("fsspec", "psutil")  # as in lepton_airflow/execution/environments.py
+ENTRY_POINT_NEEDS = ("fsspec", "psutil")  # as in lepton_airflow/execution/environments.py
 
 
 def requirements(project: Mapping[str, list[str]], core: Sequence[str], extras: Sequence[str]) -> list[str]:
-    """The requirement lines of the door and of these extras, each once."""
-    door = [line for line in core if _name(line) in DOOR]
-    return list(dict.fromkeys([*door, *(line for extra in extras for line in _lines(project, extra))]))
+    """The requirement lines of the entry point and of these extras, each once."""
+    base = [line for line in core if _name(line) in ENTRY_POINT_NEEDS]
+    return list(dict.fromkeys([*base, *(line for extra in extras for line in _lines(project, extra))]))
 
 
 def _lines(project: Mapping[str, list[str]], extra: str) -> Iterator[str]:

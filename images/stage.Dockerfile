@@ -1,4 +1,4 @@
-# An image in which stages run: the door, and what the extras of one stage (or of several) need. No Airflow.
+# An image in which stages run: what the entry point and the extras of one stage (or of several) need. No Airflow.
 #
 #   make images                                     localhost/lepton-stage:all
 #   EXTRAS="validate train,torch,s3" make images    localhost/lepton-stage:validate and …:train-torch-s3
@@ -25,7 +25,7 @@ ARG TORCH_INDEX=
 RUN python requirements.py "${EXTRAS}" < pyproject.toml > requirements.txt \
  && pip="/opt/tools/bin/python -m pip --python /opt/venv install -c constraints.txt" \
  && if grep -q '^torch[^a-z]' requirements.txt; then $pip --no-deps --no-compile ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch; fi \
- && index=$(/opt/tools/bin/python -m pip config list | sed -nE "s/^[^=]*[.]index-url='(.*)'$/\1/p" | head -n 1) \
+ && index=${PIP_INDEX_URL:-$(/opt/tools/bin/python -m pip config get global.index-url 2>/dev/null || true)} \
  && { UV_DEFAULT_INDEX="${index}" /opt/tools/bin/uv pip install --no-progress --compile-bytecode \
         --python /opt/venv/bin/python -c constraints.txt -r requirements.txt || $pip -r requirements.txt; }
 

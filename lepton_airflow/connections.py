@@ -26,6 +26,48 @@ class Connection:
     port: int | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of_airflow(cls, conn_id: str, found: Any) -> Connection:
+        """What an Airflow Connection object says, without Airflow."""
+        return cls(
+            id=conn_id,
+            type=found.conn_type or "",
+            host=found.host,
+            login=found.login,
+            password=found.password,
+            schema=found.schema,
+            port=found.port,
+            extra=dict(found.extra_dejson),
+        )
+
+
+@dataclass(frozen=True)
+class AwsAccess:
+    """How a Connection opens AWS or what speaks its protocol; None for what it does not say.
+
+    The one place that knows where Airflow's Amazon provider keeps these. s3fs, Delta Lake and Iceberg each have names of
+    their own for them, which stand where those are used.
+    """
+
+    access_key_id: str | None = None
+    secret_access_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str | None = None
+    endpoint_url: str | None = None
+
+    @classmethod
+    def of(cls, connection: Connection) -> AwsAccess:
+        """Read a Connection of type ``aws``; keys and endpoint may also stand in login, password and host."""
+        extra = connection.extra
+        found = {
+            "access_key_id": connection.login or extra.get("aws_access_key_id"),
+            "secret_access_key": connection.password or extra.get("aws_secret_access_key"),
+            "session_token": extra.get("aws_session_token"),
+            "region": extra.get("region_name"),
+            "endpoint_url": extra.get("endpoint_url") or connection.host,
+        }
+        return cls(**{name: str(value) for name, value in found.items() if value})
+
 
 def connections_from_json(text: str | bytes) -> dict[str, Connection]:
     """Read the JSON in which a runner hands Connections over: ``[{"id", "type", "host", …}]``."""
@@ -56,6 +98,18 @@ def redactor(connections: Mapping[str, Connection]) -> Callable[[str], str]:
     return lambda text: pattern.sub("***", text)
 
 
+def hide_logins(text: str) -> str:
+    """The text with the login of each URL taken out: ``https://token@host`` and ``https://me:password@host``."""
+    return _URL_LOGIN.sub("://***@", text)
+
+
+def is_secret(name: str, value: Any) -> bool:
+    """Whether a setting, or one inside it, is named like a secret or is a URL with a password: no DAG may hold it."""
+    if isinstance(value, Mapping):
+        return any(is_secret(inner, item) for inner, item in value.items())
+    return bool(_SECRET_NAME.search(name) or _URL_PASSWORD.search(str(value)))
+
+
 def _secrets(connection: Connection) -> Iterator[str]:
     if connection.password:
         yield connection.password
@@ -66,7 +120,7 @@ def _secrets_in(value: Any, *, secret: bool) -> Iterator[str]:
     """Strings under names that sound secret, as Airflow tells them, and the passwords inside URLs."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _secrets_in(item, secret=secret or bool(_SECRET_NAME.search(str(name))))
+            yield from _secrets_in(item, secret=secret or bool(_PERHAPS_SECRET_NAME.search(str(name))))
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _secrets_in(item, secret=secret)
@@ -81,7 +135,15 @@ def _secrets_in(value: Any, *, secret: bool) -> Iterator[str]:
 
 
 _SHORTEST_SECRET = 5  # shorter ones would blank ordinary words
-_SECRET_NAME = re.compile(
-    r"pass(wd|word|phrase)|secret|token|key|credential|auth|connection_string|sas", re.IGNORECASE
+# A setting under such a name is certainly a secret, so a DAG that holds one is refused.
+_CERTAIN = (
+    r"pass(wd|word|phrase)|secret|token|credential|(access|account|api|private)[-_]?key|connection[-_]string"
+    r"|authorization$"
 )
+_SECRET_NAME = re.compile(_CERTAIN, re.IGNORECASE)
+# What stands under one of these may be a secret and is taken out of texts, which harms little if it is none. To refuse them
+# all would forbid an Iceberg catalog its ``oauth2-server-uri``.
+_PERHAPS_SECRET_NAME = re.compile(rf"{_CERTAIN}|key|auth|sas", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
+# A name without a password counts too, since many hosts take a token for it; the container of an Azure URL does not.
+_URL_LOGIN = re.compile(r"(?<!abfs)(?<!abfss)(?<!wasb)(?<!wasbs)://[^/\s@]+@")

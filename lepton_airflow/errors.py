@@ -1,39 +1,40 @@
-"""What can go wrong, and whether trying again may help.
+"""What can go wrong, and whether a retry may help.
 
 ::
 
     LeptonError                    1   may be retried
-    ├── BadInput                  80   data or a value cannot work; a retry would fail the same way
+    ├── BadInput                  80   the data, or a value in it, cannot be used; a retry would fail the same way
     ├── BadConfiguration          80   a name, a setting or a combination is wrong
     │   └── MissingExtra          80   a library of an optional extra is not installed
-    ├── ContractError             80   a request or a receipt is not one this version understands
-    ├── IntegrityError            80   bytes do not have the digest they are pinned to
+    ├── ContractError             80   this version cannot read a request or a receipt
+    ├── IntegrityError            80   bytes do not have the digest that they are pinned to
     ├── StoreError                 1   the artifact store did not answer, is full or is read-only
-    ├── RunnerError                1   the place where the stage ran failed it, not the stage
-    │   ├── OutOfMemory            1   the stage went over its memory limit, or the kernel's
+    ├── RunnerError                1   not the stage failed, but the place where it ran
+    │   ├── OutOfMemory            1   the stage used more memory than its limit, or than the machine has
     │   └── PodFailed              1   its pod was refused, lost or killed; 80 where a retry would fail the same way
-    ├── Preempted                 75   asked to stop; what is finished is kept, a retry resumes
+    ├── Preempted                 75   asked to stop; finished work is kept, and a retry resumes
     └── Skipped                   99   there is nothing to do for this run
 
-Every message is one sentence (or a few): what failed, on which value, what was expected, what to do next.
+Every message is one sentence, or a few: what failed, on which value, what was expected, what to do next.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 DONE, FAILED, PREEMPTED, DO_NOT_RETRY, SKIP = 0, 1, 75, 80, 99
 
 
 class LeptonError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
     exit_code = FAILED
 
 
 class BadInput(LeptonError):
-    """The data, or a value computed from it, cannot be worked with."""
+    """The data, or a value computed from it, cannot be used."""
 
     exit_code = DO_NOT_RETRY
 
@@ -71,7 +72,7 @@ class StoreError(LeptonError):
 
 
 class RunnerError(LeptonError):
-    """The place where a stage ran failed: it was killed, or left no receipt."""
+    """The place where a stage ran has failed it: the stage was killed, for example, or left no receipt."""
 
 
 class OutOfMemory(RunnerError):
@@ -81,7 +82,7 @@ class OutOfMemory(RunnerError):
 class PodFailed(RunnerError):
     """A stage's pod did not start, was taken away, or ended badly.
 
-    :param reason: one word for it, such as ``ImagePull`` or ``Unschedulable``: see docs/pods.md.
+    :param reason: one word, such as ``ImagePull`` or ``Unschedulable``; docs/pods.md lists them.
     :param exit_code: whether a retry may help.
     """
 
@@ -92,7 +93,7 @@ class PodFailed(RunnerError):
 
 
 class Preempted(LeptonError):
-    """The stage was asked to stop; a retry goes on from what it kept."""
+    """The stage was asked to stop; a retry continues from what it saved."""
 
     exit_code = PREEMPTED
 
@@ -107,10 +108,10 @@ _BY_EXIT_CODE = {SKIP: Skipped, PREEMPTED: Preempted, DO_NOT_RETRY: BadInput}
 
 
 def from_record(kind: str, message: str, exit_code: int) -> LeptonError:
-    """Rebuild the error that a receipt records, so that a caller sees the kind the stage raised."""
+    """Rebuild the error that a receipt records, so that the caller sees the kind that the stage raised."""
     known = {cls.__name__: cls for cls in _family(LeptonError)}
     cls = known.get(kind, _BY_EXIT_CODE.get(exit_code, LeptonError))
-    error = cls.__new__(cls)  # MissingExtra builds its own message, so __init__ is passed over
+    error = cls.__new__(cls)  # without __init__, because MissingExtra makes a message of its own there
     Exception.__init__(error, message)
     return error
 
@@ -119,6 +120,24 @@ def _family(cls: type[LeptonError]) -> Iterable[type[LeptonError]]:
     yield cls
     for child in cls.__subclasses__():
         yield from _family(child)
+
+
+def is_transient(message: str) -> bool:
+    """Whether a service's message tells of a state that may be over at the next try: it is away, starting, or too busy."""
+    return _TRANSIENT.search(message) is not None
+
+
+_TRANSIENT = re.compile(
+    r"timed? ?out|timeout expired|connection (refused|reset|closed|aborted)|closed the connection|reset by peer"
+    r"|no route to host|unreachable|temporary failure|error sending request|too many (requests|clients|connections)"
+    r"|slow ?down|starting up|shutting down|terminating connection|database is locked",
+    re.IGNORECASE,
+)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: DuckDB draws the query under its own."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -132,7 +151,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def require(library: str, wanted: str, extra: str) -> None:
     """Raise :class:`MissingExtra` unless the distribution ``library`` is installed.
 
-    Asks the installed metadata, not ``import``: a folder named like a library (``great_expectations/``)
+    Reads the installed metadata instead of importing: a folder that is named like a library (``great_expectations/``)
     would import as an empty namespace package.
     """
     from importlib.metadata import PackageNotFoundError, version

@@ -5,7 +5,7 @@ store              URI of the artifact store; default: ``lepton`` under AIRFLOW_
 store_conn_id      id of the Connection that opens the store; default: ambient identity
 runner             default runner: ``Subprocess``, or JSON such as ``{"Subprocess": {"memory_limit_mb": 4096}}``
                    or ``{"Venv": {"extras": "drift"}}``; ``Venv`` alone gives each stage what its own extra brings
-environments       folder where ``Venv`` keeps what it builds; default: ``lepton_airflow/environments`` in the user's
+environments       folder of the environments that ``Venv`` builds; default: ``lepton_airflow/environments`` in the user's
                    cache (``XDG_CACHE_HOME``, else ``~/.cache``)
 constraints        path or URL of the constraints file of those environments; default: none
 deployment         name of this Airflow, when several share one store; default: ``airflow``
@@ -15,65 +15,35 @@ cache_ttl_s        age in seconds above which a cache entry is a miss; default: 
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
-from typing import Any
 
-from lepton_airflow import runners
-from lepton_airflow.errors import BadConfiguration, did_you_mean
+from lepton_airflow.errors import BadConfiguration
 
 
 def setting(name: str, fallback: str | None = None) -> str | None:
-    """One value of the ``[lepton]`` section, or the fallback when it is not set; without Airflow, of the environment."""
+    """One value of the ``[lepton]`` section, or the fallback when it is not set.
+
+    Without Airflow, where only a stage's libraries are installed, the environment variable is read instead.
+    """
     try:
         from airflow.configuration import conf
-    except ModuleNotFoundError:  # the door where only a stage's libraries are installed
+    except ModuleNotFoundError:
         return os.environ.get(f"AIRFLOW__LEPTON__{name.upper()}") or fallback
     value: str | None = conf.get("lepton", name, fallback=None)
     return value or fallback
 
 
 def default_store() -> str:
-    """Where artifacts go when neither the task nor the installation says it."""
+    """The URI of the installation's artifact store: ``[lepton] store``, else ``lepton`` under AIRFLOW_HOME."""
     from airflow.configuration import AIRFLOW_HOME
 
     return setting("store") or f"{AIRFLOW_HOME}/lepton"
 
 
-def environments() -> Path:
-    """Where the runner ``Venv`` keeps the environments it builds."""
-    from lepton_airflow.execution.environments import default_root
-
-    return Path(setting("environments") or default_root()).expanduser().absolute()
-
-
 def default_ttl_s() -> float | None:
-    """The installation's age limit of cache entries in seconds."""
+    """The age above which a cache entry is a miss [seconds]; None: entries do not age."""
     text = setting("cache_ttl_s")
     try:
         return float(text) if text else None
     except ValueError:
         raise BadConfiguration(f"[lepton] cache_ttl_s={text!r} is not a number of seconds.") from None
-
-
-def default_runner() -> runners.Runner:
-    """The installation's runner: a name, or JSON of one name with its settings."""
-    text = setting("runner", "Subprocess") or "Subprocess"
-    try:
-        value: Any = json.loads(text) if text.lstrip().startswith("{") else {text: {}}
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or len(value) != 1:
-        raise BadConfiguration(
-            f'[lepton] runner={text!r}: expected a name such as Subprocess, or {{"Subprocess": {{"grace_s": 5}}}}.'
-        )
-    ((name, settings),) = value.items()
-    known = [n for n in runners.__all__ if n[0].isupper() and n != "Runner"]
-    if name not in known:
-        raise BadConfiguration(f"[lepton] runner={name!r}: {did_you_mean(name, known)}")
-    try:
-        runner: runners.Runner = getattr(runners, name)(**settings)
-    except TypeError as error:
-        raise BadConfiguration(f"[lepton] runner={text!r}: {error}") from None
-    return runner

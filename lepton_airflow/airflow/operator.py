@@ -21,7 +21,7 @@ from lepton_airflow.airflow.dag_files import Uploads, on_worker, resolved
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request, RunIdentity, Window
 from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
-from lepton_airflow.runners import Runner
+from lepton_airflow.runners import Runner, default_runner
 from lepton_airflow.sdk.stage import Stage, choices, markers
 from lepton_airflow.stages import build, stage_name
 from lepton_airflow.store.files import Store
@@ -161,7 +161,7 @@ class StageOperator(BaseOperator):
 
     def _run(self, context: Mapping[str, Any], kept: Mapping[str, Any]) -> tuple[Request, Receipt]:
         """Hand the request to the runner; returns it and a receipt that the store holds with all its artifacts."""
-        runner = (self.runner or settings.default_runner()).rendered(
+        runner = (self.runner or default_runner()).rendered(
             lambda value: self.render_template(value, cast("Any", context))
         )
         request = self._request(context)
@@ -218,7 +218,7 @@ class StageOperator(BaseOperator):
     ) -> dict[str, Any]:
         """The stage's parameters; paths beside the DAG file as the place where the stage runs can read them."""
         folder = str(getattr(context.get("dag"), "folder", "") or "")
-        local = (self.runner or settings.default_runner()).local
+        local = (self.runner or default_runner()).local
         place = on_worker if local else Uploads(store, store_connection)
         return {f.name: resolved(getattr(self, f.name), folder, place) for f in fields(self.stage)}
 

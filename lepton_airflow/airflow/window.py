@@ -1,7 +1,7 @@
-"""Which span of data time a run is about, for every kind of run.
+"""The span of data time that a run is about, for every kind of run.
 
-One order for all: a partition key, else the data interval, else what the triggering asset events say, else the run's
-params. Nothing defaults to the date of the run.
+It comes from the run's partition key, else from its data interval, else from the asset events that triggered it, else from
+its params. It never defaults to the date of the run.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ _PARTITION = re.compile(r"^(\d{4})(?:-(\d{2})(?:-(\d{2})(?:[T ](\d{2})(?::\d{2})
 
 
 def resolve(context: Mapping[str, Any]) -> tuple[Window | None, str]:
-    """The window of a run from its Airflow context; or None and why there is none.
+    """The window of a run, from its Airflow context; or None, and why there is none.
 
-    :raises BadConfiguration: an event or a param is there but is no span of time.
+    :raises BadConfiguration: an event or a param is given, but it is not a span of time.
     """
     dag_run = context.get("dag_run")
     key = getattr(dag_run, "partition_key", None)
     if key:
         try:
             return from_partition_key(key), ""
-        except (
-            BadConfiguration
-        ) as error:  # partitions of another kind, by region say: most stages need no window
+        except BadConfiguration as error:
+            # Partitions of another kind, by region for example. Most stages need no window.
             return None, str(error).rstrip(".")
     start, end = getattr(dag_run, "data_interval_start", None), getattr(dag_run, "data_interval_end", None)
     if start is not None and end is not None and start < end:
@@ -77,7 +76,11 @@ def from_partition_key(key: str) -> Window:
 
 
 def checked(start: Any, end: Any, where: str) -> Window:
-    """A window from two ISO 8601 times; a time without offset is UTC. Raises BadConfiguration when it is none."""
+    """The window between two ISO 8601 times; a time without an offset is UTC.
+
+    :param where: where the times come from, for the message.
+    :raises BadConfiguration: they are not two such times, or the window is empty.
+    """
     try:
         times = [t if isinstance(t, datetime) else datetime.fromisoformat(str(t)) for t in (start, end)]
     except ValueError:
@@ -89,7 +92,7 @@ def checked(start: Any, end: Any, where: str) -> Window:
 
 
 def _from_events(events: Mapping[Any, Any]) -> Window | None:
-    """From the first start to the last end that the triggering events tell; those that tell none are passed over."""
+    """The window from the first start to the last end in the triggering events; None if no event has a window."""
     found = [
         checked(window.get("start"), window.get("end"), "extra['window'] of the triggering asset event")
         for several in events.values()

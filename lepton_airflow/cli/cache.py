@@ -17,14 +17,14 @@ def add(commands: Commands) -> None:
         required=True, metavar="ls|evict"
     )
     ls = cache.add_parser("ls", help="list what can be reused, oldest first")
-    evict = cache.add_parser("evict", help="drop entries, and the artifacts that nothing needs any more")
-    evict.add_argument(
+    make_room = cache.add_parser("evict", help="drop entries, and the artifacts that nothing needs any more")
+    make_room.add_argument(
         "--older-than-s",
         type=float,
         default=_WEEK_S,
         help="only entries at least this old [seconds]; default: a week. Runs as old as this must have ended",
     )
-    for command, call in ((ls, _cache_ls), (evict, _cache_evict)):
+    for command, call in ((ls, _cache_ls), (make_room, _cache_evict)):
         command.add_argument(
             "--store", default=os.environ.get("AIRFLOW__LEPTON__STORE"), help="the store's URI"
         )
@@ -33,10 +33,12 @@ def add(commands: Commands) -> None:
 
 
 def _cache_ls(args: argparse.Namespace) -> int:
-    found = store_of(args).cache_entries()
+    from lepton_airflow.store.cache import entries
+
+    found = entries(store_of(args))
     if not found:
         print(f"nothing is cached in {args.store}", file=sys.stderr)
-    for _, entry in found:
+    for entry in found:
         if args.stage in (None, entry.stage):
             size = sum(a.bytes for a in entry.artifacts.values())
             print(
@@ -46,6 +48,8 @@ def _cache_ls(args: argparse.Namespace) -> int:
 
 
 def _cache_evict(args: argparse.Namespace) -> int:
-    entries, freed = store_of(args).cache_evict(stage=args.stage, older_than_s=args.older_than_s)
-    print(f"{entries} entries and {freed:,} bytes removed")
+    from lepton_airflow.store.eviction import evict
+
+    dropped, freed = evict(store_of(args), stage=args.stage, older_than_s=args.older_than_s)
+    print(f"{dropped} entries and {freed:,} bytes removed")
     return 0

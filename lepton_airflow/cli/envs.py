@@ -51,15 +51,15 @@ def add(commands: Commands) -> None:
 
 
 def _environments(args: argparse.Namespace) -> Path:
-    from lepton_airflow import settings
+    from lepton_airflow.execution.environments import default_root
 
-    return args.root.absolute() if args.root else settings.environments()
+    return args.root.absolute() if args.root else default_root()
 
 
 def _envs_ls(args: argparse.Namespace) -> int:
     from lepton_airflow.execution import environments
 
-    for e in environments.kept(_environments(args)):
+    for e in environments.list_environments(_environments(args)):
         used = datetime.fromtimestamp(e.used, UTC).isoformat(timespec="seconds")
         size = f"{(e.bytes or 0) >> 20:,} MiB" if e.bytes else ""
         print(f"{used}  {e.state:<10} {size:>10}  {e.name}  {', '.join(e.requirements)}".rstrip())

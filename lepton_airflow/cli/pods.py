@@ -54,9 +54,9 @@ def _pods(args: argparse.Namespace) -> tuple[Cluster, list[Item]]:
     from lepton_airflow import settings
     from lepton_airflow.pods.cluster import Cluster
     from lepton_airflow.pods.sweep import inventory
-    from lepton_airflow.runners import Pod
+    from lepton_airflow.runners import Pod, default_runner
 
-    runner = settings.default_runner()
+    runner = default_runner()
     pod = runner if isinstance(runner, Pod) else Pod(image="none")  # it is only asked for its cluster
     names = ("namespace", "kubernetes_conn_id", "config_file", "cluster_context", "in_cluster")
     cluster = Cluster(

@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from lepton_airflow.execution.processes import end_with_parent
-    from lepton_airflow.execution.run_stage import perform, stop_on_sigterm
+    from lepton_airflow.execution.run_stage import run_stage, stop_on_sigterm
 
     if args.parent_fd is not None:
         end_with_parent(args.parent_fd, args.scratch)
@@ -53,9 +53,9 @@ def _run(args: argparse.Namespace) -> int:
     request = Request.from_json(_read(args.request, "request"))
     try:
         kind = get_stage(request.stage)
-    except Exception:  # noqa: BLE001 - whatever importing a user's module raises: perform raises it again and says it
+    except Exception:  # noqa: BLE001 - whatever importing a user's module raises: run_stage raises it again and says it
         kind = None
-    receipt = perform(request, connections, stop_on_sigterm(kind))
+    receipt = run_stage(request, connections, stop_on_sigterm(kind))
     _write(receipt, args.receipt, args.termination_message)
     level = logging.ERROR if receipt.error else logging.INFO
     logging.getLogger("lepton_airflow").log(

@@ -2,9 +2,9 @@
 
 ::
 
-    endpoints/<endpoint>/desired/000001.json, …     a version that should be served; appended, never changed
-    endpoints/<endpoint>/verdicts/000001.json, …    whether that one passed its checks; made once, never changed
-    endpoints/<endpoint>/status/<server>.json       what a server does now; rewritten every few seconds
+    records/endpoints/<endpoint>/desired/…                  a log of the versions that should be served (store/records.py)
+    records/endpoints/<endpoint>/verdicts/000001.json, …    whether that one passed its checks; made once, never changed
+    records/endpoints/<endpoint>/status/<server>.json       what a server does now; rewritten every few seconds
 
 An endpoint serves the newest desired version that was not rejected. So a rejection leaves the former version in
 service, and a server that starts again finds it by the same rule. Of several servers the first one's verdict stands.
@@ -12,20 +12,19 @@ service, and a server that starts again finds it by the same rule. Of several se
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
-from lepton_airflow.contract import canonical_json, split_pin
+from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError, from_record
 from lepton_airflow.store.files import Store
+from lepton_airflow.store.records import ROOT, Log, parse, to_json
 
-BEAT_S = 3.0  # how often a server rewrites its status
-DEAD_S = 20.0  # a status older than this is that of a server that is gone
-_FORGET_S = 24 * 3600.0  # … and is removed when this old, by the next server that starts
+BEAT_S = 3.0  # between two writes of a server's status
+DEAD_S = 20.0  # a server whose status is older than this has ended
+_FORGET_S = 24 * 3600.0  # the next server that starts removes a status older than this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +37,11 @@ class Desired:
     :ivar max_difference: of an answer from the golden one [probability; regression: of the largest golden answer].
     :ivar name: the registered model whose champion this was, and ``ledger`` the number of its move; None when pinned.
     :ivar window: the data window that the model was trained on, ``{"start", "end"}``, or None.
+    :ivar sequence: its number among the records of the endpoint.
+    :ivar moves: the last move of each registered model's champion that was asked for, up to here.
     """
 
     endpoint: str
-    sequence: int
     package: str
     version: str
     golden: str
@@ -54,6 +54,8 @@ class Desired:
     window: dict[str, str] | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     decided: str = ""
+    sequence: int = 0
+    moves: dict[str, int] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -61,7 +63,7 @@ class Desired:
         return split_pin(self.package)[1] or ""
 
     def asks_as(self, other: Desired) -> bool:
-        """Whether both ask for the same package under the same conditions."""
+        """Whether both ask for the same package on the same conditions."""
         return all(getattr(self, n) == getattr(other, n) for n in _CONDITIONS) and self.sha256 == other.sha256
 
 
@@ -72,11 +74,12 @@ _CONDITIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whether a desired version passed its checks.
+class LoadVerdict:
+    """Whether a desired version passed the checks that a server makes when it loads it.
 
     :ivar numbers: what was measured: ``latency_p50_ms``, ``latency_p95_ms``, ``memory_mib``, ``difference``, ``load_s``.
     :ivar error: ``{"kind", "message", "exit_code"}`` when it was rejected.
+    :ivar instead: when it was rejected, the number of the newest one before it that was not; 0: there is none.
     """
 
     sequence: int
@@ -84,6 +87,7 @@ class Verdict:
     server: str
     numbers: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    instead: int = 0
     decided: str = ""
 
 
@@ -95,7 +99,7 @@ class Status:
         ``rejected``.
     :ivar reason: why it is not serving, in one sentence.
     :ivar serving: sequence of the desired version in service, whose version, digest and numbers these are.
-    :ivar refused: errors by sequence, of versions that this server cannot serve; see :attr:`Verdict.error`.
+    :ivar errors: why this server does not serve a version, by its sequence; see :attr:`LoadVerdict.error`.
     :ivar beat: when this was written, ISO 8601, by the server's clock.
     """
 
@@ -108,7 +112,7 @@ class Status:
     version: str | None = None
     sha256: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
-    refused: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
     beat: str = ""
 
     @property
@@ -118,12 +122,12 @@ class Status:
 
     @property
     def alive(self) -> bool:
-        """Whether the server has given a sign of life lately."""
+        """Whether the server has written its status lately."""
         return self.age_s < DEAD_S
 
 
 def check_endpoint_name(endpoint: str) -> None:
-    """Refuse a name that a URL or a path would refuse."""
+    """Raise BadConfiguration for a name that a URL or a path cannot have."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", endpoint):
         raise BadConfiguration(
             f"endpoint={endpoint!r} cannot name an endpoint: expected letters, digits, '.', '_' and '-', as in "
@@ -131,81 +135,81 @@ def check_endpoint_name(endpoint: str) -> None:
         )
 
 
-def desired_after(store: Store, endpoint: str, sequence: int = 0) -> list[Desired]:
-    """The desired versions after a number, oldest first; raises IntegrityError when one of all is gone."""
-    listed = 0
-    if not sequence:  # whoever follows the records from the start on needs no list of them again
-        keys = store.keys(f"endpoints/{endpoint}/desired")
-        listed = max((int(key[-11:-5]) for key in keys), default=0)
-    found: list[Desired] = []
-    while True:
-        key = _key(endpoint, "desired", sequence + len(found) + 1)
-        text = store.read(key)
-        if text is not None:
-            found.append(_parse(key, text, Desired))
-        elif len(found) >= listed:
-            return found
-        else:
-            raise IntegrityError(
-                f"record {key} is missing, later ones exist: restore it from a backup of the store."
-            )
+class DesiredLog(Log[Desired]):
+    """The versions that an endpoint should serve, in the order in which they were asked for."""
+
+    def __init__(self, store: Store, endpoint: str) -> None:
+        super().__init__(store, f"endpoints/{endpoint}/desired", Desired, find_by=("run_key",))
+
+    def append_after(self, newest: Desired | None, desired: Desired) -> Desired | None:
+        """Ask for a version after the newest that the caller knows of; None when that is not the newest any more.
+
+        :raises IntegrityError: a later move of the same champion was asked for before.
+        """
+        moves = dict(newest.moves) if newest else {}
+        if desired.name is not None:
+            latest, move = moves.get(desired.name, 0), desired.ledger or 0
+            if latest > move:
+                raise IntegrityError(
+                    f"endpoint {desired.endpoint!r} was asked for move {latest} of the champion of {desired.name!r}, and "
+                    f"now for the older move {move}: it never goes back. If the ledger in {self.store.root} has lost moves, "
+                    "restore it from a backup."
+                )
+            moves[desired.name] = move
+        desired = replace(desired, sequence=newest.sequence + 1 if newest else 1, moves=moves)
+        return desired if self.append(desired) else None
 
 
-def append_desired(store: Store, known: Sequence[Desired], desired: Desired) -> bool:
-    """Ask for a version after all those known; False when another task took its number, so that the caller looks again.
-
-    :raises IntegrityError: a later move of the same champion was asked for before.
-    """
-    latest = max((_move(d) for d in known if d.name and d.name == desired.name), default=0)
-    if latest > _move(desired):
-        raise IntegrityError(
-            f"endpoint {desired.endpoint!r} was asked for move {latest} of the champion of {desired.name!r}, and now for "
-            f"the older move {desired.ledger}: it never goes back. If the ledger in {store.root} has lost moves, restore "
-            "it from a backup."
-        )
-    content = canonical_json(asdict(desired)).encode()
-    return store.create_exclusive(_key(desired.endpoint, "desired", desired.sequence), content)
-
-
-def _move(desired: Desired) -> int:
-    return desired.ledger or 0
-
-
-def read_verdict(store: Store, endpoint: str, sequence: int) -> Verdict | None:
+def read_verdict(store: Store, endpoint: str, sequence: int) -> LoadVerdict | None:
     """The verdict about a desired version, or None as long as there is none."""
-    key = _key(endpoint, "verdicts", sequence)
+    key = _verdict_key(endpoint, sequence)
     text = store.read(key)
-    return _parse(key, text, Verdict) if text is not None else None
+    return parse(key, text, LoadVerdict) if text is not None else None
 
 
-def decide(store: Store, endpoint: str, verdict: Verdict) -> Verdict:
-    """Give a verdict; returns the one that stands, which is an earlier one if there was one."""
-    key = _key(endpoint, "verdicts", verdict.sequence)
-    store.create_exclusive(key, canonical_json(asdict(verdict)).encode())
+def decide(store: Store, endpoint: str, verdict: LoadVerdict) -> LoadVerdict:
+    """Record a verdict unless there is one already; returns the one that is recorded."""
+    key = _verdict_key(endpoint, verdict.sequence)
+    if verdict.error:
+        verdict = replace(verdict, instead=not_rejected(store, endpoint, verdict.sequence - 1))
+    store.create_exclusive(key, to_json(verdict))
     text = store.read(key)
     if text is None:
         raise IntegrityError(f"record {key} is missing, it was just there: restore it from a backup.")
-    return _parse(key, text, Verdict)
+    return parse(key, text, LoadVerdict)
+
+
+def not_rejected(store: Store, endpoint: str, sequence: int) -> int:
+    """The number of the newest desired version up to this one that was not rejected; 0: there is none.
+
+    A rejection names the one before it, and a verdict is never revised: of a row of rejected versions only the last is read.
+    """
+    while sequence:
+        verdict = read_verdict(store, endpoint, sequence)
+        if verdict is None or not verdict.error:
+            return sequence
+        sequence = verdict.instead
+    return 0
 
 
 def read_statuses(store: Store, endpoint: str) -> list[Status]:
-    """What all servers of an endpoint say, those that are gone included."""
-    keys = store.keys(f"endpoints/{endpoint}/status")
-    return [_parse(key, text, Status) for key in keys if (text := store.read(key)) is not None]
+    """The status of every server of an endpoint, also of those that have ended."""
+    keys = store.keys(f"{ROOT}/endpoints/{endpoint}/status")
+    return [parse(key, text, Status) for key in keys if (text := store.read(key)) is not None]
 
 
 def write_status(store: Store, endpoint: str, status: Status) -> None:
-    """Say what a server does."""
-    store.write(_status_key(endpoint, status.server), canonical_json(asdict(status)).encode())
+    """Record what a server does."""
+    store.write(_status_key(endpoint, status.server), to_json(status))
 
 
 def remove_status(store: Store, endpoint: str, server: str) -> None:
-    """Take a server's status away: it has ended."""
+    """Remove the status of a server that has ended."""
     store.delete(_status_key(endpoint, server))
 
 
 def forget_the_dead(store: Store, endpoint: str) -> None:
-    """Remove what servers said that are long gone: containers come back under another name."""
+    """Remove the statuses of servers that ended long ago: a container that starts again has another name."""
     for status in read_statuses(store, endpoint):
         if status.age_s > _FORGET_S:
             remove_status(store, endpoint, status.server)
@@ -217,31 +221,18 @@ def precise_now() -> str:
 
 
 def error_record(error: LeptonError) -> dict[str, Any]:
-    """An error as it stands in records."""
+    """An error as records hold it."""
     return {"kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
 
 
 def error_of(record: dict[str, Any]) -> LeptonError:
-    """The error that a record tells of."""
+    """The error that a record holds."""
     return from_record(record["kind"], record["message"], record["exit_code"])
 
 
-def _key(endpoint: str, kind: str, sequence: int) -> str:
-    return f"endpoints/{endpoint}/{kind}/{sequence:06d}.json"
+def _verdict_key(endpoint: str, sequence: int) -> str:
+    return f"{ROOT}/endpoints/{endpoint}/verdicts/{sequence:06d}.json"
 
 
 def _status_key(endpoint: str, server: str) -> str:
-    return f"endpoints/{endpoint}/status/{server}.json"
-
-
-_T = TypeVar("_T", Desired, Verdict, Status)
-
-
-def _parse(key: str, text: bytes, kind: type[_T]) -> _T:
-    known = {f.name for f in fields(kind)}
-    try:
-        return kind(**{k: v for k, v in json.loads(text).items() if k in known})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"record {key} is damaged ({error}): restore it from a backup of the store."
-        ) from None
+    return f"{ROOT}/endpoints/{endpoint}/status/{server}.json"

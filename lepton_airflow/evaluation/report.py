@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that needs nothing but itself: it can be mailed, archived, opened from a store."""
+"""An evaluation as one HTML page that needs no other file: it can be mailed, archived, or opened from a store."""
 
 from __future__ import annotations
 
@@ -8,22 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lepton_airflow.statistics.catalogue import METRICS
+
 if TYPE_CHECKING:
     from lepton_airflow.packaging.package import ModelCard
-
-TITLES = {
-    "accuracy": "Accuracy",
-    "precision": "Precision",
-    "recall": "Recall",
-    "f1": "F1",
-    "roc_auc": "ROC AUC",
-    "log_loss": "Log loss",
-    "brier": "Brier score",
-    "mae": "MAE",
-    "rmse": "RMSE",
-    "r2": "R²",
-}
-_IN_UNIT = frozenset({"accuracy", "precision", "recall", "f1", "roc_auc"})  # a bar from 0 to 1 says something
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --bar: #2563eb; --paper: #fff;
@@ -73,11 +61,12 @@ def render(result: Mapping[str, Any], card: ModelCard, pictures: Sequence[Path])
 
 
 def _metric(name: str, metric: Mapping[str, float | None]) -> str:
+    """A card with the value, its interval, and a bar of the interval where the scale has two ends."""
     value, low, high = metric["value"], metric["low"], metric["high"]
-    inner = f"<span>{TITLES[name]}</span><b>{_number(value)}</b>"
+    inner = f"<span>{METRICS[name].title}</span><b>{_number(value)}</b>"
     if low is not None and high is not None:
         inner += f"<span>{_number(low)} to {_number(high)}</span>"
-        if name in _IN_UNIT and value is not None:
+        if METRICS[name].scale == "share" and value is not None:
             left, width = 100 * max(low, 0), 100 * (min(high, 1) - max(low, 0))
             inner += (
                 f'<div class="track"><i style="left:{left:.1f}%;width:{max(width, 0.5):.1f}%"></i>'
@@ -93,7 +82,7 @@ def _picture(path: Path) -> str:
 
 def _slices(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(rows[0]["metrics"]) if rows else []
-    head = "".join(f"<th>{TITLES[name]}</th>" for name in names)
+    head = "".join(f"<th>{METRICS[name].title}</th>" for name in names)
     body = []
     for row in rows:
         cells = []

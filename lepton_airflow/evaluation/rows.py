@@ -1,4 +1,4 @@
-"""The rows that a model is judged on: their labels and clusters, and what does not fit refused by name."""
+"""The rows that a model is judged on: their labels and clusters, and a sentence about what does not fit the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
+from lepton_airflow.data.features import kind_of
 from lepton_airflow.errors import BadConfiguration, BadInput
 from lepton_airflow.packaging.package import ModelCard
 
@@ -36,11 +37,12 @@ class EvaluationRows:
 def load_rows(
     path: Path, card: ModelCard, cluster_column: str | None = None, columns: Sequence[str] = ()
 ) -> EvaluationRows:
-    """Read what a model with this card can be judged on; predictions come from ``predict_parquet`` in the same order.
+    """Read what a model with this card can be judged on, in the order in which ``predict_parquet`` gives predictions.
 
-    ``cluster_column`` is the dataset's own when None. Raises BadInput when the target is missing on some row, is no
-    number in a regression or a class that the model does not know; BadConfiguration when the dataset is for another
-    task or target.
+    :param cluster_column: column that names dependent rows; None: the one that the dataset names, if any.
+    :param columns: further columns to read, for slices.
+    :raises BadInput: the target is missing on some row, is no number in a regression, or a class that the model does not know.
+    :raises BadConfiguration: the dataset is for another task or target.
     """
     info = read_info(path)
     for what, mine, theirs in (("task", card.task, info.task), ("target", card.target, info.target)):
@@ -69,16 +71,15 @@ def load_rows(
 
 
 def check_kinds(card: ModelCard, info: DatasetInfo) -> None:
-    """Refuse a dataset in which a model's text has become numbers, or its numbers text: it would match no category.
+    """Raise BadInput where a feature of the model is of another kind in the dataset: its values would match no category.
 
     A column of digits that was read as text last month and as numbers this month is such a case.
     """
-    kinds = {False: "a number", True: "text"}
     for feature in card.features:
-        mine, theirs = feature.kind == "category", feature.name in info.categorical
-        if feature.name in info.features and mine != theirs:
+        theirs = kind_of(info, feature.name)
+        if feature.name in info.features and feature.kind != theirs:
             raise BadInput(
-                f"feature {feature.name!r} is {kinds[theirs]} in the dataset, the model was trained on it as {kinds[mine]}: "
+                f"feature {feature.name!r} is a {theirs} in the dataset, the model was trained on it as a {feature.kind}: "
                 "cast it to one type in PrepareData's features."
             )
 

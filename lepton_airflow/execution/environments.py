@@ -1,13 +1,13 @@
-"""Python environments for stages, built on demand: each named by what is in it, built once, kept until it is pruned.
+"""Python environments for stages, built on demand: each is named by its contents, built once, and kept until it is pruned.
 
 Layout under the root::
 
     <extras>-<16 hex digits>/                    the environment: bin/python, lib/…
-    <extras>-<16 hex digits>/environment.json    what it was made from; written last, so its absence means half-made
-    <extras>-<16 hex digits>.lock                held shared while a stage uses it, alone while it is built or removed
+    <extras>-<16 hex digits>/environment.json    what it was built from; written last: without it, it is half-built
+    <extras>-<16 hex digits>.lock                locked shared while a stage uses it, exclusively while it is built or removed
 
 The digits are a hash of the requirement lines, the constraints, the installer, and the interpreter below it: a change of
-any makes another environment. The code of lepton_airflow is not in it: a stage is given its worker's own.
+any of these makes another environment. The code of lepton_airflow is not in it: a stage gets that of its worker.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from lepton_airflow.connections import hide_logins
 from lepton_airflow.contract import digest_of
 from lepton_airflow.errors import BadConfiguration, LeptonError, RunnerError, did_you_mean
+from lepton_airflow.settings import setting
 
 PACKAGE = "lepton-airflow"
-DOOR = ("fsspec", "psutil")  # what the door itself imports; Airflow is not among it
+# What `python -m lepton_airflow run` itself imports, besides the stage's libraries. Airflow is not among them.
+ENTRY_POINT_NEEDS = ("fsspec", "psutil")
 OLDEST_PYTHON = (3, 11)
 
 Say = Callable[[str], None]
@@ -43,7 +46,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Environment:
-    """What an environment is made from; equal ones are the same environment.
+    """What an environment is built from; equal ones are the same environment.
 
     :ivar extras: extras of lepton-airflow, sorted; they only make the name readable.
     :ivar requirements: sorted lines as in a requirements file.
@@ -74,7 +77,8 @@ class Environment:
         """
         interpreter = find_python(python)
         installer = installer or ("uv" if _uv() else "pip")
-        if constraints is not None and "://" not in constraints:  # whoever builds it stands in another folder
+        # The process that builds it has another working directory.
+        if constraints is not None and "://" not in constraints:
             constraints = os.path.abspath(os.path.expanduser(constraints))
         names = tuple(sorted(set(extras)))
         lines = tuple(sorted({*extra_lines(names), *requirements}))
@@ -83,14 +87,15 @@ class Environment:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of its folder."""
         return f"{'-'.join(self.extras) or 'own'}-{self.key}"
 
     @contextmanager
-    def held(self, root: Path, say: Say | None = None) -> Iterator[str | None]:
-        """Its interpreter, which nobody removes meanwhile; None when it is not built.
+    def use(self, root: Path, say: Say | None = None) -> Iterator[str | None]:
+        """Its interpreter, which nobody removes while the context lasts; None when it is not built.
 
-        :param say: is told when another process builds it, which is then waited for; None: it counts as not built.
+        :param say: reports that another process is building it, and makes this wait for that; None: do not wait, and count
+            it as not built.
         """
         with ExitStack() as stack:
             try:
@@ -101,19 +106,19 @@ class Environment:
                     return
                 say(f"environment {self.name} is being built or removed by another process: waiting")
                 lock = stack.enter_context(_locked(root, self.name, fcntl.LOCK_SH))
-            os.utime(lock.fileno())  # when it was last used
+            os.utime(lock.fileno())  # the time of its last use
             python = root / self.name / "bin" / "python"
             yield str(python) if _complete(root / self.name) else None
 
     def build(self, root: Path, say: Say) -> Path:
-        """Build it unless it is built, wait for whoever is building it, and return its interpreter.
+        """Build it unless it is built, wait for another process that is building it, and return its interpreter.
 
         :raises BadConfiguration: there is no such package or version, or the interpreter cannot make environments.
         :raises RunnerError: the package index did not answer, or the disk is full: a retry may help.
         """
         while True:
-            # Shared: whoever has waited for the lock alone would go on waiting until no stage uses what was built.
-            with self.held(root, say) as python:
+            # A shared lock: an exclusive one would have to wait until no stage uses what another process has built.
+            with self.use(root, say) as python:
                 if python:
                     say(f"environment {self.name} is there: {root / self.name}")
                     return Path(python)
@@ -121,17 +126,19 @@ class Environment:
                 try:
                     lock = stack.enter_context(_locked(root, self.name, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 except BlockingIOError:
-                    time.sleep(_POLL_S)  # another one looks, or has begun to build it
+                    # Another process is looking, or has begun to build it.
+                    time.sleep(_POLL_S)
                     continue
                 return self._make(root / self.name, lock, say)
 
     def _make(self, home: Path, lock: IO[str], say: Say) -> Path:
-        if not _complete(home):  # somebody may have built it just before the lock was taken
+        # Another process may have built it just before this one got the lock.
+        if not _complete(home):
             if home.exists():
                 say(f"environment {self.name} was left half-built: building it again")
                 (home / "environment.json").unlink(missing_ok=True)
                 shutil.rmtree(home)
-            shown = [_PASSWORD.sub("://***@", line) for line in self.requirements]
+            shown = [hide_logins(line) for line in self.requirements]
             say(f"building environment {self.name} with {self.installer}: {', '.join(shown)}")
             started = time.monotonic()
             try:
@@ -166,11 +173,11 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """An environment as it lies on disk.
+class EnvironmentInfo:
+    """An environment as it is found on disk.
 
     :ivar state: ``ready``, ``in use``, ``building`` or ``half-built``.
-    :ivar used: when a stage last used it [seconds since 1970].
+    :ivar used: when a stage last used it [Unix time].
     :ivar bytes: its size; None unless it is complete.
     """
 
@@ -181,17 +188,17 @@ class Kept:
     requirements: tuple[str, ...]
 
 
-def kept(root: Path) -> list[Kept]:
+def list_environments(root: Path) -> list[EnvironmentInfo]:
     """Every environment under the root, the one that was used longest ago first."""
     found = []
-    # By its name and its lock: the root may be a folder in which other things lie, and prune removes what is found.
+    # Recognised by name and lock: the root may hold other things, and prune removes what is found here.
     names = [file.stem for file in root.glob("*.lock") if _NAME.search(file.stem)]
     for home in (root / name for name in names if (root / name).is_dir()):
         record = _record(home) or {}
         idle = "ready" if record else "half-built"
         busy = "in use" if record else "building"
         found.append(
-            Kept(
+            EnvironmentInfo(
                 home.name,
                 busy if _busy(root, home.name) else idle,
                 _lock_file(root, home.name).stat().st_mtime,
@@ -199,36 +206,40 @@ def kept(root: Path) -> list[Kept]:
                 tuple(record.get("requirements", ())),
             )
         )
-    return sorted(found, key=lambda k: k.used)
+    return sorted(found, key=lambda info: info.used)
 
 
 _NAME = re.compile(r"-[0-9a-f]{16}$")
 
 
-def prune(root: Path, older_than_s: float) -> list[Kept]:
-    """Remove what was not used for that long [seconds], and what is half-built; never what is in use. Returns those."""
+def prune(root: Path, older_than_s: float) -> list[EnvironmentInfo]:
+    """Remove environments that no stage has used for so long [seconds], and half-built ones; returns those removed.
+
+    One that is in use, or being built, stays.
+    """
     removed = []
-    for entry in kept(root):
+    for entry in list_environments(root):
         if entry.state != "half-built" and time.time() - entry.used < older_than_s:
             continue
         with suppress(BlockingIOError), _locked(root, entry.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
             home = root / entry.name
-            # First: removed halfway, it must not pass for a whole one.
+            # First of all: if the removal is interrupted, the rest must not count as a complete environment.
             (home / "environment.json").unlink(missing_ok=True)
             shutil.rmtree(home)
             removed.append(entry)
     return removed
 
 
-def default_root() -> str:
-    """Where environments lie when nobody says it: in the user's cache."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache_home, "lepton_airflow", "environments")
+def default_root() -> Path:
+    """The folder where environments lie: ``[lepton] environments``, else in the user's cache."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = setting("environments") or os.path.join(cache_home, "lepton_airflow", "environments")
+    return Path(root).expanduser().absolute()
 
 
 @cache
 def known_extras() -> frozenset[str]:
-    """The extras that the installed lepton-airflow has; empty when it was not installed but copied."""
+    """The extras of the installed lepton-airflow; empty when the package was copied and not installed."""
     try:
         return frozenset(importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or ())
     except importlib.metadata.PackageNotFoundError:
@@ -241,7 +252,7 @@ _LINE = re.compile(
 
 
 def extra_lines(extras: Iterable[str]) -> list[str]:
-    """What the door needs, and the extras of lepton-airflow bring, as requirement lines; without Airflow."""
+    """What the entry point and these extras of lepton-airflow need, as requirement lines; Airflow is left out."""
     try:
         declared = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -253,7 +264,9 @@ def extra_lines(extras: Iterable[str]) -> list[str]:
         if extra not in known_extras():
             raise BadConfiguration(f"{PACKAGE} has no extra {extra!r}; {did_you_mean(extra, known_extras())}")
     lines = [
-        line for line in declared if re.split(r"[^\w.-]", line, maxsplit=1)[0] in DOOR and ";" not in line
+        line
+        for line in declared
+        if re.split(r"[^\w.-]", line, maxsplit=1)[0] in ENTRY_POINT_NEEDS and ";" not in line
     ]
     return lines + [
         f"{match['line']}; {match['marker']}" if match["marker"] else match["line"]
@@ -263,7 +276,7 @@ def extra_lines(extras: Iterable[str]) -> list[str]:
 
 
 def find_python(python: str | None) -> str:
-    """The path of an interpreter given as a path or a name on PATH; by default this process's own."""
+    """The path of an interpreter given as a path or as a name on PATH; None: this process's own."""
     if python is None:
         return sys.executable
     found = shutil.which(os.path.expanduser(python))
@@ -282,9 +295,9 @@ print(json.dumps([sys.implementation.name, platform.python_version(), sysconfig.
 
 
 def facts(python: str) -> list[str]:
-    """What of an interpreter decides which packages fit it.
+    """The facts about an interpreter that decide which packages fit it.
 
-    :raises BadConfiguration: it does not run, or is older than lepton_airflow needs.
+    :raises BadConfiguration: it does not run, or it is too old for lepton_airflow.
     """
     try:
         done = subprocess.run(
@@ -306,7 +319,7 @@ def _uv() -> str | None:
 
 
 def _digest_of_constraints(constraints: str | None) -> str | None:
-    """A file counts by its content; a URL by itself, so it must name a version."""
+    """The digest of a constraints file; a URL stands for itself, so it must name a version."""
     if constraints is None or "://" in constraints:
         return constraints
     try:
@@ -325,7 +338,7 @@ def _record(home: Path) -> dict[str, Any] | None:
 
 
 def _complete(home: Path) -> bool:
-    # exists() follows the link: an interpreter that was removed from below takes the environment with it.
+    # exists() follows the link bin/python: without the interpreter below it, the environment is of no use.
     return (home / "environment.json").exists() and (home / "bin" / "python").exists()
 
 
@@ -344,9 +357,9 @@ def _lock_file(root: Path, name: str) -> Path:
 
 @contextmanager
 def _locked(root: Path, name: str, how: int) -> Iterator[IO[str]]:
-    """Hold an environment's lock, which the kernel takes back from a process that dies.
+    """Hold an environment's lock, which the kernel releases when the process dies.
 
-    The file stays when the environment goes: another process may have it open and wait for it.
+    The lock file stays when the environment is removed: another process may have it open, and wait for the lock.
     """
     with _lock_file(root, name).open("r+") as lock:
         fcntl.flock(lock, how)
@@ -363,7 +376,7 @@ def _busy(root: Path, name: str) -> bool:
 
 @dataclass
 class _Installer:
-    """Calls uv or pip, passes on what they print, and tells a failure that may pass from one that stays."""
+    """Runs uv or pip, reports what they print, and tells a failure that may pass from one that will not."""
 
     name: str
     lock: IO[str]
@@ -374,7 +387,7 @@ class _Installer:
         env.pop("PYTHONPATH", None)
         lines = []
         try:
-            # The lock goes with it: should only this process be killed, nobody touches the folder while it still writes.
+            # The installer inherits the lock: if only this process is killed, nobody touches the folder while it still writes.
             process = subprocess.Popen(
                 command,
                 env=env,
@@ -393,17 +406,16 @@ class _Installer:
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:
-                if text := _PASSWORD.sub("://***@", line.rstrip()):
+                if text := hide_logins(line.rstrip()):
                     lines.append(text)
                     self.say(text)
         if process.wait():
             raise _failure(self.name, lines, process.returncode)
 
 
-_PASSWORD = re.compile(r"://[^/\s@]+@")
 _ORNAMENT = re.compile(r"[×╰─▶├│▲]+|\b(ERROR|error|cause|Caused by):")
 _REASON = re.compile(r"^\s*(ERROR:|error:|×)")
-# What a later try may not meet again; everything else is as the packages and the pins are.
+# Failures that a later try may not meet. All others come from the packages and the pins.
 _PASSING = re.compile(
     r"timed out|(read|connect)timeout|connection (refused|reset|aborted|broken|closed)|NewConnectionError|NameResolution|dns error"
     r"|failed to lookup|temporary failure|error sending request|max retries|ProxyError|IncompleteRead"
@@ -414,20 +426,20 @@ _PASSING = re.compile(
 
 def _failure(name: str, lines: list[str], code: int) -> LeptonError:
     starts = [n for n, line in enumerate(lines) if _REASON.match(line)]
-    if starts and lines[starts[-1]].startswith("ERROR:"):  # pip: its last one is the reason
-        told = lines[starts[-1]]
-    elif starts:  # uv: from the first on, over several lines
-        told = " ".join(lines[starts[0] :])
+    if starts and lines[starts[-1]].startswith("ERROR:"):
+        reason = lines[starts[-1]]  # pip: its last error is the reason
+    elif starts:
+        reason = " ".join(lines[starts[0] :])  # uv: the reason takes several lines, from the first error on
     else:
-        told = (lines or [f"exit code {code}"])[-1]
-    told = " ".join(_ORNAMENT.sub(" ", told).split())[:600].rstrip(".")
-    what = f"environment {name} could not be built: {told}."
-    suspects = [line for line in lines if line.startswith("WARNING:")] + [told]
+        reason = (lines or [f"exit code {code}"])[-1]
+    reason = " ".join(_ORNAMENT.sub(" ", reason).split())[:600].rstrip(".")
+    what = f"environment {name} could not be built: {reason}."
+    suspects = [line for line in lines if line.startswith("WARNING:")] + [reason]
     passing = next((line for line in suspects if _PASSING.search(line)), None)
-    if code < 0 or (passing and "certificate" not in told):
-        seen = "" if not passing or passing.strip() in told else f" Before that: {passing.strip()[:300]}."
+    if code < 0 or (passing and "certificate" not in reason):
+        before = "" if not passing or passing.strip() in reason else f" Before that: {passing.strip()[:300]}."
         return RunnerError(
-            f"{what}{seen} A retry may find the index, the network or the disk in order again."
+            f"{what}{before} A retry may find the index, the network or the disk in order again."
         )
     if any("ensurepip is not" in line for line in lines):
         return BadConfiguration(

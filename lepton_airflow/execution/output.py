@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
@@ -19,6 +20,15 @@ class LevelFormatter(logging.Formatter):
         return "\n".join(
             f"{record.levelname} {line}" for line in self._hide(super().format(record)).split("\n")
         )
+
+
+_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
+
+
+def level_of(line: str) -> tuple[int, str]:
+    """The level of a line that :class:`LevelFormatter` wrote, and its text; a line without a level is INFO."""
+    found = _LEVEL.match(line)
+    return (getattr(logging, found[1]), line[found.end() :]) if found else (logging.INFO, line)
 
 
 class RedactedStream:

@@ -1,7 +1,7 @@
-"""End a stage together with everything it started, also what left its process group.
+"""End a stage together with everything it started, also with processes that left its process group.
 
-Whatever a stage starts inherits :data:`MARK` in its environment, so it is found even as a daemon in a session of its
-own; only a process that wipes its environment on purpose escapes.
+Every process that a stage starts inherits :data:`MARK` in its environment, so it is found even as a daemon in a session of
+its own. Only a process that clears its environment on purpose escapes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-MARK = "LEPTON_STAGE_MARK"
+MARK = "LEPTON_STAGE_MARK"  # environment variable
 
-_GRACE_S = 2.0
+_GRACE_S = 2.0  # between SIGTERM and SIGKILL
 _POLL_S = 0.5
 
 
 def signal_group(group: int, sig: signal.Signals) -> None:
-    """Send a signal to a process group, if there still is one."""
+    """Send a signal to a process group, if it still exists."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, sig)
 
@@ -30,7 +30,8 @@ def kill_marked(mark: str) -> None:
     """Kill every process but this one that carries the mark, until none is left."""
     import psutil
 
-    for _ in range(10):  # one may have started another while we looked
+    # Several times: while the list is read, a process of it may start another one.
+    for _ in range(10):
         found = False
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
@@ -42,11 +43,11 @@ def kill_marked(mark: str) -> None:
 
 
 def end_with_parent(pipe: int, scratch: Path | None = None) -> None:
-    """End this process and all it starts once the other end of ``pipe`` closes, as it does when a worker is killed.
+    """End this process and everything it starts when the other end of ``pipe`` closes, as it does when a worker is killed.
 
-    The directory ``scratch`` is removed then, as the killed parent cannot do it any more.
-    A process of its own watches the pipe: a thread would wait for as long as some library keeps the interpreter busy.
-    Everything is told to stop, and killed two seconds later. Call it before any thread is started.
+    All of it gets SIGTERM, and SIGKILL two seconds later; then the directory ``scratch`` is removed, which the killed parent
+    cannot do any more. A separate process watches the pipe, because a thread would have to wait while a library holds the
+    interpreter's lock. Call this before any thread is started.
     """
     stage = os.getpid()
     if os.getpgrp() != stage:
@@ -64,12 +65,14 @@ def _watch(pipe: int, stage: int, scratch: Path | None) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):  # whoever reads the stage's log must not wait for this process
+    # Reading the stage's output must not wait for the end of this process.
+    for fd in range(3):
         os.dup2(nothing, fd)
     os.closerange(3, pipe)
     os.closerange(pipe + 1, 1024)
     while not (select.select([pipe], [], [], _POLL_S)[0] and not os.read(pipe, 1)):
-        if os.getppid() != stage:  # it has ended by itself, and whoever waits for it cleans up
+        # The stage has ended by itself: its parent cleans up.
+        if os.getppid() != stage:
             return
     signal_group(stage, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_S

@@ -30,6 +30,7 @@ from lepton_airflow.sdk.fingerprint import cache_key_parts, in_short, versions
 from lepton_airflow.sdk.stage import Result, RunInfo, Stage
 from lepton_airflow.sdk.values import plain_json
 from lepton_airflow.stages import build
+from lepton_airflow.store import cache
 from lepton_airflow.store.files import Store, now
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _QUICKLY_READ = 64 << 20
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
 
-def perform(
+def run_stage(
     request: Request,
     connections: Mapping[str, Connection] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -85,7 +86,7 @@ def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt |
 
     For runners whose stages run with the worker's own interpreter and code: a cached task then starts no process. The cache
     is asked only where the digests of the inputs are known or quickly computed, because a miss computes them twice. An
-    error is not raised here: :func:`perform` meets it again and reports it.
+    error is not raised here: :func:`run_stage` meets it again and reports it.
     """
     try:
         stage = build(request.stage, request.parameters)
@@ -131,7 +132,7 @@ def _prepared(
         run.cache_key = None if parts is None else digest_of(list(parts.values()))
         hit: Receipt | None = None
         if type(stage).cacheable and run.cache_key and request.cache == "use":
-            hit, why = store.cache_lookup(request.stage, run.cache_key, request.cache_ttl_s)
+            hit, why = cache.lookup(store, request.stage, run.cache_key, request.cache_ttl_s)
             level = level_of_a_miss if hit is None else logging.INFO
             log.log(level, "cache %s", why)
             log.log(level, "cache key %s from %s", run.cache_key[:12], in_short(parts or {}))
@@ -173,7 +174,7 @@ def _perform(
         # Raises when it is too large or not JSON, before it is recorded; as `cached` it is a few bytes longer.
         replace(receipt, status="cached").to_json()
         if kind.cacheable and request.cache != "off":
-            store.cache_record(receipt)
+            cache.record(store, receipt)
         return receipt
 
 

@@ -1,27 +1,57 @@
-"""A stage in a Kubernetes pod: what the pod looks like, what to do about what is seen of it, and how it is asked.
+"""What is a stage's pod, and what is done about it?
 
-``manifest`` and ``lifecycle`` are pure and ``diagnosis`` too; only ``cluster`` talks to the API server. The runner
-:class:`lepton_airflow.runners.Pod` and the trigger :class:`lepton_airflow.triggers.pod.PodTrigger` stand on them.
+========== =========================================================================================================
+settings   the fields of ``Pod``, their templates and their checks
+manifest   settings and a request -> the pod and the Secret, as plain JSON
+diagnosis  a pod, or a refused call -> why, in one sentence, and whether to wait, submit again, retry or give up
+lifecycle  the pods of a run -> the next action
+attempt    one try of a task in a pod: look, decide, act
+cluster    the API server, as the worker asks it
+watch      the API server, as the triggerer asks it: one LIST and one WATCH for all that wait
+logs       the lines of a container's log, and which of them are new
+task_state what Airflow says of a task
+sweep      what tasks have left in a namespace, behind ``python -m lepton_airflow pods``
+========== =========================================================================================================
+
+Only ``cluster`` and ``watch`` call the API server, and only ``task_state`` asks Airflow for a task. Nothing here knows the
+runner :class:`lepton_airflow.runners.Pod` or the trigger :class:`lepton_airflow.triggers.pod.PodTrigger`, which stand on it.
 """
 
 from __future__ import annotations
 
-MANAGED_BY = "app.kubernetes.io/managed-by"  # label, with the value below, on all that this package makes
+from collections.abc import Mapping
+from typing import Any
+
+PodJson = Mapping[str, Any]  # a pod as the API server sends it
+
+# Labels.
+MANAGED_BY = "app.kubernetes.io/managed-by"  # with the value below, on everything that this package creates
 MANAGER = "lepton-airflow"
-RUN_KEY = "lepton-airflow/run-key"  # label: the task instance that it is for
-STAGE = "lepton-airflow/stage"  # label
-QUEUE = "kueue.x-k8s.io/queue-name"  # label that Kueue reads
+RUN_KEY = "lepton-airflow/run-key"  # the task instance that a pod or Secret belongs to
+STAGE = "lepton-airflow/stage"
+QUEUE = "kueue.x-k8s.io/queue-name"  # read by Kueue
 
-# Annotations of a pod; the state of a run is kept here, so that any worker can go on with it.
-TRY = "lepton-airflow/try"  # id of the task instance's try that owns the pod; a kill deletes no other
-REQUEST = "lepton-airflow/request"  # digest of what was asked for: a pod of another one is never adopted
-NONCE = "lepton-airflow/nonce"  # only a receipt that repeats it is this pod's
-SUBMISSION = "lepton-airflow/submission"  # 1, 2, …: how often the run was submitted
-IDENTITY = "lepton-airflow/identity"  # JSON: which DAG, task, run and try, for people and for `pods ls`
+# Annotations of a pod. They hold the state of a run, so that any worker can go on with it.
+TRY = "lepton-airflow/try"  # id of the try that owns the pod; no other try may delete it
+REQUEST = "lepton-airflow/request"  # digest of what was asked for; a pod with another digest is never adopted
+NONCE = "lepton-airflow/nonce"  # a receipt belongs to this pod only if it repeats the nonce
+SUBMISSION = "lepton-airflow/submission"  # 1, 2, …: how often the run has been submitted
+IDENTITY = "lepton-airflow/identity"  # JSON: DAG, task, run and try, for people and for `pods ls`
 ADMITTED = (
-    "lepton-airflow/admitted"  # when a pod that was held back was seen free: the schedule clock starts there
+    "lepton-airflow/admitted"  # when the gates of a held-back pod were seen gone: the schedule clock starts
 )
-SETTLED = "lepton-airflow/settled"  # its end was taken into account, so that no later try takes it again
+SETTLED = (
+    "lepton-airflow/settled"  # set on a pod that is kept: its result has been used, no later try may use it
+)
 
-CONTAINER = "stage"  # the container that opens the door
-LOCAL_TRY = "local"  # the try where there is no Airflow
+CONTAINER = "stage"  # the container that runs the stage
+LOCAL_TRY = "local"  # id of the try where there is no Airflow
+
+# How patient worker and triggerer are with the API server.
+API_AWAY_S = 900.0  # how long it may fail to answer before a task fails for it
+API_PAUSE_S = 15.0  # longest pause between two calls while it does not answer
+# A refusal must persist for so long before it is believed: an API server that has just started knows no roles yet.
+REFUSAL_SURE_S = 10.0
+
+# Age from which a Secret without a pod is an orphan: a task creates the pod seconds after the Secret.
+ORPHANED_S = 600.0

@@ -1,7 +1,8 @@
-"""The API server, asked through the hook and the pod manager that a ``KubernetesPodOperator`` would use.
+"""The API server, called through the hook that a ``KubernetesPodOperator`` would use.
 
-So every way in which an installation reaches its clusters (Connections, kubeconfigs, service accounts, mutation hooks)
-holds here too. What comes back is plain JSON. A server that is away is asked again; a refusal is a :class:`Refused`.
+So an installation's ways to reach its clusters (Connections, kubeconfigs, service accounts) and its mutation hook apply
+here too. Answers are plain JSON. A call that nobody answers is repeated; a refusal raises
+:class:`~lepton_airflow.pods.diagnosis.ApiRefused`.
 """
 
 from __future__ import annotations
@@ -13,40 +14,33 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lepton_airflow.errors import BadConfiguration, RunnerError
-from lepton_airflow.pods import MANAGED_BY, MANAGER, RUN_KEY
-from lepton_airflow.pods.diagnosis import Diagnosis, refused
-from lepton_airflow.pods.lifecycle import seconds
-from lepton_airflow.pods.logs import later, lines_of, since_s
+from lepton_airflow.pods import (
+    API_AWAY_S,
+    API_PAUSE_S,
+    MANAGED_BY,
+    MANAGER,
+    ORPHANED_S,
+    REFUSAL_SURE_S,
+    RUN_KEY,
+)
+from lepton_airflow.pods.diagnosis import ApiRefused, diagnose_refusal
+from lepton_airflow.pods.lifecycle import unix_time
+from lepton_airflow.pods.logs import is_later, lines_of, since_s
 from lepton_airflow.pods.manifest import secret_name
-
-if TYPE_CHECKING:
-    from lepton_airflow.runners.pod import Pod
+from lepton_airflow.pods.settings import PodSettings
 
 log = logging.getLogger(__name__)
 
-_AWAY_S = 900.0  # how long an API server may be away before a task fails for it
-_LONGEST_PAUSE_S = 15.0
-_SURE_S = 10.0  # missing rights must be missing so long: an API server that just started knows no roles yet
-_ORPHANED_S = 600.0  # a Secret without an owner for so long has lost the task that was about to make its pod
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
-class Refused(Exception):
-    """The API server said no; ``diagnosis`` says what that means."""
-
-    def __init__(self, status: int, diagnosis: Diagnosis) -> None:
-        super().__init__(diagnosis.sentence)
-        self.status = status
-        self.diagnosis = diagnosis
-
-
 class Cluster:
-    """One namespace of one cluster, as a Pod's settings name it."""
+    """One namespace of one cluster, as the settings of a Pod name it."""
 
-    def __init__(self, settings: Pod, *, in_airflow: bool) -> None:
+    def __init__(self, settings: PodSettings, *, in_airflow: bool) -> None:
         from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
         from airflow.providers.common.compat.sdk import AirflowNotFoundException
         from kubernetes.config import ConfigException
@@ -71,7 +65,7 @@ class Cluster:
                 f"Pod: no way to a cluster is configured ({error}): set kubernetes_conn_id to a Connection, config_file "
                 "to a kubeconfig, or run the worker in the cluster."
             ) from None
-        self._forbidden: set[str] = set()
+        self._forbidden_calls: set[str] = set()  # of those that a warning has named
         hook: Any = self._operator.hook
         self.in_cluster: bool = hook.is_in_cluster
         self.namespace: str = settings.namespace or hook.get_namespace() or self._own_namespace() or "default"
@@ -81,9 +75,9 @@ class Cluster:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def look(self, run_key: str) -> tuple[list[dict[str, Any]], str]:
-        """All pods of a run key, and the version of what was seen, from which changes can be waited for."""
-        found = self._ask(
+    def list_pods(self, run_key: str) -> tuple[list[dict[str, Any]], str]:
+        """All pods of a run key, and the resource version of the list, from which :meth:`wait_for_change` watches."""
+        found = self._call(
             f"list pods in namespace {self.namespace}",
             lambda: self._core.list_namespaced_pod(
                 self.namespace, label_selector=f"{RUN_KEY}={run_key}", _preload_content=False
@@ -91,11 +85,11 @@ class Cluster:
         )
         return found["items"], found["metadata"]["resourceVersion"]
 
-    def wait(self, run_key: str, version: str, within_s: float) -> None:
-        """Return when a pod of the run key changes, or after so many seconds; also whenever the server hangs up."""
+    def wait_for_change(self, run_key: str, version: str, within_s: float) -> None:
+        """Return when a pod of the run key changes, after so many seconds, or when the server closes the connection."""
         within_s = math.ceil(max(1, within_s))
         started = time.monotonic()
-        with suppress(OSError, *_away()):
+        with suppress(OSError, *_client_errors()):
             response = self._core.list_namespaced_pod(
                 self.namespace,
                 label_selector=f"{RUN_KEY}={run_key}",
@@ -110,11 +104,12 @@ class Cluster:
                 return
             finally:
                 response.close()
-        time.sleep(max(0.0, min(2.0, within_s - (time.monotonic() - started))))  # it could not be watched
+        # The watch failed: poll instead.
+        time.sleep(max(0.0, min(2.0, within_s - (time.monotonic() - started))))
 
     def events(self, pod: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The events about a pod, oldest first; none where they may not be read."""
-        found = self._ask(
+        """The events about a pod, oldest first; none where reading events is forbidden."""
+        found = self._call(
             f"list events in namespace {self.namespace}",
             lambda: self._core.list_namespaced_event(
                 self.namespace,
@@ -128,12 +123,15 @@ class Cluster:
     def log_lines(
         self, pod: Mapping[str, Any], container: str, after: str, quiet_s: float
     ) -> Iterator[tuple[str, str]]:
-        """The lines of a container as they come, each with its time, from the first one after ``after``.
+        """The lines of a container as it writes them, each with its time, from the first one after ``after``.
 
-        Ends when the container does, when nothing came for ``quiet_s`` seconds, and when the server hangs up.
+        Ends with the container, after ``quiet_s`` seconds without a line, or when the server closes the connection.
         """
         age = {"since_seconds": since_s(after)} if after else {}
-        with suppress(OSError, *_away()), self._told(f"read the log of {pod['metadata']['name']}"):
+        with (
+            suppress(OSError, *_client_errors()),
+            self._warning_if_forbidden(f"read the log of {pod['metadata']['name']}"),
+        ):
             response = self._core.read_namespaced_pod_log(
                 pod["metadata"]["name"],
                 self.namespace,
@@ -146,64 +144,66 @@ class Cluster:
             )
             try:
                 for stamp, line in lines_of(response.stream(1 << 16, decode_content=False)):
-                    if later(stamp, after):
+                    if is_later(stamp, after):
                         yield stamp, line
             finally:
                 response.close()
 
     @contextmanager
-    def _told(self, doing: str) -> Iterator[None]:
-        """Say once what is forbidden, where going on without it is better than to fail."""
+    def _warning_if_forbidden(self, doing: str) -> Iterator[None]:
+        """Warn once that a call is forbidden whose failure the caller ignores."""
         from kubernetes.client import ApiException
 
         try:
             yield
         except ApiException as error:
-            if error.status == 403 and doing not in self._forbidden:
-                self._forbidden.add(doing)
-                log.warning("%s", refused(403, error.body or "", doing).sentence)
+            if error.status == 403 and doing not in self._forbidden_calls:
+                self._forbidden_calls.add(doing)
+                log.warning("%s", diagnose_refusal(403, error.body or "", doing).sentence)
             raise
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def submit(self, secret: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any] | None:
-        """Make the Secret, then the pod, then the pod the Secret's owner; None when the pod's name is taken.
+        """Create the Secret, then the pod, then make the pod the Secret's owner; None when the pod's name is taken.
 
-        :raises Refused: the pod may not be made; the Secret is gone again then.
+        :raises ApiRefused: the pod may not be created; the Secret has been deleted again.
         """
         name, where = pod["metadata"]["name"], f"in namespace {self.namespace}"
-        pod = self._mutated(pod)  # the installation's own code: it may raise, and then no Secret is left
-        self._ask(
+        # Before the Secret exists: this is the installation's own code, which may raise.
+        pod = self._mutated(pod)
+        self._call(
             f"create a secret {where}",
             lambda: self._core.create_namespaced_secret(self.namespace, secret, _preload_content=False),
-            {409: None},  # an earlier call that seemed to fail
+            {409: None},  # created by an earlier call whose answer was lost
         )
         try:
-            made = self._ask(
+            created = self._call(
                 f"create pod {name} {where}",
                 lambda: self._core.create_namespaced_pod(self.namespace, pod, _preload_content=False),
                 {409: None},
             )
-            if made is None:  # taken: by our own call whose answer was lost, or by somebody else
-                made = self._read(name)
-                if made is None or secret_name(made) != secret["metadata"]["name"]:
+            # The name is taken: by an earlier call of ours whose answer was lost, or by another try.
+            if created is None:
+                created = self._read(name)
+                if created is None or secret_name(created) != secret["metadata"]["name"]:
                     self._drop_secret(secret["metadata"]["name"])
                     return None
-        except Refused:
+        except ApiRefused:
             self._drop_secret(secret["metadata"]["name"])
             raise
-        self.own_secret(made)
-        return made
+        self.set_secret_owner(created)
+        return created
 
-    def own_secret(self, pod: Mapping[str, Any]) -> None:
-        """Make a pod the owner of its Secret, so that the one goes with the other."""
+    def set_secret_owner(self, pod: Mapping[str, Any]) -> None:
+        """Make a pod the owner of its Secret, so that Kubernetes deletes the Secret together with the pod."""
         owner = {
             "apiVersion": "v1",
             "kind": "Pod",
             "name": pod["metadata"]["name"],
             "uid": pod["metadata"]["uid"],
         }
-        self._ask(
+        self._call(
             f"patch a secret in namespace {self.namespace}",
             lambda: self._core.patch_namespaced_secret(
                 secret_name(pod),
@@ -214,39 +214,36 @@ class Cluster:
             {404: None},
         )
 
-    def annotate(self, pod: Mapping[str, Any], notes: Mapping[str, str]) -> dict[str, Any] | None:
-        """Write on exactly the pod that was seen; None when it has changed since, or is gone."""
+    def annotate(self, pod: Mapping[str, Any], annotations: Mapping[str, str]) -> dict[str, Any] | None:
+        """Add annotations to exactly the pod that was seen; None when it has changed since, or is gone."""
         meta = pod["metadata"]
-        precondition = {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}
-        return self._ask(
+        return self._call(
             f"patch pod {meta['name']} in namespace {self.namespace}",
             lambda: self._core.patch_namespaced_pod(
                 meta["name"],
                 self.namespace,
-                {"metadata": {**precondition, "annotations": dict(notes)}},
+                {"metadata": {**_precondition(pod), "annotations": dict(annotations)}},
                 _preload_content=False,
             ),
             {409: None, 404: None},
         )
 
-    def delete(self, pod: Mapping[str, Any], away_s: float = _AWAY_S) -> bool:
+    def delete(self, pod: Mapping[str, Any]) -> bool:
         """Delete exactly the pod that was seen; False when it has changed since."""
-        meta = pod["metadata"]
-        precondition = {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}
-        done = self._ask(
-            f"delete pod {meta['name']} in namespace {self.namespace}",
+        name = pod["metadata"]["name"]
+        done = self._call(
+            f"delete pod {name} in namespace {self.namespace}",
             lambda: self._core.delete_namespaced_pod(
-                meta["name"], self.namespace, body={"preconditions": precondition}, _preload_content=False
+                name, self.namespace, body={"preconditions": _precondition(pod)}, _preload_content=False
             ),
             {409: False, 404: True},
-            away_s,
         )
         return done is not False
 
     def sweep_secrets(self) -> None:
-        """Remove Secrets whose task died before it made their pod; quietly passed over where that is not allowed."""
-        with suppress(Refused):
-            found = self._ask(
+        """Delete Secrets whose task died before it created their pod; does nothing where that is forbidden."""
+        with suppress(ApiRefused):
+            found = self._call(
                 f"list secrets in namespace {self.namespace}",
                 lambda: self._core.list_namespaced_secret(
                     self.namespace, label_selector=f"{MANAGED_BY}={MANAGER}", _preload_content=False
@@ -257,26 +254,27 @@ class Cluster:
                 meta = secret["metadata"]
                 if (
                     meta.get("ownerReferences")
-                    or time.time() - seconds(meta["creationTimestamp"]) < _ORPHANED_S
+                    or time.time() - unix_time(meta["creationTimestamp"]) < ORPHANED_S
                 ):
                     continue
-                pods, _ = self.look(meta["labels"][RUN_KEY])
+                pods, _ = self.list_pods(meta["labels"][RUN_KEY])
                 user = next((p for p in pods if secret_name(p) == meta["name"]), None)
-                if user is not None:  # its task died between making the pod and making it the owner
-                    self.own_secret(user)
+                # Its task died after it created the pod and before it made the pod the owner.
+                if user is not None:
+                    self.set_secret_owner(user)
                 else:
                     self._drop_secret(meta["name"])
 
-    def everything(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """All pods and Secrets in the namespace that this package made."""
+    def list_all(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """All pods and Secrets in the namespace that this package created."""
         selector = f"{MANAGED_BY}={MANAGER}"
-        pods = self._ask(
+        pods = self._call(
             f"list pods in namespace {self.namespace}",
             lambda: self._core.list_namespaced_pod(
                 self.namespace, label_selector=selector, _preload_content=False
             ),
         )
-        secrets = self._ask(
+        secrets = self._call(
             f"list secrets in namespace {self.namespace}",
             lambda: self._core.list_namespaced_secret(
                 self.namespace, label_selector=selector, _preload_content=False
@@ -286,19 +284,18 @@ class Cluster:
 
     def delete_secret(self, secret: Mapping[str, Any]) -> bool:
         """Delete exactly the Secret that was seen; False when it has changed since."""
-        meta = secret["metadata"]
-        precondition = {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}
-        done = self._ask(
+        name = secret["metadata"]["name"]
+        done = self._call(
             f"delete a secret in namespace {self.namespace}",
             lambda: self._core.delete_namespaced_secret(
-                meta["name"], self.namespace, body={"preconditions": precondition}, _preload_content=False
+                name, self.namespace, body={"preconditions": _precondition(secret)}, _preload_content=False
             ),
             {409: False, 404: True},
         )
         return done is not False
 
-    def apart(self) -> Cluster:
-        """The same namespace with connections of its own, for a signal handler: it may have interrupted one that holds a lock."""
+    def for_signal_handler(self) -> Cluster:
+        """The same namespace with a client of its own: the handler may have interrupted a call that holds a lock of ours."""
         from kubernetes.client import CoreV1Api
 
         other = object.__new__(type(self))
@@ -308,21 +305,21 @@ class Cluster:
         return other
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        return self._ask(
+        return self._call(
             f"get pod {name} in namespace {self.namespace}",
             lambda: self._core.read_namespaced_pod(name, self.namespace, _preload_content=False),
             {404: None},
         )
 
     def _drop_secret(self, name: str) -> None:
-        self._ask(
+        self._call(
             f"delete a secret in namespace {self.namespace}",
             lambda: self._core.delete_namespaced_secret(name, self.namespace, _preload_content=False),
             {404: None},
         )
 
     def _mutated(self, pod: dict[str, Any]) -> dict[str, Any]:
-        """The pod as the installation's own ``pod_mutation_hook`` makes it."""
+        """The pod after the installation's ``pod_mutation_hook``."""
         from airflow.providers.cncf.kubernetes.pod_generator import PodGenerator
         from airflow.settings import pod_mutation_hook
 
@@ -330,25 +327,25 @@ class Cluster:
         before = self._core.api_client.sanitize_for_serialization(model)
         pod_mutation_hook(model)  # type: ignore[no-untyped-call]
         after = self._core.api_client.sanitize_for_serialization(model)
-        return pod if before == after else after  # untouched, it keeps fields that the client does not know
+        # The client's model drops fields that it does not know, so a pod that the hook left alone stays as it was.
+        return pod if before == after else after
 
-    def _ask(
+    def _call(
         self,
         doing: str,
         call: Callable[[], Any],
         answers: Mapping[int, Any] | None = None,
-        away_s: float = _AWAY_S,
     ) -> Any:
-        """The JSON that a call answers with, or what ``answers`` has for its status; asked again while nobody answers.
+        """The JSON that a call answers with, or what ``answers`` has for its status; repeated while nobody answers.
 
-        :raises Refused: the server answered, and with no.
-        :raises RunnerError: there was no answer for ``away_s`` seconds.
+        :raises ApiRefused: the server refused the call.
+        :raises RunnerError: there was no answer for :data:`~lepton_airflow.pods.API_AWAY_S`.
         """
         from kubernetes.client import ApiException
 
         started, pause = time.monotonic(), 0.5
-        # A proxy before a server that is away may answer with a page of its own.
-        lost: tuple[type[Exception], ...] = (OSError, json.JSONDecodeError, *_away())
+        # A proxy before a server that does not answer may send a page of its own.
+        lost: tuple[type[Exception], ...] = (OSError, json.JSONDecodeError, *_client_errors())
         while True:
             try:
                 return json.loads(call().data)
@@ -356,22 +353,28 @@ class Cluster:
                 status = int(error.status or 0)
                 if status in (answers or {}):
                     return (answers or {})[status]
-                found = refused(status, error.body or error.reason or "", doing)
-                unsure = found.reason == "Forbidden" and time.monotonic() - started < _SURE_S
+                found = diagnose_refusal(status, error.body or error.reason or "", doing)
+                unsure = found.reason == "Forbidden" and time.monotonic() - started < REFUSAL_SURE_S
                 if found.reason != "ApiServer" and not unsure:
-                    raise Refused(status, found) from None
+                    raise ApiRefused(found) from None
             except lost as error:
-                found = refused(0, str(error), doing)
-            if time.monotonic() + pause > started + away_s:
-                raise RunnerError(f"{found.sentence} It was asked for {away_s:.0f} s.") from None
+                found = diagnose_refusal(0, str(error), doing)
+            if time.monotonic() + pause > started + API_AWAY_S:
+                raise RunnerError(f"{found.sentence} It was asked for {API_AWAY_S:.0f} s.") from None
             log.warning("%s", found.sentence)
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            pause = min(2 * pause, API_PAUSE_S)
 
 
-def _away() -> tuple[type[Exception], ...]:
-    """What the client raises when it has no answer, or loses it on the way."""
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the client raises for a call that fails: the server refused it, did not answer, or broke off."""
     from kubernetes.client import ApiException
     from urllib3.exceptions import HTTPError
 
     return ApiException, HTTPError
+
+
+def _precondition(thing: Mapping[str, Any]) -> dict[str, str]:
+    """What makes a call fail when the pod or Secret is no longer the one that was seen."""
+    meta = thing["metadata"]
+    return {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}

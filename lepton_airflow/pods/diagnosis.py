@@ -1,8 +1,9 @@
 """Why a pod does not run, or did not end well, and whether to wait, submit again, retry or give up.
 
-Pure functions over what the API server sends (plain dicts, its camelCase), so they are tested on recorded answers. Statuses
-differ between versions of Kubernetes: from 1.26 on a pod that was disrupted says so in a condition (``DisruptionTarget``),
-before that only an event does, or nothing; the kubelet of 1.20 drops the containers of a pod that it evicts.
+Pure functions of what the API server sends (plain dicts with its camelCase names), so they are tested on recorded
+answers. Statuses differ between versions of Kubernetes. From 1.26 on, a disrupted pod has a condition that says so
+(``DisruptionTarget``); before, only an event does, or nothing. The kubelet of 1.20 drops the container statuses of a
+pod that it evicts.
 """
 
 from __future__ import annotations
@@ -15,26 +16,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lepton_airflow.errors import (
-    DO_NOT_RETRY,
-    FAILED,
-    PREEMPTED,
-    OutOfMemory,
-    PodFailed,
-    RunnerError,
-)
+from lepton_airflow.errors import DO_NOT_RETRY, FAILED, PREEMPTED, OutOfMemory, PodFailed, RunnerError
+from lepton_airflow.pods import CONTAINER, QUEUE, STAGE
 
 Then = Literal["wait", "resubmit", "retry", "refuse"]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is wrong with a pod.
+    """What is wrong with a pod, or with a call of the API server.
 
     :ivar reason: one word for it, the same in every version of Kubernetes.
     :ivar sentence: what failed, on which value, what was expected, what to do next.
-    :ivar then: ``wait`` (it may still come right, within its clock), ``resubmit`` (in the same try), ``retry`` (fail this
-        try) or ``refuse`` (fail at once: the next try would end the same way).
+    :ivar then: what to do. ``wait``: it may still succeed, within its clock. ``resubmit``: submit a new pod in the same
+        try. ``retry``: fail this try. ``refuse``: fail the task, because the next try would end the same way.
     """
 
     reason: str
@@ -42,30 +37,45 @@ class Diagnosis:
     then: Then
 
 
+class ApiRefused(Exception):
+    """The API server refused a call, and would refuse it again; ``diagnosis`` says why."""
+
+    def __init__(self, diagnosis: Diagnosis) -> None:
+        super().__init__(diagnosis.sentence)
+        self.diagnosis = diagnosis
+
+
 def diagnose(
-    pod: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]] = (), container: str = "stage"
+    pod: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]] = (), container: str = CONTAINER
 ) -> Diagnosis | None:
     """Say what is wrong with a pod; None while nothing is, and when the stage's container ended with exit code 0.
 
     :param pod: the pod as the API server sends it; None: it is gone.
     :param events: the events about it, oldest first.
-    :param container: name of the container that runs the stage; others in the pod only matter before it starts.
+    :param container: name of the container that runs the stage; other containers only matter before it starts.
     """
-    seen = _Seen.of(pod, events, container)
-    if seen.ended and seen.ended.get("exitCode") == 0:
+    view = _PodView.of(pod, events, container)
+    if view.ended and view.ended.get("exitCode") == 0:
         return None
-    for look in (_out_of_memory, _refused_by_the_stage, _disrupted, _not_by_this_node, _failed, _not_started):
-        if found := look(seen):
+    for diagnose_one in (
+        _out_of_memory,
+        _rejected_by_the_stage,
+        _disrupted,
+        _not_by_this_node,
+        _failed,
+        _not_started,
+    ):
+        if found := diagnose_one(view):
             return found
     return None
 
 
-def refused(status: int, body: Mapping[str, Any] | str, doing: str) -> Diagnosis:
-    """Say why the API server refused a call.
+def diagnose_refusal(status: int, body: Mapping[str, Any] | str, doing: str) -> Diagnosis:
+    """Say why the API server refused a call, or did not answer it.
 
     :param status: its HTTP status; 0: it did not answer.
-    :param body: its answer, a ``Status`` as dict or text, or any other text.
-    :param doing: what was tried, such as ``create pod train-1 in namespace ml``.
+    :param body: its answer: a ``Status`` as a dict or as JSON, or any other text.
+    :param doing: what was asked for, such as ``create pod train-1 in namespace ml``.
     """
     message = _message(body)
     if status in (0, 408, 410, 429) or status >= 500:
@@ -99,11 +109,11 @@ def refused(status: int, body: Mapping[str, Any] | str, doing: str) -> Diagnosis
 
 
 def expired(clock: str, limit_s: float, waiting: Diagnosis | None) -> Diagnosis:
-    """Turn a wait that is over its limit into a failure that still says what was waited for.
+    """Turn a wait that exceeded its limit into a failure that still says what the wait was for.
 
-    :param clock: name of the setting that ended it, such as ``schedule_timeout_s``.
+    :param clock: name of the setting that limits the wait, such as ``schedule_timeout_s``.
     :param limit_s: its value [seconds].
-    :param waiting: what was wrong meanwhile, if anything was.
+    :param waiting: what the pod waited for, if a diagnosis said so.
     """
     told = f"{clock}={limit_s:g} seconds are over"
     if waiting is None:
@@ -111,23 +121,23 @@ def expired(clock: str, limit_s: float, waiting: Diagnosis | None) -> Diagnosis:
     return replace(waiting, sentence=f"{waiting.sentence} {told}.", then="retry")
 
 
-def spent(diagnosis: Diagnosis, limit: int) -> Diagnosis:
-    """Turn what is submitted again into a failure once it happened more than ``limit`` times in one try."""
+def resubmissions_spent(diagnosis: Diagnosis, limit: int) -> Diagnosis:
+    """Turn a reason to submit again into a failure, once this try has submitted again ``limit`` times."""
     times = f"It was submitted again {limit} times in this try, as preemption_limit={limit} allows"
     advice = "find out who takes its pods away, give it a priority_class, or raise the limit"
     return replace(diagnosis, sentence=f"{diagnosis.sentence} {times}: {advice}.", then="retry")
 
 
 def error_of(diagnosis: Diagnosis) -> RunnerError:
-    """The error to fail the task with: its exit code says whether Airflow may retry, its ``reason`` why it failed."""
+    """The error that fails the task: its exit code says whether Airflow may retry, its ``reason`` why it failed."""
     if diagnosis.reason == "OOM":
         return OutOfMemory(diagnosis.sentence)
     code = {"refuse": DO_NOT_RETRY, "resubmit": PREEMPTED}.get(diagnosis.then, FAILED)
     return PodFailed(diagnosis.sentence, diagnosis.reason, code)
 
 
-def told(events: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Events as lines for a log, oldest first."""
+def event_lines(events: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Events as lines for a log, in the order given."""
     return [
         f"{e.get('type', '')} {e.get('reason', '')}"
         + (f" ({_count(e)} times)" if _count(e) > 1 else "")
@@ -136,7 +146,7 @@ def told(events: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def quantity(text: str) -> float:
+def parse_quantity(text: str) -> float:
     """The number that a Kubernetes quantity such as ``1500m``, ``64Mi`` or ``2`` stands for; ValueError for other text."""
     match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([numkMGTPE]|[KMGTPE]i)?", text.strip())
     if match is None:
@@ -146,12 +156,12 @@ def quantity(text: str) -> float:
     return float(match[1]) * (1024.0 if suffix.endswith("i") else 1000.0) ** power
 
 
-# What is seen ---------------------------------------------------------------------------------------------------------
+# The pod -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A pod's answer, taken apart once."""
+class _PodView:
+    """What the diagnoses look at, read once from the pod's JSON and its events."""
 
     exists: bool
     name: str  # namespace/name
@@ -171,7 +181,9 @@ class _Seen:
     events: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def of(cls, pod: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]], container: str) -> _Seen:
+    def of(
+        cls, pod: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]], container: str
+    ) -> _PodView:
         about = next((e.get("involvedObject") or {} for e in events), {})
         meta = (pod or {}).get("metadata") or about
         spec, status = (pod or {}).get("spec") or {}, (pod or {}).get("status") or {}
@@ -186,11 +198,12 @@ class _Seen:
             and "terminated" not in state
             and "terminated" in (stage.get("lastState") or {})
         ):
-            state = stage["lastState"]  # a kubelet that was restarted, or a restartPolicy other than ours
+            # The kubelet was restarted, or the pod has another restartPolicy than ours.
+            state = stage["lastState"]
         return cls(
             exists=pod is not None,
             name=f"{meta.get('namespace', 'default')}/{meta.get('name', '?')}",
-            stage=labels.get("lepton-airflow/stage", container),
+            stage=labels.get(STAGE, container),
             node=spec.get("nodeName") or "",
             phase=status.get("phase") or "",
             reason=status.get("reason") or "",
@@ -199,7 +212,7 @@ class _Seen:
             conditions={c["type"]: c for c in status.get("conditions") or ()},
             spec=next((c for c in spec.get("containers") or () if c.get("name") == container), {}),
             gates=[g["name"] for g in spec.get("schedulingGates") or ()],
-            queue=labels.get("kueue.x-k8s.io/queue-name", ""),
+            queue=labels.get(QUEUE, ""),
             stage_state=state,
             started="running" in state or "terminated" in state,
             init=status.get("initContainerStatuses") or (),
@@ -208,7 +221,7 @@ class _Seen:
 
     @property
     def ended(self) -> Mapping[str, Any] | None:
-        """How the stage's container ended."""
+        """The ``terminated`` state of the stage's container."""
         return self.stage_state.get("terminated")
 
     def condition(self, kind: str, status: str) -> Mapping[str, Any] | None:
@@ -227,18 +240,18 @@ class _Seen:
         return ", ".join(f"{k} {v}" for k, v in sorted(asked.items())) or "nothing in particular"
 
 
-# Looks, in the order in which they count -------------------------------------------------------------------------------
+# The diagnoses, in the order of their precedence ----------------------------------------------------------------------
 
 
-def _out_of_memory(seen: _Seen) -> Diagnosis | None:
-    ends = [(seen.stage, seen.spec, seen.ended)]
-    ends += [(f"init container {c['name']}", {}, (c.get("state") or {}).get("terminated")) for c in seen.init]
+def _out_of_memory(view: _PodView) -> Diagnosis | None:
+    ends = [(view.stage, view.spec, view.ended)]
+    ends += [(f"init container {c['name']}", {}, (c.get("state") or {}).get("terminated")) for c in view.init]
     for who, spec, ended in ends:
         if ended and ended.get("reason") == "OOMKilled":
             limit = ((spec.get("resources") or {}).get("limits") or {}).get("memory")
             return Diagnosis(
                 "OOM",
-                f"{who} used more memory than {f'its limit of {limit}' if limit else 'it was given'} in pod {seen.name} and was "
+                f"{who} used more memory than {f'its limit of {limit}' if limit else 'it was given'} in pod {view.name} and was "
                 f"killed (OOMKilled, exit code {ended.get('exitCode')}): raise memory=… of its Pod, or lower what the stage "
                 "reads at once.",
                 "retry",
@@ -246,13 +259,13 @@ def _out_of_memory(seen: _Seen) -> Diagnosis | None:
     return None
 
 
-def _refused_by_the_stage(seen: _Seen) -> Diagnosis | None:
-    """Exit code 80 counts also where the pod was disrupted as it ended: another try would say the same."""
-    if not seen.ended or seen.ended.get("exitCode") != DO_NOT_RETRY:
+def _rejected_by_the_stage(view: _PodView) -> Diagnosis | None:
+    """Exit code 80: another try would end the same way. It counts even if the pod was disrupted at the same time."""
+    if not view.ended or view.ended.get("exitCode") != DO_NOT_RETRY:
         return None
     return Diagnosis(
         "UserCode",
-        f"{seen.stage} refused its input or configuration in pod {seen.name} (exit code 80){_last_words(seen.ended)}.",
+        f"{view.stage} refused its input or configuration in pod {view.name} (exit code 80){_last_words(view.ended)}.",
         "refuse",
     )
 
@@ -282,69 +295,81 @@ _HAPPENED = {
 }
 
 
-def _disrupted(seen: _Seen) -> Diagnosis | None:
-    """Taken away by the cluster or by somebody: no code is to blame, so a new pod may go on from its checkpoint."""
-    reason = message = ""
-    target = seen.condition("DisruptionTarget", "True")
-    workload = seen.condition("TerminationTarget", "True")  # Kueue stops a pod that is to make room
-    event = seen.event(*_BY_EVENT)
-    if seen.reason in _BY_REASON:  # the kubelet's own word; its condition is the same for all that it ends
-        reason, message = _BY_REASON[seen.reason], seen.message
-    elif target:
-        reason, message = (
-            _BY_CONDITION.get(target.get("reason") or "", "Evicted"),
-            target.get("message") or "",
+def _disrupted(view: _PodView) -> Diagnosis | None:
+    """The cluster or somebody removed the pod. No code is to blame, so a new pod may go on from the checkpoint."""
+    reason, message = _disruption(view)
+    if reason == "NodeLost" and not _is_given_up(view):
+        return _node_away(view)
+    # The stage itself caused such an eviction, and would cause it again.
+    if reason and re.search(r"exceed(?:s|ed) .*limit", message):
+        return Diagnosis(
+            "Evicted",
+            f"{view.stage} wrote more to disk than pod {view.name} may and was evicted ({_clip(message)}): give the volume or "
+            "ephemeral-storage a higher limit, or write less to its work directory.",
+            "retry",
         )
-    elif workload:
-        reason, message = "Preempted", workload.get("message") or ""
-    elif event and (seen.deleted or not seen.exists):
-        reason, message = _BY_EVENT[event["reason"]], event.get("message") or ""
-    elif (seen.ended or {}).get("reason") == "ContainerStatusUnknown" and not seen.deleted:
-        reason, message = "NodeLost", (seen.ended or {}).get("message") or ""
-    if reason == "NodeLost" and not (target or seen.deleted or seen.phase == "Failed" or not seen.exists):
-        return _node_away(seen)
     if reason:
-        if re.search(r"exceed(?:s|ed) .*limit", message):  # its own doing: the same would happen again
-            return Diagnosis(
-                "Evicted",
-                f"{seen.stage} wrote more to disk than pod {seen.name} may and was evicted ({_clip(message)}): give the volume or "
-                "ephemeral-storage a higher limit, or write less to its work directory.",
-                "retry",
-            )
         why = f" ({_clip(message)})" if message else ""
         return Diagnosis(
             reason,
-            f"Pod {seen.name} of {seen.stage} {_HAPPENED[reason]} node {seen.node or '(unknown)'}{why}.",
+            f"Pod {view.name} of {view.stage} {_HAPPENED[reason]} node {view.node or '(unknown)'}{why}.",
             "resubmit",
         )
-    if not seen.exists or seen.deleted:
+    if not view.exists or view.deleted:
         return Diagnosis(
             "Deleted",
-            f"Pod {seen.name} of {seen.stage} was deleted, and not by this task: by hand, or by a drain or eviction, which clusters "
+            f"Pod {view.name} of {view.stage} was deleted, and not by this task: by hand, or by a drain or eviction, which clusters "
             "before 1.26 do not tell apart. To stop a task, mark it failed in Airflow.",
             "resubmit",
         )
-    if seen.ended and seen.ended.get("exitCode") == PREEMPTED:
+    if view.ended and view.ended.get("exitCode") == PREEMPTED:
         return Diagnosis(
             "Preempted",
-            f"{seen.stage} was asked to stop in pod {seen.name} and kept what it had (exit code 75).",
+            f"{view.stage} was asked to stop in pod {view.name} and kept what it had (exit code 75).",
             "resubmit",
         )
-    ready = seen.condition("Ready", "False")
+    ready = view.condition("Ready", "False")
     if (
-        "running" in seen.stage_state
-        and seen.phase in ("Running", "Unknown")
+        "running" in view.stage_state
+        and view.phase in ("Running", "Unknown")
         and ready
         and not ready.get("reason")
     ):
-        return _node_away(seen)  # the node controller took Ready away; the kubelet would have said why
+        # The node controller set Ready to False: the kubelet would have given a reason.
+        return _node_away(view)
     return None
 
 
-def _node_away(seen: _Seen) -> Diagnosis:
+def _disruption(view: _PodView) -> tuple[str, str]:
+    """The reason of a disruption and the message about it, from wherever this version of Kubernetes has them; else empty."""
+    target = view.condition("DisruptionTarget", "True")
+    workload = view.condition("TerminationTarget", "True")  # set by Kueue on a pod that has to make room
+    event = view.event(*_BY_EVENT)
+    ended = view.ended or {}
+    # The kubelet's own reason comes first: its condition is the same for every pod that it ends.
+    if view.reason in _BY_REASON:
+        return _BY_REASON[view.reason], view.message
+    if target:
+        return _BY_CONDITION.get(target.get("reason") or "", "Evicted"), target.get("message") or ""
+    if workload:
+        return "Preempted", workload.get("message") or ""
+    if event and (view.deleted or not view.exists):
+        return _BY_EVENT[event["reason"]], event.get("message") or ""
+    if ended.get("reason") == "ContainerStatusUnknown" and not view.deleted:
+        return "NodeLost", ended.get("message") or ""
+    return "", ""
+
+
+def _is_given_up(view: _PodView) -> bool:
+    """Whether the cluster has given the pod up, so that no container of it can still run on a node that is away."""
+    gone = not view.exists or view.deleted or view.phase == "Failed"
+    return gone or view.condition("DisruptionTarget", "True") is not None
+
+
+def _node_away(view: _PodView) -> Diagnosis:
     return Diagnosis(
         "NodeLost",
-        f"Node {seen.node or '(unknown)'} of pod {seen.name} does not answer; {seen.stage} may still run there, so it is waited for "
+        f"Node {view.node or '(unknown)'} of pod {view.name} does not answer; {view.stage} may still run there, so it is waited for "
         "until the cluster gives the node up (five minutes by default).",
         "wait",
     )
@@ -355,52 +380,52 @@ _ELSEWHERE = re.compile(
 )
 
 
-def _not_by_this_node(seen: _Seen) -> Diagnosis | None:
-    """The kubelet refused what the scheduler had sent: the scheduler's picture was old, so it may choose again."""
-    if seen.phase != "Failed" or seen.started or not _ELSEWHERE.fullmatch(seen.reason):
+def _not_by_this_node(view: _PodView) -> Diagnosis | None:
+    """The kubelet refused the pod: the scheduler had assigned it on outdated knowledge, and may choose another node."""
+    if view.phase != "Failed" or view.started or not _ELSEWHERE.fullmatch(view.reason):
         return None
     return Diagnosis(
         "NodeRefused",
-        f"Node {seen.node or '(unknown)'} did not take pod {seen.name} ({seen.reason}: {_clip(seen.message)}).",
+        f"Node {view.node or '(unknown)'} did not take pod {view.name} ({view.reason}: {_clip(view.message)}).",
         "resubmit",
     )
 
 
-def _failed(seen: _Seen) -> Diagnosis | None:
-    if seen.reason == "DeadlineExceeded":
+def _failed(view: _PodView) -> Diagnosis | None:
+    if view.reason == "DeadlineExceeded":
         return Diagnosis(
             "Deadline",
-            f"Pod {seen.name} of {seen.stage} ran for longer than it may and was ended: raise run_timeout_s, or let the stage do "
+            f"Pod {view.name} of {view.stage} ran for longer than it may and was ended: raise run_timeout_s, or let the stage do "
             "less.",
             "retry",
         )
-    if not seen.started:
-        for c in seen.init:
+    if not view.started:
+        for c in view.init:
             ended = (c.get("state") or {}).get("terminated")
             if ended and ended.get("exitCode"):
-                return _cannot_begin(seen, ended) or Diagnosis(
+                return _cannot_begin(view, ended) or Diagnosis(
                     "InitContainer",
-                    f"Init container {c['name']} failed in pod {seen.name} with exit code {ended['exitCode']}"
-                    f"{_last_words(ended)}, so {seen.stage} did not start.",
+                    f"Init container {c['name']} failed in pod {view.name} with exit code {ended['exitCode']}"
+                    f"{_last_words(ended)}, so {view.stage} did not start.",
                     "retry",
                 )
-    if seen.ended:
-        return _cannot_begin(seen, seen.ended) or _exit_code(seen, seen.ended)
-    if seen.phase == "Failed":
+    if view.ended:
+        return _cannot_begin(view, view.ended) or _exit_code(view, view.ended)
+    if view.phase == "Failed":
         return Diagnosis(
             "Failed",
-            f"Pod {seen.name} of {seen.stage} failed and its node does not say how its container ended"
-            f" ({': '.join(filter(None, (seen.reason, _clip(seen.message)))) or 'no reason given'}); look at the events below.",
+            f"Pod {view.name} of {view.stage} failed and its node does not say how its container ended"
+            f" ({': '.join(filter(None, (view.reason, _clip(view.message)))) or 'no reason given'}); look at the events below.",
             "retry",
         )
     return None
 
 
-def _cannot_begin(seen: _Seen, ended: Mapping[str, Any]) -> Diagnosis | None:
-    """The program itself could not be started: an image or a command that does not fit."""
+def _cannot_begin(view: _PodView, ended: Mapping[str, Any]) -> Diagnosis | None:
+    """The image or the command does not fit, so the program could not be started."""
     said = ended.get("message") or ""
     if "exec format error" in said:
-        fix = f"its image {seen.spec.get('image', '')} is built for another kind of CPU than node {seen.node}'s: build it for that one, or set node_selector"
+        fix = f"its image {view.spec.get('image', '')} is built for another kind of CPU than node {view.node}'s: build it for that one, or set node_selector"
     elif re.search(r"No module named '?lepton_airflow", said):
         fix = "its image has no lepton_airflow: pip install lepton-airflow in it (--no-deps, fsspec and psutil are enough for a stage of your own)"
     elif ended.get("reason") in ("StartError", "ContainerCannotRun") or ended.get("exitCode") in (126, 127):
@@ -410,17 +435,17 @@ def _cannot_begin(seen: _Seen, ended: Mapping[str, Any]) -> Diagnosis | None:
     else:
         return None
     return Diagnosis(
-        "CreateConfig", f"{seen.stage} did not begin in pod {seen.name}{_last_words(ended)}: {fix}.", "refuse"
+        "CreateConfig", f"{view.stage} did not begin in pod {view.name}{_last_words(ended)}: {fix}.", "refuse"
     )
 
 
-def _exit_code(seen: _Seen, ended: Mapping[str, Any]) -> Diagnosis:
+def _exit_code(view: _PodView, ended: Mapping[str, Any]) -> Diagnosis:
     code = int(ended.get("exitCode") or 0)
     if code in (128 + signal.SIGKILL, 128 + signal.SIGTERM):
         return Diagnosis(
             "Killed",
-            f"{seen.stage} was ended from outside in pod {seen.name} (exit code {code}); nobody deleted the pod, and it was within "
-            f"its memory limit. If nobody killed its process, node {seen.node} itself ran out of memory: ask for what it really "
+            f"{view.stage} was ended from outside in pod {view.name} (exit code {code}); nobody deleted the pod, and it was within "
+            f"its memory limit. If nobody killed its process, node {view.node} itself ran out of memory: ask for what it really "
             "needs (memory=…).",
             "retry",
         )
@@ -429,12 +454,12 @@ def _exit_code(seen: _Seen, ended: Mapping[str, Any]) -> Diagnosis:
         how += f", {signal.Signals(code - 128).name}" if code > 128 else ""
     return Diagnosis(
         "UserCode",
-        f"{seen.stage} failed in pod {seen.name} ({how}){_last_words(ended)}; its last lines are in the log.",
+        f"{view.stage} failed in pod {view.name} ({how}){_last_words(ended)}; its last lines are in the log.",
         "retry",
     )
 
 
-# Pulls that no waiting mends; all others (a registry that is away, too many requests) may still come right.
+# Pulls that fail for good. All others (a registry that does not answer, too many requests) may still succeed.
 _NO_SUCH_IMAGE = re.compile(
     r"not found|does not exist|manifest unknown|no match for platform|no matching manifest|unauthorized|denied|forbidden"
     r"|authorization failed|authentication required|no basic auth|invalid reference|no such host|name unknown",
@@ -443,25 +468,27 @@ _NO_SUCH_IMAGE = re.compile(
 _MAY_PASS = re.compile(
     r"timed? ?out|deadline exceeded|is reserved for|temporar|connection refused|try again", re.IGNORECASE
 )
-_MOUNTS_TRIED = 3  # the kubelet's view of a new Secret may be late; the third look is seconds after the first
+# Mounts that must fail before a missing object is believed: the kubelet may see a new Secret late. The third attempt comes
+# seconds after the first.
+_MOUNTS_TRIED = 3
 
 
-def _not_started(seen: _Seen) -> Diagnosis | None:
-    if seen.started or seen.phase not in ("", "Pending"):
+def _not_started(view: _PodView) -> Diagnosis | None:
+    if view.started or view.phase not in ("", "Pending"):
         return None
-    for state in [*((c.get("state") or {}) for c in seen.init), seen.stage_state]:
+    for state in [*((c.get("state") or {}) for c in view.init), view.stage_state]:
         waiting = state.get("waiting") or {}
-        if found := _waits(seen, waiting.get("reason") or "", waiting.get("message") or ""):
+        if found := _waits(view, waiting.get("reason") or "", waiting.get("message") or ""):
             return found
-    return _unscheduled(seen) or _unmounted(seen)
+    return _unscheduled(view) or _unmounted(view)
 
 
-def _waits(seen: _Seen, reason: str, message: str) -> Diagnosis | None:
-    image = seen.spec.get("image", "")
+def _waits(view: _PodView, reason: str, message: str) -> Diagnosis | None:
+    image = view.spec.get("image", "")
     if reason in ("InvalidImageName", "ErrImageNeverPull"):
         return Diagnosis(
             "ImagePull",
-            f"Pod {seen.name} cannot get its image {image}: {_clip(message)}. Correct image=…, or load it on the nodes.",
+            f"Pod {view.name} cannot get its image {image}: {_clip(message)}. Correct image=…, or load it on the nodes.",
             "refuse",
         )
     if reason in (
@@ -474,7 +501,7 @@ def _waits(seen: _Seen, reason: str, message: str) -> Diagnosis | None:
         pull = next(
             (
                 e["message"]
-                for e in reversed(seen.events)
+                for e in reversed(view.events)
                 if (e.get("message") or "").startswith("Failed to pull")
             ),
             "",
@@ -483,7 +510,7 @@ def _waits(seen: _Seen, reason: str, message: str) -> Diagnosis | None:
         lost = _NO_SUCH_IMAGE.search(why) or reason == "SignatureValidationFailed"
         return Diagnosis(
             "ImagePull",
-            f"Pod {seen.name} cannot get its image {image} on node {seen.node}: {_clip(why)}. Check image=…, and "
+            f"Pod {view.name} cannot get its image {image} on node {view.node}: {_clip(why)}. Check image=…, and "
             "pull_secrets=… if the registry asks who you are.",
             "refuse" if lost else "wait",
         )
@@ -495,7 +522,7 @@ def _waits(seen: _Seen, reason: str, message: str) -> Diagnosis | None:
     ):
         return Diagnosis(
             "CreateConfig",
-            f"The container of {seen.stage} cannot be made in pod {seen.name}: {_clip(message) or reason}. {_remedy(message)}",
+            f"The container of {view.stage} cannot be made in pod {view.name}: {_clip(message) or reason}. {_remedy(message)}",
             "wait" if _MAY_PASS.search(message) else "refuse",
         )
     return None
@@ -512,34 +539,34 @@ def _remedy(message: str) -> str:
     return "Correct the Pod's settings or the image."
 
 
-def _unmounted(seen: _Seen) -> Diagnosis | None:
-    event = seen.event("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "NetworkNotReady")
+def _unmounted(view: _PodView) -> Diagnosis | None:
+    event = view.event("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "NetworkNotReady")
     if event is None:
         return None
     message = event.get("message") or ""
     missing = event["reason"] == "FailedMount" and "not found" in message
     return Diagnosis(
         "CreateConfig",
-        f"Pod {seen.name} of {seen.stage} cannot be set up on node {seen.node} ({event['reason']}): {_clip(message)}. "
+        f"Pod {view.name} of {view.stage} cannot be set up on node {view.node} ({event['reason']}): {_clip(message)}. "
         + (_remedy(message.rpartition(" : ")[2]) if missing else "The kubelet tries again."),
         "refuse" if missing and _count(event) >= _MOUNTS_TRIED else "wait",
     )
 
 
-def _unscheduled(seen: _Seen) -> Diagnosis | None:
-    scheduled = seen.condition("PodScheduled", "False") or {}
+def _unscheduled(view: _PodView) -> Diagnosis | None:
+    scheduled = view.condition("PodScheduled", "False") or {}
     message = scheduled.get("message") or ""
-    if seen.gates or scheduled.get("reason") == "SchedulingGated":
-        kueue = any("kueue" in gate for gate in seen.gates)
+    if view.gates or scheduled.get("reason") == "SchedulingGated":
+        kueue = any("kueue" in gate for gate in view.gates)
         who = (
-            f"Kueue to admit it (queue {seen.queue or 'unknown'})"
+            f"Kueue to admit it (queue {view.queue or 'unknown'})"
             if kueue
-            else f"its scheduling gates ({', '.join(seen.gates) or 'unknown'})"
+            else f"its scheduling gates ({', '.join(view.gates) or 'unknown'})"
         )
         why = f": {_clip(message)}" if message and kueue and "gate" not in message else ""
         return Diagnosis(
             "Gated",
-            f"Pod {seen.name} of {seen.stage} waits for {who}{why}; no node is asked before that.",
+            f"Pod {view.name} of {view.stage} waits for {who}{why}; no node is asked before that.",
             "wait",
         )
     if not scheduled:
@@ -548,21 +575,21 @@ def _unscheduled(seen: _Seen) -> Diagnosis | None:
     if claim:
         return Diagnosis(
             "CreateConfig",
-            f"Pod {seen.name} of {seen.stage} mounts the claim {claim[1]!r}, which does not exist in its namespace: create it, or "
+            f"Pod {view.name} of {view.stage} mounts the claim {claim[1]!r}, which does not exist in its namespace: create it, or "
             "correct volumes=….",
             "refuse",
         )
-    scaling = seen.event("TriggeredScaleUp", "NotTriggerScaleUp")
+    scaling = view.event("TriggeredScaleUp", "NotTriggerScaleUp")
     grows = f" The autoscaler: {_clip(scaling['message'])}." if scaling else ""
     return Diagnosis(
         "Unschedulable",
-        f"No node can take pod {seen.name} of {seen.stage} (it asks for {seen.asks}): {_clip(message).rstrip('.')}.{grows} Ask for less, "
+        f"No node can take pod {view.name} of {view.stage} (it asks for {view.asks}): {_clip(message).rstrip('.')}.{grows} Ask for less, "
         "correct node_selector, tolerations or affinity, or wait for a node.",
         "wait",
     )
 
 
-# Calls that were refused ------------------------------------------------------------------------------------------------
+# Refused calls ----------------------------------------------------------------------------------------------------------
 
 
 def _forbidden(message: str, doing: str) -> Diagnosis:
@@ -593,7 +620,7 @@ def _forbidden(message: str, doing: str) -> Diagnosis:
             f"Quota {quota[1]!r} is full (tried: {doing}; asked for {quota[2]}, in use {quota[3]}, limit {quota[4]}). {end}",
             "refuse" if never else "wait",
         )
-    # In a new namespace the account "default" and its token come a moment after the namespace.
+    # The account "default" of a new namespace, and its token, are created a moment after the namespace.
     if re.search(r"service account [^ ]*/default\b|No API token found", message):
         return Diagnosis(
             "CreateConfig", f"The namespace is not ready yet (tried: {doing}): {_clip(message)}.", "wait"
@@ -639,18 +666,18 @@ def _invalid(message: str, doing: str) -> Diagnosis:
 
 
 def _amounts(text: str) -> dict[str, float]:
-    """``pods=1,requests.cpu=500m`` as numbers; what is no quantity is left out."""
+    """The numbers in ``pods=1,requests.cpu=500m``; a value that is no quantity is left out."""
     amounts = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         with suppress(ValueError):
-            amounts[name] = quantity(value)
+            amounts[name] = parse_quantity(value)
     return amounts
 
 
-# Words ------------------------------------------------------------------------------------------------------------------
+# Texts ------------------------------------------------------------------------------------------------------------------
 
-_LONGEST = 600  # characters of somebody else's message in one of our sentences
+_LONGEST = 600  # characters of a foreign message that one of our sentences quotes
 
 
 def _clip(text: str) -> str:
@@ -668,7 +695,7 @@ def _count(event: Mapping[str, Any]) -> int:
 
 
 def _last_words(ended: Mapping[str, Any]) -> str:
-    """What the container said last: the error in the door's short receipt, or the last line of its log."""
+    """The last message of a container: the error in the receipt that the entry point left, or the last line of its log."""
     text = (ended.get("message") or "").strip()
     with suppress(ValueError, TypeError, AttributeError):
         receipt = json.loads(text)

@@ -1,4 +1,4 @@
-"""What to do next about a run's pods: one pure function of what is seen, called by worker and triggerer alike."""
+"""What to do next about the pods of a run: one pure function of what is seen, which worker and triggerer both call."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from lepton_airflow.pods import ADMITTED, CONTAINER, LOCAL_TRY, QUEUE, REQUEST, SETTLED, SUBMISSION, TRY
+from lepton_airflow.pods import (
+    ADMITTED,
+    CONTAINER,
+    LOCAL_TRY,
+    QUEUE,
+    REQUEST,
+    SETTLED,
+    SUBMISSION,
+    TRY,
+    PodJson,
+)
 from lepton_airflow.pods.diagnosis import Diagnosis, diagnose
 
-Seen = Mapping[str, Any]  # a pod as the API server's JSON
-STUCK_S = (
-    60.0  # a pod that is not gone so long after its grace period lies on a lost node, and is passed over
-)
+# A pod that still exists so long after its grace period lies on a lost node, and counts as gone.
+STUCK_S = 60.0
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """How long each part of a pod's life may take [seconds]; ``deadline``: when all must be over [Unix time]."""
+    """How long each phase of a pod's life may take [seconds]; ``deadline``: when all of them must be over [Unix time]."""
 
     admission_s: float
     schedule_s: float
@@ -28,32 +36,32 @@ class Clocks:
 
 
 @dataclass(frozen=True)
-class Step:
+class Action:
     """What to do next, about which pod.
 
-    ====== =====================================================================================================
-    create submit the run; no pod of it lives
-    adopt  write this try's id on a pod of another try that does the same, and go on with it
-    admit  note on a pod that it is no longer held back
-    delete end a pod of another try that does something else
-    wait   until something changes, or ``until``; ``phase`` says for what
-    take   the stage's container has ended: look for its receipt
-    gone   our pod is no longer there: look for its receipt too
-    fail   our pod cannot come right; ``diagnosis`` says why
-    late   a clock ran out; ``phase`` says which
-    lost   another try has taken our pod over
-    ====== =====================================================================================================
+    ======= ====================================================================================================
+    create  submit the run: no live pod of it exists
+    adopt   write this try's id on a pod of another try that does the same, and continue with it
+    admit   note on a pod that its scheduling gates are gone
+    delete  delete a pod of another try that does something else
+    wait    until something changes, or ``until``; ``phase`` says for what
+    collect the stage's container has ended: read its receipt
+    gone    our pod no longer exists: read its receipt too
+    fail    our pod cannot succeed; ``diagnosis`` says why
+    expire  a clock ran out; ``phase`` says which
+    lost    another try has adopted our pod
+    ======= ====================================================================================================
     """
 
-    do: Literal["create", "adopt", "admit", "delete", "wait", "take", "gone", "fail", "late", "lost"]
-    pod: Seen | None = None
-    phase: str = ""  # leaving, admission, schedule, start, run, deadline
+    kind: Literal["create", "adopt", "admit", "delete", "wait", "collect", "gone", "fail", "expire", "lost"]
+    pod: PodJson | None = None
+    phase: str = ""  # terminating, admission, schedule, start, run, deadline
     until: float | None = None
     diagnosis: Diagnosis | None = None
 
 
 def decide(
-    pods: Sequence[Seen],
+    pods: Sequence[PodJson],
     *,
     owned: str | None,
     try_id: str,
@@ -61,58 +69,63 @@ def decide(
     clocks: Clocks,
     now: float,
     events: Sequence[Mapping[str, Any]] = (),
-) -> Step:
-    """The next step.
+) -> Action:
+    """The next action.
 
     :param pods: all pods of the run key.
-    :param events: what is known of the events of our own pod.
-    :param owned: uid of the pod that this try has created or adopted, None while it has none.
-    :param digest: what a pod of another try must have been asked for to be adopted.
+    :param owned: uid of the pod that this try has created or adopted; None while it has none.
+    :param try_id: id of this try.
+    :param digest: the request that a pod of another try must have, as a digest, to be adopted.
+    :param clocks: the limits of this run.
     :param now: Unix time.
+    :param events: the events of our own pod, as far as they are known.
     """
     ours = next((p for p in pods if p["metadata"]["uid"] == owned), None)
-    if ours is not None and note(ours, TRY) != try_id:
-        return Step("lost", ours)
-    if ours is not None and ended(ours) is not None:
-        return Step("take", ours)
+    if ours is not None and annotation(ours, TRY) != try_id:
+        return Action("lost", ours)
+    if ours is not None and termination(ours) is not None:
+        return Action("collect", ours)
     if clocks.deadline is not None and now >= clocks.deadline:
-        return Step("late", ours, "deadline", clocks.deadline)
-    if ours is not None and not _stuck(ours, now):
-        return _attend(ours, clocks, now, events)
+        return Action("expire", ours, "deadline", clocks.deadline)
+    if ours is not None and not _is_stuck(ours, now):
+        return _supervise(ours, clocks, now, events)
     if owned is not None:
-        return Step("gone", ours)
-    present = sorted((p for p in pods if not _stuck(p, now)), key=number_of, reverse=True)
-    equal = [p for p in present if _worth_adopting(p, try_id, digest)]
-    live = [p for p in present if ended(p) is None and p not in equal[:1]]
+        return Action("gone", ours)
+    present = sorted((p for p in pods if not _is_stuck(p, now)), key=submission_of, reverse=True)
+    adoptable = [p for p in present if _is_adoptable(p, try_id, digest)][:1]
+    live = [p for p in present if termination(p) is None and p not in adoptable]
     for pod in live:
-        if not leaving(pod):
-            return Step("delete", pod)
-    for pod in live:  # nothing may run beside it
-        return Step("wait", pod, "leaving", _gone_by(pod))
-    return Step("adopt", equal[0]) if equal else Step("create")
+        if not is_terminating(pod):
+            return Action("delete", pod)
+    for pod in live:  # no second pod may run beside it
+        return Action("wait", pod, "terminating", _gone_by(pod))
+    return Action("adopt", adoptable[0]) if adoptable else Action("create")
 
 
-def phase_of(step: Step) -> str:
+def describe_wait(action: Action) -> str:
     """What a pod is waited for, in words."""
-    assert step.pod is not None
-    name = step.pod["metadata"]["name"]
+    assert action.pod is not None
+    name = action.pod["metadata"]["name"]
     what = {
-        "leaving": "is being deleted; waiting until it is gone",
+        "terminating": "is being deleted; waiting until it is gone",
         "admission": "waits to be admitted",
         "schedule": "waits for a node",
         "start": "starts",
         "run": "runs",
-    }[step.phase]
-    return f"pod {name} {what}" + (f": {step.diagnosis.sentence}" if step.diagnosis else "")
+    }[action.phase]
+    return f"pod {name} {what}" + (f": {action.diagnosis.sentence}" if action.diagnosis else "")
 
 
-def next_number(pods: Sequence[Seen], used: int) -> int:
-    """The number of the next submission: above those of all pods that are there, and of all that this try made."""
-    return max([used, *map(number_of, pods)]) + 1
+def next_submission(pods: Sequence[PodJson], last: int) -> int:
+    """The number of the next submission: above those of all existing pods, and above the last one of this try."""
+    return max([last, *map(submission_of, pods)]) + 1
 
 
-def container_state(pod: Seen, name: str = CONTAINER) -> tuple[str, Mapping[str, Any]]:
-    """``waiting``, ``running`` or ``terminated``, with what the kubelet says about it."""
+# -- reading a pod -----------------------------------------------------------------------------------------------------
+
+
+def container_state(pod: PodJson, name: str = CONTAINER) -> tuple[str, Mapping[str, Any]]:
+    """``waiting``, ``running`` or ``terminated``, with the details that the kubelet gives."""
     status = pod.get("status") or {}
     for each in [*(status.get("containerStatuses") or ()), *(status.get("initContainerStatuses") or ())]:
         if each["name"] == name:
@@ -122,16 +135,19 @@ def container_state(pod: Seen, name: str = CONTAINER) -> tuple[str, Mapping[str,
     return "waiting", {}
 
 
-def containers(pod: Seen) -> list[str]:
-    """The containers whose lines are the task's: those that prepare, in their order, and the stage's."""
+def logged_containers(pod: PodJson) -> list[str]:
+    """The containers whose lines belong in the task's log: the init containers in their order, then the stage's.
+
+    Init containers that restart always are sidecars, which end after the stage.
+    """
     init = pod["spec"].get("initContainers") or ()
-    return [c["name"] for c in init if c.get("restartPolicy") != "Always"] + [CONTAINER]  # those are sidecars
+    return [c["name"] for c in init if c.get("restartPolicy") != "Always"] + [CONTAINER]
 
 
-def ended(pod: Seen) -> Mapping[str, Any] | None:
-    """How the stage's container ended; ``{}`` where the pod ended without it; None while it may go on.
+def termination(pod: PodJson) -> Mapping[str, Any] | None:
+    """How the stage's container ended; ``{}`` where the pod ended without saying so; None while it may still run.
 
-    A sidecar may run on, so the pod's own phase only counts when it is over.
+    A sidecar may outlive the stage, so the pod's own phase only counts when it is a final one.
     """
     state, details = container_state(pod)
     if state == "terminated":
@@ -139,79 +155,82 @@ def ended(pod: Seen) -> Mapping[str, Any] | None:
     return {} if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed") else None
 
 
-def leaving(pod: Seen) -> bool:
-    """Whether somebody asked for the pod's deletion."""
+def is_terminating(pod: PodJson) -> bool:
+    """Whether somebody has asked for the pod's deletion."""
     return bool(pod["metadata"].get("deletionTimestamp"))
 
 
-def note(pod: Seen, annotation: str) -> str:
-    """What stands in an annotation of the pod, or nothing."""
-    return str((pod["metadata"].get("annotations") or {}).get(annotation, ""))
-
-
-def number_of(pod: Seen) -> int:
-    """Which submission of its run the pod is."""
-    text = note(pod, SUBMISSION)
-    return int(text) if text.isdecimal() else 0
-
-
-def held_back(pod: Seen) -> bool:
-    """Whether a scheduling gate holds the pod, as Kueue's does until the queue admits it."""
+def is_gated(pod: PodJson) -> bool:
+    """Whether a scheduling gate holds the pod back, as Kueue's does until the queue admits it."""
     return bool((pod.get("spec") or {}).get("schedulingGates"))
 
 
-def seconds(timestamp: str) -> float:
+def annotation(pod: Mapping[str, Any], name: str) -> str:
+    """The value of a pod's annotation; empty where it has none."""
+    return str((pod["metadata"].get("annotations") or {}).get(name, ""))
+
+
+def submission_of(pod: PodJson) -> int:
+    """Which submission of its run the pod is."""
+    text = annotation(pod, SUBMISSION)
+    return int(text) if text.isdecimal() else 0
+
+
+def unix_time(timestamp: str) -> float:
     """The Unix time of an RFC 3339 timestamp."""
     return datetime.fromisoformat(timestamp).replace(tzinfo=UTC).timestamp()
 
 
-def _attend(pod: Seen, clocks: Clocks, now: float, events: Sequence[Mapping[str, Any]]) -> Step:
-    """Wait on for our own pod, unless it cannot come right or the clock of its part of life ran out."""
-    if leaving(pod):
-        return Step("wait", pod, "leaving", _gone_by(pod))
-    if QUEUE in (pod["metadata"].get("labels") or {}) and not held_back(pod) and not note(pod, ADMITTED):
-        return Step("admit", pod)
+# -- deciding about one pod --------------------------------------------------------------------------------------------
+
+
+def _supervise(pod: PodJson, clocks: Clocks, now: float, events: Sequence[Mapping[str, Any]]) -> Action:
+    """Keep waiting for our own pod, unless it cannot succeed or the clock of its phase ran out."""
+    if is_terminating(pod):
+        return Action("wait", pod, "terminating", _gone_by(pod))
+    if QUEUE in (pod["metadata"].get("labels") or {}) and not is_gated(pod) and not annotation(pod, ADMITTED):
+        return Action("admit", pod)
     diagnosis = diagnose(pod, events)
     if diagnosis is not None and diagnosis.then != "wait":
-        return Step("fail", pod, diagnosis=diagnosis)
+        return Action("fail", pod, diagnosis=diagnosis)
     phase, since, limit = _clock(pod, clocks)
     until = since + limit
     if now >= until:
-        return Step("late", pod, phase, until, diagnosis)
+        return Action("expire", pod, phase, until, diagnosis)
     if clocks.deadline is not None:
         until = min(until, clocks.deadline)
-    return Step("wait", pod, phase, until, diagnosis)
+    return Action("wait", pod, phase, until, diagnosis)
 
 
-def _clock(pod: Seen, clocks: Clocks) -> tuple[str, float, float]:
-    """Which part of life the pod is in, since when [Unix time], and its limit [seconds]."""
-    made = seconds(pod["metadata"]["creationTimestamp"])
+def _clock(pod: PodJson, clocks: Clocks) -> tuple[str, float, float]:
+    """The phase of the pod's life, when it began [Unix time], and its limit [seconds]."""
+    created = unix_time(pod["metadata"]["creationTimestamp"])
     state, details = container_state(pod)
     if state == "running":
-        return "run", seconds(details["startedAt"]) if details.get("startedAt") else made, clocks.run_s
-    if held_back(pod):
-        return "admission", made, clocks.admission_s
+        return "run", unix_time(details["startedAt"]) if details.get("startedAt") else created, clocks.run_s
+    if is_gated(pod):
+        return "admission", created, clocks.admission_s
     for condition in (pod.get("status") or {}).get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] == "True":
-            return "start", seconds(condition["lastTransitionTime"]), clocks.start_s
-    admitted = note(pod, ADMITTED)
-    return "schedule", float(admitted) if admitted else made, clocks.schedule_s
+            return "start", unix_time(condition["lastTransitionTime"]), clocks.start_s
+    admitted = annotation(pod, ADMITTED)
+    return "schedule", float(admitted) if admitted else created, clocks.schedule_s
 
 
-def _worth_adopting(pod: Seen, try_id: str, digest: str) -> bool:
-    """Whether going on with the pod is what was asked for: it runs, or it may have left a receipt."""
-    if leaving(pod) or note(pod, SETTLED):
+def _is_adoptable(pod: PodJson, try_id: str, digest: str) -> bool:
+    """Whether this try may continue with the pod: it does what was asked for, and runs or may have left a receipt."""
+    if is_terminating(pod) or annotation(pod, SETTLED):
         return False
-    end = ended(pod)
-    if end is not None and end.get("exitCode") != 0:
-        return False  # failed: submitted again
-    return note(pod, REQUEST) == digest or note(pod, TRY) == try_id != LOCAL_TRY
+    ended = termination(pod)
+    if ended is not None and ended.get("exitCode") != 0:
+        return False  # it failed: submit again
+    return annotation(pod, REQUEST) == digest or annotation(pod, TRY) == try_id != LOCAL_TRY
 
 
-def _gone_by(pod: Seen) -> float:
-    # The timestamp of a deletion is when the grace period ends.
-    return seconds(pod["metadata"]["deletionTimestamp"]) + STUCK_S
+def _gone_by(pod: PodJson) -> float:
+    # The deletionTimestamp is the end of the grace period.
+    return unix_time(pod["metadata"]["deletionTimestamp"]) + STUCK_S
 
 
-def _stuck(pod: Seen, now: float) -> bool:
-    return leaving(pod) and now >= _gone_by(pod)
+def _is_stuck(pod: PodJson, now: float) -> bool:
+    return is_terminating(pod) and now >= _gone_by(pod)

@@ -1,7 +1,7 @@
-"""What the API server is asked to make: pure functions from settings and a request to plain JSON.
+"""What the API server is asked to create: pure functions from settings and a request to plain JSON.
 
-Four layers lie over one another: defaults, the user's ``pod_template``, the runner's settings, and what must be so for
-the door to open. A later one wins.
+A pod is merged from four layers, of which a later one wins: the defaults, the user's ``pod_template``, the runner's
+settings, and what the entry point needs to start and to be found.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from functools import reduce
+from pathlib import PurePosixPath
+from typing import Any
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, digest_of
+from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.pods import (
     CONTAINER,
     IDENTITY,
@@ -28,49 +31,53 @@ from lepton_airflow.pods import (
     SUBMISSION,
     TRY,
 )
+from lepton_airflow.pods.settings import OF_CONTAINER, OF_POD, OF_SPEC, PodSettings
 
-if TYPE_CHECKING:
-    from lepton_airflow.runners.pod import Pod
-
-HANDED_OVER = "/run/lepton"  # where request and Connections are mounted
+HANDED_OVER = "/run/lepton"  # where the Secret with the request and the Connections is mounted
 WORK = "/work"
 USER = 10001
 
-# Names of Kubernetes' security contexts that `Pod(security=…)` may override, by where they belong.
-OF_POD = frozenset({"fsGroup", "fsGroupChangePolicy", "supplementalGroups", "sysctls"})
-OF_SPEC = frozenset({"automountServiceAccountToken"})
-OF_CONTAINER = frozenset(
-    {
-        "allowPrivilegeEscalation",
-        "capabilities",
-        "privileged",
-        "procMount",
-        "readOnlyRootFilesystem",
-        "runAsGroup",
-        "runAsNonRoot",
-        "runAsUser",
-        "seLinuxOptions",
-        "seccompProfile",
-    }
-)
-_ROOM_S = (
-    300  # activeDeadlineSeconds is the net below the clocks, so that one never ends what they would explain
-)
+_VOLUME_OF_SECRET, _VOLUME_OF_WORK, _VOLUME_OF_TMP = "lepton", "lepton-work", "lepton-tmp"
+# activeDeadlineSeconds lies so much above the clocks that they end a pod first, and can say why.
+_DEADLINE_MARGIN_S = 300
 
 
-def pod_base(settings: Pod, request: Request, template: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The pod of a request, but for what each submission draws anew.
+def pod_base(
+    settings: PodSettings, request: Request, template: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The pod of a request, without what differs between its submissions.
 
-    :param template: the pod that ``settings.pod_template`` names, which everything but the defaults lies over.
+    :param template: the pod that ``settings.pod_template`` names; only the defaults lie below it.
     """
-    return merge(
-        merge(merge(_defaults(), _with_container(template or {})), _wanted(settings)),
-        _needed(settings, request),
+    layers = (
+        _defaults(),
+        _from_template(template or {}),
+        _from_settings(settings),
+        _required(settings, request),
     )
+    return reduce(merge, layers)
+
+
+def check_store(request: Request, base: Mapping[str, Any]) -> None:
+    """Raise BadConfiguration when the store is a folder that the pod does not mount at the same path."""
+    scheme, found, path = request.store.rpartition("://")
+    if found and scheme not in ("file", "local"):
+        return
+    mounts = [
+        m["mountPath"]
+        for c in base["spec"]["containers"]
+        for m in c.get("volumeMounts") or ()
+        if c["name"] == CONTAINER and m["name"] not in (_VOLUME_OF_SECRET, _VOLUME_OF_WORK, _VOLUME_OF_TMP)
+    ]
+    if not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts):
+        raise BadConfiguration(
+            f"store {request.store!r} is a folder, which a pod does not see: mount it at the same path, "
+            f'volumes=[{{"name": "store", "mount": {path!r}, "pvc": "…"}}], or set [lepton] store to s3://….'
+        )
 
 
 def request_digest(base: Mapping[str, Any], request: Request) -> str:
-    """What a running pod must have been asked to do, and how, for another try to adopt it."""
+    """Digest of what a pod is asked to do, and how; a later try adopts the pod if its own digest is equal."""
     asked = replace(request, nonce="", identity=replace(request.identity, try_number=1))
     return digest_of([json.loads(asked.to_json()), base])
 
@@ -86,8 +93,8 @@ def submission(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The Secret and the pod of one submission.
 
-    :param number: how often the run was submitted, this time included; it is in the pod's name, so that the API server
-        lets only one of two creators through.
+    :param number: how often the run has been submitted, this time included. It is in the pod's name, so when two tries
+        create the same submission, the API server refuses the second.
     """
     name = pod_name(request, number)
     secret = {
@@ -118,22 +125,22 @@ def submission(
 
 
 def labels(request: Request) -> dict[str, str]:
-    """The labels that a run's pods and Secrets are found by."""
+    """The labels by which a run's pods and Secrets are found."""
     stage = re.sub(r"[^A-Za-z0-9_.-]", "-", request.stage.rpartition(":")[2])[:63].strip("-_.")
     return {MANAGED_BY: MANAGER, RUN_KEY: request.run_key, STAGE: stage}
 
 
 def pod_name(request: Request, number: int) -> str:
-    """A name that people recognise and that is taken at most once: DAG, task, run key, number of the submission."""
+    """A name that people recognise and that exists once: DAG, task, run key, number of the submission."""
     end = f"{request.run_key}-{number}"
     slug = re.sub(r"[^a-z0-9]+", "-", f"{request.identity.dag_id}-{request.identity.task_id}".lower())
     return f"{slug[: 62 - len(end)].strip('-') or 'stage'}-{end}"
 
 
 def secret_name(pod: Mapping[str, Any]) -> str | None:
-    """The Secret that a pod was handed over."""
+    """The Secret that holds a pod's request and Connections."""
     for volume in pod["spec"].get("volumes") or ():
-        if volume["name"] == "lepton":
+        if volume["name"] == _VOLUME_OF_SECRET:
             return volume.get("secret", {}).get("secretName")
     return None
 
@@ -154,7 +161,7 @@ def merge(base: Any, over: Any) -> Any:
 
 
 def _named_by(*lists: list[Any]) -> str | None:
-    """What tells the things of these lists apart: a mount is named by its path, all else by its name."""
+    """The key that names the items of these lists: ``mountPath`` for mounts, else ``name``; None if some have no name."""
     items = [item for each in lists for item in each]
     for name in ("mountPath", "name"):
         if items and all(isinstance(item, Mapping) and name in item for item in items):
@@ -163,12 +170,12 @@ def _named_by(*lists: list[Any]) -> str | None:
 
 
 def _defaults() -> dict[str, Any]:
-    """What holds where nobody says otherwise: little rights, and folders to write in."""
+    """The pod that nobody has configured: few rights, and two folders to write in."""
     env = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # as in a process of the worker, see runners/subprocess.py
+        "OMP_WAIT_POLICY": "PASSIVE",  # see runners/subprocess.py
         "HOME": WORK,
         "TMPDIR": WORK,
     }
@@ -180,7 +187,7 @@ def _defaults() -> dict[str, Any]:
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "securityContext": {"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"},
-            "volumes": [{"name": "lepton-work", "emptyDir": {}}, {"name": "lepton-tmp", "emptyDir": {}}],
+            "volumes": [{"name": _VOLUME_OF_WORK, "emptyDir": {}}, {"name": _VOLUME_OF_TMP, "emptyDir": {}}],
             "containers": [
                 {
                     "name": CONTAINER,
@@ -199,8 +206,9 @@ def _defaults() -> dict[str, Any]:
                         "seccompProfile": {"type": "RuntimeDefault"},
                     },
                     "volumeMounts": [
-                        {"name": "lepton-work", "mountPath": WORK},
-                        {"name": "lepton-tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own, for what ignores TMPDIR
+                        {"name": _VOLUME_OF_WORK, "mountPath": WORK},
+                        # For programs that ignore TMPDIR.
+                        {"name": _VOLUME_OF_TMP, "mountPath": "/tmp"},  # noqa: S108 - the pod's own
                     ],
                 }
             ],
@@ -208,8 +216,8 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _with_container(template: Mapping[str, Any]) -> dict[str, Any]:
-    """The template with its container for the stage named so: the one that is, else the first."""
+def _from_template(template: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's labels, annotations and spec; without a container named ``stage``, its first one gets that name."""
     spec = dict(template.get("spec") or {})
     containers = [dict(c) for c in spec.get("containers") or ()]
     if containers and all(c.get("name") != CONTAINER for c in containers):
@@ -218,8 +226,8 @@ def _with_container(template: Mapping[str, Any]) -> dict[str, Any]:
     return {"metadata": metadata, "spec": spec | ({"containers": containers} if containers else {})}
 
 
-def _wanted(settings: Pod) -> dict[str, Any]:
-    """What the runner's settings say, without those that were left out."""
+def _from_settings(settings: PodSettings) -> dict[str, Any]:
+    """The pod as far as the runner's settings describe it."""
     security = settings.security
     requests = {"cpu": settings.cpu, "memory": settings.memory}
     limits = {"cpu": settings.cpu_limit, "memory": settings.memory_limit or settings.memory}
@@ -230,10 +238,10 @@ def _wanted(settings: Pod) -> dict[str, Any]:
         "image": settings.image,
         "imagePullPolicy": settings.image_pull_policy,
         "env": _env(settings.env),
-        "resources": _given({"requests": _given(requests), "limits": _given(limits)}),
+        "resources": _without_empty({"requests": _without_empty(requests), "limits": _without_empty(limits)}),
         "securityContext": {k: v for k, v in security.items() if k in OF_CONTAINER},
         "volumeMounts": [
-            _given({"name": v["name"], "mountPath": v["mount"], "readOnly": v.get("read_only")})
+            _without_empty({"name": v["name"], "mountPath": v["mount"], "readOnly": v.get("read_only")})
             for v in settings.volumes
         ],
     }
@@ -247,23 +255,24 @@ def _wanted(settings: Pod) -> dict[str, Any]:
         "imagePullSecrets": [{"name": name} for name in settings.pull_secrets],
         "volumes": [{"name": v["name"], **_volume_source(v)} for v in settings.volumes],
         "securityContext": {k: v for k, v in security.items() if k in OF_POD},
-        "containers": [_given(container)],
+        "containers": [_without_empty(container)],
     }
     own = {k: v for k, v in security.items() if k in OF_SPEC}
     queue = {QUEUE: settings.queue} if settings.queue else {}
     metadata = {"labels": {**settings.labels, **queue}, "annotations": dict(settings.annotations)}
-    return {"metadata": metadata, "spec": _given(spec) | own}
+    return {"metadata": metadata, "spec": _without_empty(spec) | own}
 
 
-def _needed(settings: Pod, request: Request) -> dict[str, Any]:
-    """What must be so, or the door does not open, or nobody finds the pod."""
+def _required(settings: PodSettings, request: Request) -> dict[str, Any]:
+    """What the entry point needs to start, and we to find the pod and to read how it ended."""
     command = [settings.python, "-P", "-m", "lepton_airflow", "run", f"{HANDED_OVER}/request.json"]
     command += [f"{WORK}/receipt.json", "--connections-file", f"{HANDED_OVER}/connections.json"]
     return {
         "metadata": {"labels": labels(request)},
         "spec": {
             "restartPolicy": "Never",
-            "activeDeadlineSeconds": math.ceil(settings.start_timeout_s + settings.run_timeout_s) + _ROOM_S,
+            "activeDeadlineSeconds": math.ceil(settings.start_timeout_s + settings.run_timeout_s)
+            + _DEADLINE_MARGIN_S,
             "terminationGracePeriodSeconds": math.ceil(settings.grace_s),
             "volumes": [_secret_volume("")],
             "containers": [
@@ -274,7 +283,7 @@ def _needed(settings: Pod, request: Request) -> dict[str, Any]:
                     "workingDir": WORK,
                     "terminationMessagePath": "/dev/termination-log",
                     "terminationMessagePolicy": "FallbackToLogsOnError",
-                    "volumeMounts": [{"name": "lepton", "mountPath": HANDED_OVER, "readOnly": True}],
+                    "volumeMounts": [{"name": _VOLUME_OF_SECRET, "mountPath": HANDED_OVER, "readOnly": True}],
                 }
             ],
         },
@@ -282,8 +291,8 @@ def _needed(settings: Pod, request: Request) -> dict[str, Any]:
 
 
 def _secret_volume(name: str) -> dict[str, Any]:
-    # Readable for the group that fsGroup gives it: the stage's user is not the owner of a mounted Secret's files.
-    return {"name": "lepton", "secret": {"secretName": name, "defaultMode": 0o440}}
+    # Root owns the files of a mounted Secret. The stage's user reads them through the group that fsGroup gives them.
+    return {"name": _VOLUME_OF_SECRET, "secret": {"secretName": name, "defaultMode": 0o440}}
 
 
 def _volume_source(volume: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,5 +310,5 @@ def _env(values: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v not in (None, "", [], {})}

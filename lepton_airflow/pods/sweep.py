@@ -1,8 +1,8 @@
-"""What lies in a namespace of this package's, and what of it may go: behind ``python -m lepton_airflow pods ls|sweep``.
+"""Which pods and Secrets of this package a namespace has, and which of them may go: ``python -m lepton_airflow pods``.
 
-A task removes its own pod and Secret. What stays is of tasks that nobody could stop in time: Airflow promises no last word
-to a task whose worker or triggerer died. So the judgement here is Airflow's database, where there is one: a pod whose task
-instance has ended is wanted by nobody.
+A task deletes its own pod and Secret. Some are left by tasks whose worker or triggerer died, because Airflow then calls
+nothing of the task any more. Airflow's database, where there is one, decides about those: a pod whose task instance has
+ended is not needed.
 """
 
 from __future__ import annotations
@@ -11,30 +11,28 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lepton_airflow.pods import IDENTITY, RUN_KEY, SETTLED, STAGE
+from lepton_airflow.pods import IDENTITY, ORPHANED_S, RUN_KEY, SETTLED, STAGE, PodJson
 from lepton_airflow.pods.cluster import Cluster
 from lepton_airflow.pods.diagnosis import diagnose
-from lepton_airflow.pods.lifecycle import ended, leaving, note, seconds
+from lepton_airflow.pods.lifecycle import annotation, is_terminating, termination, unix_time
 from lepton_airflow.pods.manifest import secret_name
-
-ORPHANED_S = 600.0  # a task makes its pod seconds after its Secret, and then makes the pod the Secret's owner
-
-Task = tuple[str, str, str, int]  # dag_id, task_id, run_id, map_index
+from lepton_airflow.pods.task_state import ENDED, TaskKey, states_in_database
 
 
 @dataclass(frozen=True)
 class Item:
-    """One pod or Secret of this package's.
+    """A pod or Secret of this package.
 
-    :ivar thing: it as the API server's JSON.
-    :ivar why: why it may go, in words; empty while it is needed, or while nobody knows.
-    :ivar stays: why it does not, in words.
+    :ivar kind: ``pod`` or ``secret``.
+    :ivar thing: what the API server sends for it.
+    :ivar reason: the reason of a pod's diagnosis, such as ``OOM``.
+    :ivar why: why it may go, in words; empty if it must stay.
+    :ivar stays: why it must stay, in words; empty if it may go.
     """
 
-    kind: str  # pod, secret
+    kind: str
     thing: Mapping[str, Any]
     age_s: float
     state: str
@@ -44,12 +42,12 @@ class Item:
 
     @property
     def name(self) -> str:
-        """Its name in the namespace."""
+        """The name of the pod or Secret."""
         return str(self.thing["metadata"]["name"])
 
     @property
     def owner(self) -> str:
-        """The task instance and try that it is for, in words; of a Secret its run key."""
+        """The task instance and try that a pod belongs to, in words; for a Secret its run key."""
         who = identity(self.thing)
         if not who:
             return f"run key {self.thing['metadata'].get('labels', {}).get(RUN_KEY, '?')}"
@@ -60,17 +58,16 @@ class Item:
 def inventory(
     cluster: Cluster, deployment: str, *, older_than_s: float | None = None, now: float
 ) -> list[Item]:
-    """All pods and Secrets of this package's in the cluster's namespace, oldest first, judged.
+    """All pods and Secrets of this package in the cluster's namespace, oldest first, and whether each may go.
 
-    :param deployment: name of this Airflow (``[lepton] deployment``); pods of another one are not asked about here.
-    :param older_than_s: age from which a pod goes that no Airflow here knows [seconds]; None: never.
+    :param deployment: name of this Airflow (``[lepton] deployment``); its database knows nothing of pods of another one.
+    :param older_than_s: age from which a pod may go whose task this Airflow does not know [seconds]; None: never.
     :param now: Unix time.
     """
-    pods, secrets = cluster.everything()
+    pods, secrets = cluster.list_all()
     ours = [who for pod in pods if (who := identity(pod)).get("deployment") == deployment]
-    states = task_states(
-        {_task(who) for who in ours}
-    )  # asked after the pods, so that none is younger than its answer
+    # Read after the pods were listed: an older state could be that of an earlier try, and condemn the pod of a newer one.
+    states = states_in_database({_task(who) for who in ours})
     items = [_pod(pod, states, deployment, older_than_s, now) for pod in pods]
     used = {secret_name(pod) for pod in pods}
     items += [_secret(secret, used, now) for secret in secrets]
@@ -78,7 +75,7 @@ def inventory(
 
 
 def sweep(cluster: Cluster, items: Iterable[Item]) -> list[Item]:
-    """Delete what may go, if it still is as it was seen; returns what is gone."""
+    """Delete the items that may go and have not changed since they were listed; returns those that were deleted."""
     return [
         item
         for item in items
@@ -87,9 +84,9 @@ def sweep(cluster: Cluster, items: Iterable[Item]) -> list[Item]:
 
 
 def identity(thing: Mapping[str, Any]) -> dict[str, Any]:
-    """Which task instance a pod is for; empty where it does not say."""
+    """The task instance that a pod belongs to, from its annotation; empty where it has none."""
     with suppress(ValueError):
-        found = json.loads(note(thing, IDENTITY))
+        found = json.loads(annotation(thing, IDENTITY))
         if isinstance(found, dict) and {"deployment", "dag_id", "task_id", "run_id", "try_number"} <= set(
             found
         ):
@@ -97,68 +94,31 @@ def identity(thing: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def task_states(tasks: set[Task]) -> dict[Task, str]:
-    """The states of those task instances that Airflow's database knows; nothing where there is no such database.
-
-    A task instance that waits to be run again (cleared, or up for retry) has not ended.
-    """
-    try:
-        from airflow.configuration import conf
-        from airflow.models.taskinstance import TaskInstance
-        from airflow.utils.session import create_session
-        from sqlalchemy import select
-        from sqlalchemy.exc import SQLAlchemyError
-    except ModuleNotFoundError:  # no Airflow on this machine
-        return {}
-    database = conf.get("database", "sql_alchemy_conn", fallback="") or ""
-    file = database.partition("sqlite:///")[2].partition("?")[0]
-    if not tasks or not database or (file and not Path(file).exists()):  # SQLite would make an empty one
-        return {}
-    rows = select(
-        TaskInstance.dag_id,
-        TaskInstance.task_id,
-        TaskInstance.run_id,
-        TaskInstance.map_index,
-        TaskInstance.state,
-    ).where(TaskInstance.run_id.in_({run_id for _, _, run_id, _ in tasks}))
-    try:
-        with create_session() as session:
-            found = {
-                (d, t, r, m): str(getattr(s, "value", s) or "none") for d, t, r, m, s in session.execute(rows)
-            }
-    except SQLAlchemyError:  # unreachable, or no Airflow's
-        return {}
-    return {task: found[task] for task in tasks & found.keys()}
-
-
-_ENDED = frozenset({"success", "failed", "upstream_failed", "skipped", "removed"})
-
-
 def _pod(
-    pod: Mapping[str, Any],
-    states: Mapping[Task, str],
+    pod: PodJson,
+    states: Mapping[TaskKey, str],
     deployment: str,
     older_than_s: float | None,
     now: float,
 ) -> Item:
-    age_s = now - seconds(pod["metadata"]["creationTimestamp"])
-    found = diagnose(pod)
+    age_s = now - unix_time(pod["metadata"]["creationTimestamp"])
+    diagnosis = diagnose(pod)
     phase = (pod.get("status") or {}).get("phase") or "Unknown"
-    state = "Leaving" if leaving(pod) else "Settled" if note(pod, SETTLED) else phase
-    reason = found.reason if found and not leaving(pod) else ""
+    state = "Terminating" if is_terminating(pod) else "Settled" if annotation(pod, SETTLED) else phase
+    reason = diagnosis.reason if diagnosis and not is_terminating(pod) else ""
     who = identity(pod)
-    known = states.get(_task(who)) if who and who["deployment"] == deployment else None
+    task_state = states.get(_task(who)) if who and who["deployment"] == deployment else None
     why = stays = ""
-    if leaving(pod):
+    if is_terminating(pod):
         stays = "it is being deleted"
-    elif note(pod, SETTLED):
-        why = "its end was taken into account"
-    elif known in _ENDED:
-        why = f"its task is {known} in Airflow"
-    elif known is not None:
-        stays = f"its task is {known} in Airflow"
+    elif annotation(pod, SETTLED):
+        why = "its task has used its result"
+    elif task_state in ENDED:
+        why = f"its task is {task_state} in Airflow"
+    elif task_state is not None:
+        stays = f"its task is {task_state} in Airflow"
     elif older_than_s is not None and age_s >= older_than_s:
-        still = "has ended" if ended(pod) is not None else "has not ended"
+        still = "has ended" if termination(pod) is not None else "has not ended"
         why = f"no Airflow here knows its task, and it {still} after {age_s:.0f} s"
     else:
         stays = "no Airflow here knows its task, so only --older-than-s lets it go"
@@ -167,19 +127,19 @@ def _pod(
 
 def _secret(secret: Mapping[str, Any], used: set[str | None], now: float) -> Item:
     meta = secret["metadata"]
-    age_s = now - seconds(meta["creationTimestamp"])
+    age_s = now - unix_time(meta["creationTimestamp"])
     owned = bool(meta.get("ownerReferences")) or meta["name"] in used
     why = "it has no pod" if not owned and age_s >= ORPHANED_S else ""
     stays = "it goes with its pod" if owned else f"its pod may still come, until it is {ORPHANED_S:.0f} s old"
     return Item("secret", secret, age_s, "Owned" if owned else "Ownerless", "", why, "" if why else stays)
 
 
-def _task(who: Mapping[str, Any]) -> Task:
+def _task(who: Mapping[str, Any]) -> TaskKey:
     return who["dag_id"], who["task_id"], who["run_id"], int(who.get("map_index", -1))
 
 
-def table(items: Sequence[Item], gone: Sequence[Item] = ()) -> list[str]:
-    """The items as lines: kind and name, age, state and reason, stage, owner, and why it is gone, may go, or stays."""
+def table(items: Sequence[Item], deleted: Sequence[Item] = ()) -> list[str]:
+    """The items as lines: kind and name, age, state and reason, stage, owner, and why it was deleted, may go, or stays."""
     rows = [
         [
             f"{item.kind}/{item.name}",
@@ -187,7 +147,9 @@ def table(items: Sequence[Item], gone: Sequence[Item] = ()) -> list[str]:
             f"{item.state} {item.reason}".strip(),
             item.thing["metadata"].get("labels", {}).get(STAGE, ""),
             item.owner,
-            f"{'deleted' if item in gone else 'may go'}: {item.why}" if item.why else f"stays: {item.stays}",
+            f"{'deleted' if item in deleted else 'may go'}: {item.why}"
+            if item.why
+            else f"stays: {item.stays}",
         ]
         for item in items
     ]

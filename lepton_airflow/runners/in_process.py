@@ -8,18 +8,20 @@ from typing import Any
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.execution.run_stage import perform
+from lepton_airflow.execution.run_stage import run_stage
 from lepton_airflow.runners import Runner, settle
 
 
 @dataclass
 class InProcess(Runner):
-    """Run the stage in the process of the task, so that breakpoints work; nothing is isolated or limited."""
+    """Run the stage in the process of the task, where breakpoints work; nothing is isolated or limited."""
 
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
-        """Run the request here, through the same JSON as every other runner."""
+        """Run the request here; it passes through the same JSON as with every other runner."""
         request = Request.from_json(request.to_json())
-        return settle(request, Receipt.from_json(perform(request, {c.id: c for c in connections}).to_json()))
+        return settle(
+            request, Receipt.from_json(run_stage(request, {c.id: c for c in connections}).to_json())
+        )
 
     def cancel(self) -> None:
         """Nothing to stop: the task process itself is being ended."""

@@ -35,17 +35,18 @@ from lepton_airflow.errors import (
     RunnerError,
     from_record,
 )
+from lepton_airflow.execution.output import level_of
 from lepton_airflow.execution.processes import MARK, kill_marked, signal_group
 from lepton_airflow.execution.run_stage import recall
-from lepton_airflow.runners import Runner, level_of, settle
+from lepton_airflow.runners import Runner, settle
 
 if TYPE_CHECKING:
     import psutil
 
 log = logging.getLogger("lepton_airflow.stage")
 
-# What a stage may see of the worker's environment. AIRFLOW__* and AIRFLOW_CONN_* hold secrets and never pass;
-# cloud credentials come from a Connection or from the machine's role (whose variables only name files and roles).
+# The environment variables of the worker that a stage may see. AIRFLOW__* and AIRFLOW_CONN_* hold secrets and never pass.
+# Cloud credentials come from a Connection, or from the machine's role, whose variables only name files and roles.
 ALLOWED_ENVIRONMENT = [
     "PATH",
     "HOME",
@@ -88,20 +89,21 @@ ALLOWED_ENVIRONMENT = [
     "AZURE_FEDERATED_TOKEN_FILE",
     "AZURE_AUTHORITY_HOST",
 ]
-_NEVER = re.compile(r"^(AIRFLOW__|AIRFLOW_CONN_|AIRFLOW_VAR_|_AIRFLOW)")  # not even when pass_env names them
+# These do not pass even when pass_env names them.
+_NEVER = re.compile(r"^(AIRFLOW__|AIRFLOW_CONN_|AIRFLOW_VAR_|_AIRFLOW)")
 
-_LONGEST_LINE = (
-    1 << 16
-)  # characters; a longer one is cut in pieces, so that no output fills the worker's memory
+# Characters. A longer line is cut into pieces, so that no output fills the worker's memory.
+_LONGEST_LINE = 1 << 16
 _POLL_S = 0.25
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """A Python that can open the door, and where it finds code.
+    """A Python that can run the entry point, and where it finds code.
 
-    :ivar path: the folders it looks into before its own libraries.
-    :ivar search_path: the folders it looks into after them, for user code.
+    :ivar python: the path of its executable.
+    :ivar path: the folders that it searches before its own libraries.
+    :ivar search_path: the folders that it searches after them, for user code.
     :ivar env: environment variables that it needs.
     """
 
@@ -112,20 +114,25 @@ class Interpreter:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """How a process of the door ended; ``over_limit`` is the MiB it held if it was killed for that."""
+class _Exit:
+    """How a process of the entry point ended.
+
+    :ivar code: its exit code; negative: the signal that ended it.
+    :ivar last_line: the last line of its output.
+    :ivar over_limit_mib: the memory it held when it was killed for its limit [MiB]; None if it was not.
+    """
 
     code: int
-    last_words: str
-    over_limit: int | None
+    last_line: str
+    over_limit_mib: int | None
 
 
 @dataclass(kw_only=True)
 class Subprocess(Runner):
     """Run the stage in its own process group on the worker, with an allow-listed environment.
 
-    :param memory_limit_mb: memory that the stage and its children may hold before they are killed; what they share
-        counts once, files that are only mapped do not [MiB]; None: no limit.
+    :param memory_limit_mb: memory that the stage and its children may hold before they are killed [MiB]; shared memory
+        counts once, mapped files do not count; None: no limit.
     :param grace_s: time between asking the stage to stop and killing it [seconds].
     :param env: environment variables to set for the stage. No secrets: they show in the serialized DAG.
     :param pass_env: further variables of the worker to pass on, as names or patterns such as ``MYTEAM_*``.
@@ -136,7 +143,7 @@ class Subprocess(Runner):
     env: dict[str, str] = field(default_factory=dict)
     pass_env: list[str] = field(default_factory=list)
     _process: subprocess.Popen[str] | None = field(default=None, init=False, repr=False, compare=False)
-    _same_interpreter: ClassVar[bool] = True  # stage and worker have the same code and libraries
+    _same_interpreter: ClassVar[bool] = True  # the stage has the worker's code and libraries
 
     def __post_init__(self) -> None:
         if self.memory_limit_mb is not None and self.memory_limit_mb < 64:
@@ -149,7 +156,7 @@ class Subprocess(Runner):
             )
 
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
-        """Start the door, stream its log, and return the receipt it left; a cached result needs no door."""
+        """Start the entry point, stream its log, and return the receipt it left; a cached result needs no process."""
         if self._same_interpreter and (hit := recall(request, {c.id: c for c in connections})):
             return hit
         supervised = bool(context)
@@ -160,16 +167,16 @@ class Subprocess(Runner):
             with self._interpreter(request.stage, folder, supervised) as interpreter:
                 arguments = ["run", f"{folder}/request.json", str(receipt_file)]
                 arguments += ["--search-path", os.pathsep.join(interpreter.search_path)]
-                outcome = self._open(
+                ended = self._run_entry_point(
                     interpreter, arguments, folder, supervised, connections, self.memory_limit_mb
                 )
-            if outcome.over_limit:
+            if ended.over_limit_mib:
                 raise OutOfMemory(
-                    f"{request.stage} used {outcome.over_limit} MiB, its limit is {self.memory_limit_mb} MiB and it was "
+                    f"{request.stage} used {ended.over_limit_mib} MiB, its limit is {self.memory_limit_mb} MiB and it was "
                     "killed: raise memory_limit_mb of the runner, or lower what the stage reads at once."
                 )
             if not receipt_file.exists():
-                raise self._without_receipt(request.stage, outcome.code, outcome.last_words)
+                raise self._without_receipt(request.stage, ended.code, ended.last_line)
             return settle(request, Receipt.from_json(receipt_file.read_bytes()))
 
     def cancel(self) -> None:
@@ -179,17 +186,17 @@ class Subprocess(Runner):
             return
         signal_group(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + self.grace_s
-        # Airflow calls this from a signal handler, which may have interrupted run() anywhere: so no lock is taken here.
-        while time.monotonic() < deadline and not _ended(process.pid):
+        # Airflow calls this from a signal handler, which may have interrupted run() anywhere, so this must take no lock.
+        while time.monotonic() < deadline and not _has_ended(process.pid):
             time.sleep(0.05)
         signal_group(process.pid, signal.SIGKILL)
 
     @contextmanager
     def _interpreter(self, stage: str, folder: str, supervised: bool) -> Iterator[Interpreter]:
-        """The interpreter that opens the door for this stage: the worker's own."""
+        """The interpreter that runs the entry point for this stage: the worker's own."""
         yield own_interpreter()
 
-    def _open(
+    def _run_entry_point(
         self,
         interpreter: Interpreter,
         arguments: Sequence[str],
@@ -197,12 +204,12 @@ class Subprocess(Runner):
         supervised: bool,
         connections: Sequence[Connection] | None = None,
         limit_mb: int | None = None,
-    ) -> _Outcome:
-        """Run ``python -m lepton_airflow ARGUMENTS`` to its end, with its log flowing; nothing of it stays."""
-        last_words: deque[str] = deque(maxlen=1)
-        with self._started(interpreter, arguments, folder, connections, last_words) as process:
-            over_limit = self._attend(process, supervised, limit_mb)
-        return _Outcome(process.returncode, "".join(last_words), over_limit)
+    ) -> _Exit:
+        """Run ``python -m lepton_airflow ARGUMENTS`` to its end, forward its log, and leave nothing of it behind."""
+        last_line: deque[str] = deque(maxlen=1)
+        with self._started(interpreter, arguments, folder, connections, last_line) as process:
+            over_limit_mib = self._supervise(process, supervised, limit_mb)
+        return _Exit(process.returncode, "".join(last_line), over_limit_mib)
 
     @contextmanager
     def _started(
@@ -211,65 +218,53 @@ class Subprocess(Runner):
         arguments: Sequence[str],
         folder: str,
         connections: Sequence[Connection] | None,
-        last_words: deque[str],
+        last_line: deque[str],
     ) -> Iterator[subprocess.Popen[str]]:
-        """The door's process with its log flowing; at the end it is gone, and all that it started."""
-        secrets_read, secrets_write = os.pipe()
-        # The write end of the second pipe stays with this process alone: when it dies, the stage reads the end of file.
-        alive_read, alive_write = os.pipe()
+        """The process of the entry point, its log forwarded; at the end it is gone, and everything that it started."""
         mark = secrets.token_hex(16)
-        if connections is not None:
-            arguments = [*arguments, "--connections-fd", str(secrets_read)]
-        try:
+        # The write end of the second pipe stays in this process alone: when this dies, the stage reads the end of file.
+        with _pipe() as (connections_in, connections_out), _pipe() as (parent_in, _parent_out):
+            if connections is not None:
+                arguments = [*arguments, "--connections-fd", str(connections_in.fileno())]
             process = self._process = subprocess.Popen(
                 [
                     *(interpreter.python, "-P", "-m", "lepton_airflow", *arguments),
-                    *("--parent-fd", str(alive_read), "--scratch", folder),
+                    *("--parent-fd", str(parent_in.fileno()), "--scratch", folder),
                 ],
                 cwd=folder,
-                env=self._environment(interpreter.env)
-                # Scratch space lies in the folder that this process removes, however the stage ends.
-                | {
-                    "TMPDIR": str(Path(folder, "tmp")),
-                    "PYTHONPATH": os.pathsep.join(interpreter.path),
-                    MARK: mark,
-                },
+                env=self._environment(interpreter, folder) | {MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
-                pass_fds=(secrets_read, alive_read),
+                pass_fds=(connections_in.fileno(), parent_in.fileno()),
             )
-            assert process.stdout is not None
             hide = redactor({c.id: c for c in connections or ()})
-            reader = threading.Thread(target=_forward, args=(process.stdout, hide, last_words), daemon=True)
-            reader.start()
-            try:
-                os.close(secrets_read)
-                os.close(alive_read)
-                secrets_read = alive_read = -1
-                with suppress(BrokenPipeError), open(secrets_write, "w", encoding="utf-8") as pipe:
-                    secrets_write = -1
-                    json.dump([asdict(c) for c in connections or ()], pipe)
+            with _forwarding(process, hide, last_line), self._ending(process, mark):
+                connections_in.close()
+                parent_in.close()
+                with suppress(BrokenPipeError), connections_out:
+                    connections_out.write(json.dumps([asdict(c) for c in connections or ()]).encode())
                 yield process
-            finally:
-                # Nobody has waited for the ended stage until here, so its id cannot have become another's.
-                signal_group(process.pid, signal.SIGKILL)
-                kill_marked(mark)
-                self._process = None
-                process.wait()
-                reader.join(timeout=5)
-                if not reader.is_alive():
-                    process.stdout.close()
-        finally:
-            for fd in (secrets_read, secrets_write, alive_read, alive_write):
-                if fd >= 0:
-                    os.close(fd)
 
-    def _attend(self, process: subprocess.Popen[str], supervised: bool, limit_mb: int | None) -> int | None:
-        """Wait until the process ends, without collecting it; the MiB it held if that was over the limit, else None."""
+    @contextmanager
+    def _ending(self, process: subprocess.Popen[str], mark: str) -> Iterator[None]:
+        """At the end, kill the process and everything that carries its mark."""
+        try:
+            yield
+        finally:
+            # Nobody has collected the ended process until here, so no other process can have its id.
+            signal_group(process.pid, signal.SIGKILL)
+            kill_marked(mark)
+            self._process = None
+            process.wait()
+
+    def _supervise(
+        self, process: subprocess.Popen[str], supervised: bool, limit_mb: int | None
+    ) -> int | None:
+        """Wait until the process ends, without collecting it; the memory it held if that was over the limit [MiB]."""
         over_limit: list[int] = []
         ended = threading.Event()
         watches = []
@@ -291,18 +286,19 @@ class Subprocess(Runner):
         try:
             with suppress(ChildProcessError):  # a worker that ignores SIGCHLD
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        except (
-            BaseException
-        ):  # Airflow's execution_timeout: let the stage keep what it has, as when it is cancelled
+        except BaseException:
+            # Airflow's execution_timeout: let the stage save what it has, as when it is cancelled.
             self.cancel()
             raise
         finally:
             ended.set()
-            for watch in watches:  # none may signal the process group once it can be another's
+            # No watch may send a signal once another process group can have this id.
+            for watch in watches:
                 watch.join()
         return over_limit[0] if over_limit else None
 
-    def _environment(self, needed: Mapping[str, str]) -> dict[str, str]:
+    def _environment(self, interpreter: Interpreter, folder: str) -> dict[str, str]:
+        """The environment variables of a stage whose files lie in ``folder``."""
         wanted = [*ALLOWED_ENVIRONMENT, *self.pass_env]
         env = {
             k: v
@@ -312,15 +308,17 @@ class Subprocess(Runner):
         # OpenMP's threads spin while they wait. When several tasks share a worker's cores, that made a boosted model of
         # 20,000 rows take 24.5 s instead of 1.7 s (docs/decisions/0004).
         fixed = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-        return {"OMP_WAIT_POLICY": "PASSIVE"} | env | fixed | dict(needed) | self.env
+        # Scratch space lies in the folder that this process removes, however the stage ends.
+        of_run = {"TMPDIR": str(Path(folder, "tmp")), "PYTHONPATH": os.pathsep.join(interpreter.path)}
+        return {"OMP_WAIT_POLICY": "PASSIVE"} | env | fixed | interpreter.env | self.env | of_run
 
-    def _without_receipt(self, stage: str, code: int, last_words: str) -> LeptonError:
-        """Why there is no receipt: the door refused the request, was stopped before the stage began, or was killed."""
+    def _without_receipt(self, stage: str, code: int, last_line: str) -> LeptonError:
+        """Why there is no receipt: the request was refused, the process stopped before the stage began, or was killed."""
         if code in (DO_NOT_RETRY, PREEMPTED, SKIP):
-            return from_record("", last_words, code)
+            return from_record("", last_line, code)
         if code >= 0:
             return RunnerError(
-                f"{stage} left no receipt: exit code {code}, last words {last_words!r}; see the log above."
+                f"{stage} left no receipt: exit code {code}, last words {last_line!r}; see the log above."
             )
         name = signal.Signals(-code).name
         if name == "SIGTERM":
@@ -338,15 +336,15 @@ class Subprocess(Runner):
 
 
 def own_interpreter() -> Interpreter:
-    """The interpreter of this process, with what its ``sys.path`` has besides its libraries."""
+    """The interpreter of this process, with the folders of its ``sys.path`` that are not its own libraries."""
     before, after = _search_path()
     return Interpreter(sys.executable, before, after)
 
 
 def _search_path() -> tuple[list[str], list[str]]:
-    """What this process's ``sys.path`` has before and after the standard library, where user code and DAGs lie.
+    """The folders of user code and DAGs in ``sys.path``: those before the standard library, and those after it.
 
-    The two stay apart: a DAG file named ``mlflow.py`` hides no library here, and must hide none in the stage.
+    They stay apart, because a DAG file named ``mlflow.py`` that hides no library here must hide none in the stage.
     """
     installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     ours = [
@@ -360,16 +358,42 @@ def _search_path() -> tuple[list[str], list[str]]:
         else len(sys.path)
     )
     before = [p for p, place in ours if place < stdlib]
-    package = str(Path(__file__).parents[2])  # this package itself may lie in a plugins folder
+    # This package itself may lie in a plugins folder.
+    package = str(Path(__file__).parents[2])
     if package not in installed and package not in before:
         before.append(package)
     return before, [p for p, place in ours if place > stdlib]
 
 
-def _forward(stream: IO[str], hide: Callable[[str], str], last_words: deque[str]) -> None:
+@contextmanager
+def _pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A pipe: the file to read from, and the one to write to."""
+    read, write = os.pipe()
+    with open(read, "rb") as reading, open(write, "wb") as writing:
+        yield reading, writing
+
+
+@contextmanager
+def _forwarding(
+    process: subprocess.Popen[str], hide: Callable[[str], str], last_line: deque[str]
+) -> Iterator[None]:
+    """Forward the output of a process to the task's log while it runs."""
+    assert process.stdout is not None
+    reader = threading.Thread(target=_forward, args=(process.stdout, hide, last_line), daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        # A process that escaped may hold the stream open: its output is not waited for.
+        reader.join(timeout=5)
+        if not reader.is_alive():
+            process.stdout.close()
+
+
+def _forward(stream: IO[str], hide: Callable[[str], str], last_line: deque[str]) -> None:
     while line := stream.readline(_LONGEST_LINE):
         level, text = level_of(hide(line.rstrip("\n")))
-        last_words.append(text)
+        last_line.append(text)
         log.log(level, "%s", text)
 
 
@@ -381,10 +405,10 @@ def _limit_memory(pid: int, limit: int, ended: threading.Event, over_limit: list
         with suppress(psutil.Error):
             leader = psutil.Process(pid)
             family = [leader, *leader.children(recursive=True)]
-            # The kernel knows the upper bound at once; the exact number costs a walk over all pages.
-            if sum(_resident(p) for p in family) <= limit:
+            # The kernel knows an upper bound at once; the exact number costs a walk over all pages.
+            if sum(_resident_bytes(p) for p in family) <= limit:
                 continue
-            used = sum(_held(p) for p in family)
+            used = sum(_unshared_bytes(p) for p in family)
             if used > limit and not ended.is_set():
                 over_limit.append(used >> 20)
                 signal_group(pid, signal.SIGKILL)
@@ -392,14 +416,14 @@ def _limit_memory(pid: int, limit: int, ended: threading.Event, over_limit: list
 
 
 def _end_with_supervisor(supervisor: int, ended: threading.Event, cancel: Callable[[], None]) -> None:
-    """Cancel the stage once Airflow's supervisor, our parent, is gone: its task has no heartbeat, so another try starts."""
+    """Cancel the stage once Airflow's supervisor, our parent, is gone: without its heartbeat Airflow starts another try."""
     while not ended.wait(_POLL_S):
         if os.getppid() != supervisor:
             cancel()
             return
 
 
-def _resident(process: psutil.Process) -> int:
+def _resident_bytes(process: psutil.Process) -> int:
     import psutil
 
     with suppress(psutil.Error):
@@ -407,16 +431,16 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
-def _held(process: psutil.Process) -> int:
-    """Bytes that only the end of a process frees: its share of private and of shared memory, without mapped files."""
+def _unshared_bytes(process: psutil.Process) -> int:
+    """The memory that the end of a process frees: private memory and its share of shared memory, without mapped files."""
     try:
         rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-    except OSError:  # it has ended, or this is no Linux
-        return _resident(process)
+    except OSError:  # the process has ended, or this is not Linux
+        return _resident_bytes(process)
     return sum(int(kib) << 10 for kib in re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", rollup, re.MULTILINE))
 
 
-def _ended(pid: int) -> bool:
+def _has_ended(pid: int) -> bool:
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
     except ChildProcessError:

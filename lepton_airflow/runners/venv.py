@@ -1,4 +1,4 @@
-"""Run a stage on the worker in an interpreter of its own, whose libraries need not fit Airflow's."""
+"""Run a stage on the worker in an interpreter of its own, whose libraries may conflict with Airflow's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import lepton_airflow
-from lepton_airflow import settings
 from lepton_airflow.errors import (
     DO_NOT_RETRY,
     BadConfiguration,
@@ -23,11 +22,12 @@ from lepton_airflow.errors import (
     did_you_mean,
 )
 from lepton_airflow.execution import environments
-from lepton_airflow.execution.environments import DOOR, PACKAGE, Environment
+from lepton_airflow.execution.environments import ENTRY_POINT_NEEDS, PACKAGE, Environment
 from lepton_airflow.runners.subprocess import Interpreter, Subprocess, log, own_interpreter
+from lepton_airflow.settings import setting
 from lepton_airflow.stages import get_stage
 
-# What an installer may see of the worker's environment besides what a stage may: where its packages come from.
+# The environment variables of the worker that an installer may see besides those of a stage: they name its package index.
 _OF_INSTALLERS = ("PIP_", "UV_", "XDG_CACHE_HOME", "XDG_CONFIG_", "NETRC")
 
 
@@ -37,12 +37,12 @@ class Venv(Subprocess):
 
     ``Venv("drift")`` builds what CheckDrift needs, once on each worker, and runs the worker's own code of this package in
     it; ``Venv("train,torch")`` has two extras, ``Venv()`` those of whichever stage runs. ``Venv(python="/opt/ml/bin/python")``
-    builds nothing: that interpreter has lepton_airflow, fsspec, psutil and the stage's libraries.
+    builds nothing: that interpreter must have lepton_airflow, fsspec, psutil and the stage's libraries.
 
-    An environment is named by the hash of what is in it and kept in ``[lepton] environments``; see ``python -m
-    lepton_airflow envs``. User code beside the DAG is found, the worker's installed libraries are not. Arguments of
-    :class:`Subprocess` (``memory_limit_mb``, ``grace_s``, ``env``, ``pass_env``) are taken too; the limit does not hold
-    while the environment is built.
+    An environment is named by the hash of its contents and kept in ``[lepton] environments``; see ``python -m
+    lepton_airflow envs``. The stage finds user code beside the DAG, but not the libraries installed in the worker's
+    environment. The arguments of :class:`Subprocess` (``memory_limit_mb``, ``grace_s``, ``env``, ``pass_env``) apply too;
+    the memory limit does not apply to building the environment.
 
     :param extras: extras of lepton-airflow, with commas between them as in pip's brackets; default: those of the stage.
     :param python: an interpreter of the worker, as a path or a name on PATH. Alone, the stage runs in it; with extras or
@@ -94,7 +94,7 @@ class Venv(Subprocess):
 
     @property
     def _given(self) -> bool:
-        """Whether the interpreter is used as it is."""
+        """Whether ``python`` is used as it is, and nothing is built."""
         return bool(self.python) and not self.extras and not self.requirements
 
     @contextmanager
@@ -104,14 +104,15 @@ class Venv(Subprocess):
             environments.facts(given)
             yield _elsewhere(given, [])
             return
-        root, environment = settings.environments(), self._environment_of(stage)
-        # The very code of this worker, whatever its version. Linked alone: beside it may lie all of Airflow.
+        root, environment = environments.default_root(), self._environment_of(stage)
+        # The worker's own code, whatever its version. Only this package is linked: beside it may lie all of Airflow.
         code = Path(folder, "code")
         code.mkdir()
         (code / "lepton_airflow").symlink_to(Path(lepton_airflow.__file__).parent)
-        # One that another task builds is waited for in the process that would build it: it is logged, and can be stopped.
+        # The first pass does not wait for a build of another task: the process that builds does, which is logged and can be
+        # stopped.
         for say in (None, log.info):
-            with environment.held(root, say) as python:
+            with environment.use(root, say) as python:
                 if python:
                     yield _elsewhere(python, [str(code)])
                     return
@@ -129,36 +130,34 @@ class Venv(Subprocess):
             raise BadConfiguration(
                 f"Venv(): what {stage} needs is not known; say it, such as Venv(requirements=['scikit-learn>=1.7'])."
             )
-        constraints = self.constraints or settings.setting("constraints")
+        constraints = self.constraints or setting("constraints")
         return Environment.of(_names(extras), self.requirements, self.python, constraints, self.installer)
 
     def _build(self, environment: Environment, root: Path, folder: str, supervised: bool) -> None:
-        """Build it through the door: in a process that is logged, stopped and outlived as a stage is."""
+        """Build it with ``python -m lepton_airflow envs build``, a process that is logged and stopped as a stage's is."""
         own = own_interpreter()
         wanted = {k: v for k, v in os.environ.items() if k.startswith(_OF_INSTALLERS)}
         arguments = ["envs", "build", ",".join(environment.extras), f"--root={root}"]
         arguments += [f"--python={environment.python}", f"--installer={environment.installer}"]
         arguments += [f"--constraints={environment.constraints or ''}"]
         arguments += [f"--requirement={line}" for line in self.requirements]
-        outcome = self._open(replace(own, env=wanted), arguments, folder, supervised)
-        if outcome.code == -signal.SIGTERM:
+        ended = self._run_entry_point(replace(own, env=wanted), arguments, folder, supervised)
+        if ended.code == -signal.SIGTERM:
             raise Preempted(
                 f"asked to stop (SIGTERM) while environment {environment.name} was built; the next try builds it."
             )
-        said = outcome.last_words.removeprefix("lepton_airflow: ")
-        if outcome.code == DO_NOT_RETRY:
+        said = ended.last_line.removeprefix("lepton_airflow: ")
+        if ended.code == DO_NOT_RETRY:
             raise BadConfiguration(said)
-        if outcome.code:
-            raise RunnerError(
-                said
-                if outcome.code > 0
-                else f"environment {environment.name}: its installer was killed; try again."
-            )
+        if ended.code > 0:
+            raise RunnerError(said)
+        if ended.code < 0:
+            raise RunnerError(f"environment {environment.name}: its installer was killed; try again.")
 
-    def _without_receipt(self, stage: str, code: int, last_words: str) -> LeptonError:
-        if self._given and code in (1, 2) and (reason := _unfit(environments.find_python(self.python))):
+    def _without_receipt(self, stage: str, code: int, last_line: str) -> LeptonError:
+        if self._given and code in (1, 2) and (reason := _why_unfit(environments.find_python(self.python))):
             return BadConfiguration(reason)
-        return super()._without_receipt(stage, code, last_words)
+        return super()._without_receipt(stage, code, last_line)
 
 
 def _names(extras: str) -> list[str]:
@@ -172,7 +171,7 @@ def _is_requirement(line: object) -> bool:
 
 
 def _elsewhere(python: str, path: list[str]) -> Interpreter:
-    """Another interpreter with the folders of user code of this process, and none of its libraries."""
+    """Another interpreter, with this process's folders of user code and without its folders of libraries."""
     own = own_interpreter()
     user_code = [folder for folder in [*own.path, *own.search_path] if not _has_libraries(Path(folder))]
     home = Path(python).parent.parent
@@ -188,11 +187,11 @@ def _elsewhere(python: str, path: list[str]) -> Interpreter:
 
 
 def _has_libraries(folder: Path) -> bool:
-    """Whether packages were installed into a folder, as into a site-packages of the system or of the user."""
+    """Whether packages are installed in a folder, as in the site-packages of the system or of the user."""
     return folder.name in ("site-packages", "dist-packages") or any(folder.glob("*.dist-info"))
 
 
-_UNFIT = """
+_PROBE = """
 import importlib.util, json, sys
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
 if "lepton_airflow" not in missing:
@@ -201,11 +200,11 @@ print(json.dumps([missing, getattr(sys.modules.get("lepton_airflow"), "__version
 """
 
 
-def _unfit(python: str) -> str | None:
-    """Why a given interpreter cannot open the door, or None when that is not why it failed."""
+def _why_unfit(python: str) -> str | None:
+    """Why a given interpreter cannot run the entry point; None when it can, and something else failed."""
     try:
         done = subprocess.run(
-            [python, "-I", "-c", _UNFIT, "lepton_airflow", *DOOR],
+            [python, "-I", "-c", _PROBE, "lepton_airflow", *ENTRY_POINT_NEEDS],
             check=True,
             capture_output=True,
             text=True,
@@ -217,7 +216,7 @@ def _unfit(python: str) -> str | None:
     ours = lepton_airflow.__version__
     if missing:
         return (
-            f"{python} has no {', '.join(missing)}: {python} -m pip install {' '.join(DOOR)}, and --no-deps "
+            f"{python} has no {', '.join(missing)}: {python} -m pip install {' '.join(ENTRY_POINT_NEEDS)}, and --no-deps "
             f'{PACKAGE}=={ours}; or let Venv build an environment, such as Venv("drift").'
         )
     if version != ours:

@@ -1,4 +1,4 @@
-"""One version of a model in memory: made of exactly the bytes that were verified, and checked before it is let in."""
+"""One version of a model in memory: made of exactly the bytes that were verified, and checked before it serves."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING
 import psutil
 
 from lepton_airflow.contract import split_pin
+from lepton_airflow.data.features import KINDS
 from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import BadInput, LeptonError
-from lepton_airflow.packaging.package import OUTPUTS, ModelCard
-from lepton_airflow.serving.protocol import Output, Refused, parse, render, request_body
+from lepton_airflow.packaging.package import ModelCard
+from lepton_airflow.packaging.session import open_session
+from lepton_airflow.serving.protocol import Output, RequestError, parse, render, request_body
 from lepton_airflow.store.files import Store
 
 if TYPE_CHECKING:
     import onnxruntime
 
-_WARM_UP = 20  # one-row requests before any is timed
-_TIMED = 200
-_TIMED_S = 10.0  # … or as many as fit into this
+_WARM_UP = 20  # requests of one row before any is timed
+_TIMED = 200  # requests of one row, or as many as fit into the time
+_TIMED_S = 10.0
 _MIB = 2**20
 
+# The protocol's name for each type of output that ONNX Runtime may give.
 _DATATYPES = {
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
@@ -36,12 +39,11 @@ _DATATYPES = {
     "tensor(bool)": "BOOL",
     "tensor(string)": "BYTES",
 }
-_KINDS = {"number": "tensor(float)", "category": "tensor(string)"}
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A version that can answer; safe to ask from several threads."""
+    """A version that can answer requests, from several threads at once."""
 
     desired: Desired
     card: ModelCard
@@ -64,7 +66,7 @@ class ServedModel:
 
     @cached_property
     def outputs(self) -> dict[str, Output]:
-        """The outputs that clients get, by name: those that ``model.json`` lists."""
+        """The outputs that clients get, by name: those of the graph that ``model.json`` lists."""
         found = {}
         for node in self.session.get_outputs():
             shape = [size if isinstance(size, int) else -1 for size in node.shape]
@@ -74,13 +76,13 @@ class ServedModel:
     def answer(self, body: bytes, max_rows: int) -> tuple[bytes, int]:
         """The body of the answer to an inference request, and its number of rows.
 
-        :raises Refused: the request is wrong.
+        :raises RequestError: the request is wrong.
         """
         inference = parse(body, self.card.features, list(self.outputs), max_rows)
         try:
             values = self.session.run(inference.outputs, inference.feed)
         except Exception as error:  # noqa: BLE001 - as in _session
-            raise Refused(422, f"the model cannot compute these rows: {str(error)[:300]}") from None
+            raise RequestError(422, f"the model cannot compute these rows: {str(error)[:300]}") from None
         return render(
             self.desired.endpoint, self.desired.version, inference, self.outputs, values
         ), inference.rows
@@ -88,10 +90,10 @@ class ServedModel:
     def _check_signature(self) -> None:
         """Raise BadInput unless the graph takes and gives what the card says."""
         takes = {node.name: node.type for node in self.session.get_inputs()}
-        wanted = {f.input: _KINDS[f.kind] for f in self.card.features}
+        wanted = {f.input: f"tensor({KINDS[f.kind].tensor})" for f in self.card.features}
         if takes != wanted:
             raise BadInput(f"model.onnx takes {takes}, model.json says {wanted}: the package is not whole.")
-        absent = {*self.card.outputs, OUTPUTS[self.card.task][0]} - set(self.outputs)
+        absent = {*self.card.outputs, self.card.schema.output} - set(self.outputs)
         unknown = [o.name for o in self.outputs.values() if not o.datatype]
         if absent or unknown:
             raise BadInput(
@@ -101,16 +103,11 @@ class ServedModel:
 
 
 def _session(model: bytes) -> onnxruntime.InferenceSession:
+    """A session on one thread: requests run side by side, and one that used all cores would slow the others."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    # Requests run side by side in threads of their own; a session that spreads one over all cores would slow the others.
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Weights in files beside the model would be read unverified, from the current directory: there is none here.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return open_session(model)
     except Exception as error:  # noqa: BLE001 - a dozen kinds of its own, and RuntimeError
         raise BadInput(
             f"model.onnx cannot be run by ONNX Runtime {onnxruntime.__version__}: {str(error)[:300]}"
@@ -118,9 +115,9 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
 
 
 def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -> dict[str, float]:
-    """Answer the golden requests as clients' requests are answered, and measure how well and how fast.
+    """Answer the golden requests as clients' requests are answered, and measure how exactly and how fast.
 
-    Parity is looked at row by row and with all rows in one request; latency is that of requests of one row, from
+    Answers are compared for each row alone and for all rows in one request. Latency is that of requests of one row, from
     their bytes to the bytes of the answer.
 
     :raises IntegrityError: the golden requests do not have the digest asked for.
@@ -152,7 +149,7 @@ def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -
 
 
 def over_budget(desired: Desired, numbers: dict[str, float]) -> LeptonError | None:
-    """What is wrong when a version is too slow or too large here; another try, on a quieter machine, may pass."""
+    """The error that says that a version is too slow or too large here, or None. A retry on an idler machine may pass."""
     for name, what, limit, value in (
         (
             "max_latency_ms",
@@ -173,15 +170,15 @@ def _values(model: ServedModel, body: bytes) -> list[list[float | None]]:
     """The main output of an answer, read back from its JSON, row by row."""
     try:
         content, rows = model.answer(body, max_rows=10**6)
-    except Refused as error:
+    except RequestError as error:
         raise BadInput(f"it does not answer the golden requests: {error}") from None
-    tensor = next(o for o in json.loads(content)["outputs"] if o["name"] == OUTPUTS[model.card.task][0])
+    tensor = next(o for o in json.loads(content)["outputs"] if o["name"] == model.card.schema.output)
     width = len(tensor["data"]) // rows
     return [tensor["data"][i * width : (i + 1) * width] for i in range(rows)]
 
 
 def _difference(found: list[list[float | None]], wanted: list[list[float | None]]) -> float:
-    """The largest absolute difference; infinite where one has a number and the other has none, or their sizes differ."""
+    """The largest absolute difference; infinite where only one of the two has a number, or their sizes differ."""
     if [len(row) for row in found] != [len(row) for row in wanted]:
         return math.inf
     pairs = [pair for rows in zip(found, wanted, strict=True) for pair in zip(*rows, strict=True)]
@@ -192,12 +189,12 @@ def _difference(found: list[list[float | None]], wanted: list[list[float | None]
 
 
 def scale_of(answers: list[list[float | None]]) -> float:
-    """The largest absolute answer; 1 when there is none but 0."""
+    """The largest absolute answer, or 1 when all are 0."""
     return max((abs(v) for answer in answers for v in answer if v is not None), default=0.0) or 1.0
 
 
 def _times(model: ServedModel, bodies: list[bytes], should_stop: Callable[[], bool]) -> Iterator[float]:
-    """Seconds that requests of one row take."""
+    """Time requests of one row [seconds], after some that are not timed."""
     until = time.perf_counter() + _TIMED_S
     for number, body in enumerate(cycle(bodies)):
         before = time.perf_counter()

@@ -1,9 +1,11 @@
 """Requests and answers of the Open Inference Protocol, version 2, in JSON.
 
-The specification: https://github.com/kserve/open-inference-protocol (REST). What it leaves open is settled so:
+The specification: https://github.com/kserve/open-inference-protocol (REST). What it leaves open is settled here:
 
-- a missing value is ``null`` (also the token ``NaN``, which many clients write), for a category ``""`` too;
-- an answer that is no number is ``null``, so that answers are strict JSON; infinite inputs are refused;
+- a missing value is ``null`` (or the token ``NaN``, which many clients write), for a category also ``""``;
+- the values of an input mean what they mean in a column of a dataset (:mod:`lepton_airflow.data.features`), so a category may
+  come as text or as a number, and infinite numbers are refused;
+- an answer that is no number is ``null``, so that answers are strict JSON;
 - every input has shape ``[N, 1]`` or ``[N]`` with the same N, its data flat or nested as the shape says;
 - binary tensor data, an extension, is refused by name.
 """
@@ -16,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lepton_airflow.data.features import KINDS, Feature, UnfitValues
 from lepton_airflow.errors import did_you_mean
-from lepton_airflow.packaging.package import Feature
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 _INTEGERS = {f"{sign}INT{bits}": (sign, bits) for sign in ("", "U") for bits in (8, 16, 32, 64)}
 _FLOATS = ("FP16", "FP32", "FP64")
 DATATYPES = ("BOOL", *_INTEGERS, *_FLOATS, "BYTES")
-# Of Python's JSON values, those that may stand for one value of a datatype; bool is no int here.
+# The types of Python's JSON values that a datatype admits. A bool is no int here.
 _VALUES: dict[str, frozenset[type]] = {
     "BOOL": frozenset({bool, type(None)}),
     "BYTES": frozenset({str, type(None)}),
@@ -40,8 +42,8 @@ _EXAMPLE = {
 }
 
 
-class Refused(Exception):
-    """A request that gets an error object with this HTTP status."""
+class RequestError(Exception):
+    """What is wrong with a request; the client gets its sentence as an error object, with this HTTP status and headers."""
 
     def __init__(self, status: int, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -74,25 +76,25 @@ class Output:
 
 
 def parse(body: bytes, features: Sequence[Feature], outputs: Sequence[str], max_rows: int) -> Inference:
-    """Read the body of an inference request; raises :class:`Refused` with one sentence about what is wrong."""
+    """Read the body of an inference request; raises :class:`RequestError` with one sentence about what is wrong."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the request is not JSON: {error}.") from None
+        raise RequestError(400, f"the request is not JSON: {error}.") from None
     if not isinstance(request, dict):
-        raise Refused(400, f"the request is a JSON {_kind(request)}, expected an object with 'inputs'.")
+        raise RequestError(400, f"the request is a JSON {_kind(request)}, expected an object with 'inputs'.")
     identifier, parameters = request.get("id"), request.get("parameters")
     if identifier is not None and not isinstance(identifier, str):
-        raise Refused(400, f"id={_short(identifier)} is not a string.")
+        raise RequestError(400, f"id={_short(identifier)} is not a string.")
     _check_parameters(parameters, "the request")
     tensors = _named(request.get("inputs"), "inputs")
     known = {f.name: f for f in features}
     for name in tensors:
         if name not in known:
-            raise Refused(400, f"the model has no input {name!r}; {did_you_mean(name, known)}")
+            raise RequestError(400, f"the model has no input {name!r}; {did_you_mean(name, known)}")
     absent = [name for name in known if name not in tensors]
     if absent:
-        raise Refused(
+        raise RequestError(
             400,
             f"input {', '.join(map(repr, absent))} missing: send a tensor of every feature, with null where unknown.",
         )
@@ -101,7 +103,7 @@ def parse(body: bytes, features: Sequence[Feature], outputs: Sequence[str], max_
     first, count = next(iter(rows.items()))
     for name, number in rows.items():
         if number != count:
-            raise Refused(
+            raise RequestError(
                 400, f"input {name!r} has {number} rows, input {first!r} has {count}: expected the same."
             )
     feed = {f.input: _array(f, *columns[f.name]) for f in features}
@@ -122,10 +124,15 @@ def render(
     if inference.parameters is not None:
         answer["parameters"] = inference.parameters
     answer["outputs"] = [
-        {"name": name, "datatype": outputs[name].datatype, "shape": list(array.shape), "data": _plain(array)}
+        {
+            "name": name,
+            "datatype": outputs[name].datatype,
+            "shape": list(array.shape),
+            "data": _json_values(array),
+        }
         for name, array in zip(inference.outputs, values, strict=True)
     ]
-    # In ASCII: a client's id may be text that no UTF-8 spells.
+    # As ASCII, because a client's id may hold text that cannot be written as UTF-8.
     return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -134,7 +141,7 @@ def request_body(features: Sequence[Feature], rows: Sequence[Mapping[str, Any]])
     inputs = [
         {
             "name": f.name,
-            "datatype": "BYTES" if f.kind == "category" else "FP32",
+            "datatype": KINDS[f.kind].datatypes[0],
             "shape": [len(rows), 1],
             "data": [row[f.name] for row in rows],
         }
@@ -152,27 +159,26 @@ def metadata(
         "versions": [version],
         "platform": "onnx_onnxv1",
         "inputs": [
-            {"name": f.name, "datatype": "BYTES" if f.kind == "category" else "FP32", "shape": [-1, 1]}
-            for f in features
+            {"name": f.name, "datatype": KINDS[f.kind].datatypes[0], "shape": [-1, 1]} for f in features
         ],
         "outputs": [{"name": o.name, "datatype": o.datatype, "shape": o.shape} for o in outputs.values()],
     }
 
 
 def _named(tensors: Any, what: str) -> dict[str, dict[str, Any]]:
-    """A list of objects with names of their own, by name."""
+    """The tensors of a request by name; raises RequestError for what is no list of tensors, or names one twice."""
     if not isinstance(tensors, list) or not tensors:
-        raise Refused(400, f"{what} is {_short(tensors)}, expected a list of at least one tensor.")
+        raise RequestError(400, f"{what} is {_short(tensors)}, expected a list of at least one tensor.")
     found: dict[str, dict[str, Any]] = {}
     for tensor in tensors:
         if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
-            raise Refused(400, f"{what} holds {_short(tensor)}, expected objects with a 'name'.")
+            raise RequestError(400, f"{what} holds {_short(tensor)}, expected objects with a 'name'.")
         if tensor["name"] in found:
-            raise Refused(400, f"{what} names {tensor['name']!r} twice.")
+            raise RequestError(400, f"{what} names {tensor['name']!r} twice.")
         parameters = tensor.get("parameters")
         _check_parameters(parameters, f"tensor {tensor['name']!r}")
         if parameters and any(key.startswith("binary_data") for key in parameters):
-            raise Refused(
+            raise RequestError(
                 400, f"tensor {tensor['name']!r} asks for binary data, an extension not offered: send 'data'."
             )
         found[tensor["name"]] = tensor
@@ -187,35 +193,39 @@ def _check_parameters(parameters: Any, where: str) -> None:
         for v in parameters.values()
     )
     if not plain:
-        raise Refused(400, f"parameters of {where}: expected an object of strings, numbers and booleans.")
+        raise RequestError(
+            400, f"parameters of {where}: expected an object of strings, numbers and booleans."
+        )
 
 
 def _column(name: str, tensor: Mapping[str, Any], max_rows: int) -> tuple[str, list[Any]]:
     """The datatype and values of an input, checked against its own shape and datatype."""
     datatype, shape, data = tensor.get("datatype"), tensor.get("shape"), tensor.get("data")
     if not isinstance(datatype, str) or datatype not in DATATYPES:
-        raise Refused(
+        raise RequestError(
             400,
             f"input {name!r}: datatype {_short(datatype)} is unknown; {did_you_mean(str(datatype), DATATYPES)}",
         )
     whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
     if not whole or not isinstance(shape, list) or len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
-        raise Refused(400, f"input {name!r}: shape {_short(shape)} should be [N, 1] or [N].")
+        raise RequestError(400, f"input {name!r}: shape {_short(shape)} should be [N, 1] or [N].")
     rows = shape[0]
     if rows > max_rows:
-        raise Refused(
+        raise RequestError(
             413, f"input {name!r} has {rows} rows, the limit is {max_rows}: send them in several requests."
         )
     if rows == 0:
-        raise Refused(400, f"input {name!r} has no rows: expected at least one.")
+        raise RequestError(400, f"input {name!r} has no rows: expected at least one.")
     if not isinstance(data, list):
-        raise Refused(400, f"input {name!r}: data is {_short(data)}, expected a list.")
+        raise RequestError(400, f"input {name!r}: data is {_short(data)}, expected a list.")
     if any(isinstance(item, list) for item in data):
         if len(shape) == 1 or not all(isinstance(item, list) and len(item) == 1 for item in data):
-            raise Refused(400, f"input {name!r}: the nesting of its data does not follow its shape {shape}.")
+            raise RequestError(
+                400, f"input {name!r}: the nesting of its data does not follow its shape {shape}."
+            )
         data = [item[0] for item in data]
     if len(data) != rows:
-        raise Refused(400, f"input {name!r} has {len(data)} values, its shape {shape} says {rows}.")
+        raise RequestError(400, f"input {name!r} has {len(data)} values, its shape {shape} says {rows}.")
     return datatype, _checked(name, datatype, data)
 
 
@@ -223,7 +233,7 @@ def _checked(name: str, datatype: str, data: list[Any]) -> list[Any]:
     wrong = set(map(type, data)) - _VALUES[datatype]
     if wrong:
         row = next(i for i, value in enumerate(data) if type(value) in wrong)
-        raise Refused(
+        raise RequestError(
             400,
             f"input {name!r}: row {row} is {_short(data[row])}, which is no {datatype} such as {_EXAMPLE[datatype]}.",
         )
@@ -232,44 +242,24 @@ def _checked(name: str, datatype: str, data: list[Any]) -> list[Any]:
         low, high = (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         for row, value in enumerate(data):
             if value is not None and not low <= value <= high:
-                raise Refused(400, f"input {name!r}: row {row} is {_short(value)}, beyond {datatype}.")
+                raise RequestError(400, f"input {name!r}: row {row} is {_short(value)}, beyond {datatype}.")
     return data
 
 
 def _array(feature: Feature, datatype: str, data: list[Any]) -> NDArray[Any]:
-    """The values of a feature as the model takes them."""
-    import numpy as np
-
-    if feature.kind == "category":
-        if datatype in _FLOATS or datatype == "BOOL":
-            raise Refused(
-                400,
-                f"input {feature.name!r} is a category: expected datatype BYTES, or an integer, not {datatype}.",
-            )
-        text = ["" if value is None else str(value) for value in data]
-        try:
-            "".join(text).encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
-            raise Refused(400, f"input {feature.name!r} holds text that is no UTF-8.") from None
-        return np.array(text, dtype=object).reshape(-1, 1)
-    if datatype == "BYTES":
-        raise Refused(
-            400, f"input {feature.name!r} is a number: expected datatype FP32, FP64 or an integer, not BYTES."
+    """The values of a feature as the model takes them, ``[N, 1]``."""
+    kind = KINDS[feature.kind]
+    if datatype not in kind.datatypes:
+        raise RequestError(
+            400,
+            f"input {feature.name!r} is a {feature.kind}: expected one of {', '.join(kind.datatypes)}, not {datatype}.",
         )
     try:
-        wide = np.array([math.nan if value is None else value for value in data], dtype=np.float64)
-    except OverflowError:  # an integer beyond any float, sent as FP32
-        wide = np.full(len(data), np.inf)
-    with np.errstate(over="ignore"):
-        narrow = wide.astype(np.float32)
-    infinite = np.isinf(narrow)
-    if infinite.any():
-        row = int(np.argmax(infinite))
-        raise Refused(
-            400,
-            f"input {feature.name!r}: row {row} is infinite or beyond float32 (3.4e38); send null for a missing value.",
-        )
-    return narrow.reshape(-1, 1)
+        return kind.read(data).reshape(-1, 1)
+    except UnfitValues as error:
+        raise RequestError(
+            400, f"input {feature.name!r}: row {error.row} is {error.why}; send null for a missing value."
+        ) from None
 
 
 def _outputs_asked(request: Mapping[str, Any], outputs: Sequence[str]) -> list[str]:
@@ -278,12 +268,12 @@ def _outputs_asked(request: Mapping[str, Any], outputs: Sequence[str]) -> list[s
     asked = _named(request["outputs"], "outputs")
     for name in asked:
         if name not in outputs:
-            raise Refused(400, f"the model has no output {name!r}; {did_you_mean(name, outputs)}")
+            raise RequestError(400, f"the model has no output {name!r}; {did_you_mean(name, outputs)}")
     return list(asked)
 
 
-def _plain(array: NDArray[Any]) -> list[Any]:
-    """Values row by row; what is no finite number is null."""
+def _json_values(array: NDArray[Any]) -> list[Any]:
+    """The values of an output row by row; what is no finite number is null."""
     import numpy as np
 
     flat: list[Any] = array.ravel().tolist()

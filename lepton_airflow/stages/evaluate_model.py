@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PRIMARY = {"classification": "roc_auc", "regression": "rmse"}
-_MOST_SLICES = 20  # of one column; what is rarer is put together as one
+_MOST_SLICES = 20  # of one column; rarer values are put together into one more
 
 
 @dataclass(kw_only=True)
@@ -71,16 +71,17 @@ class EvaluateModel(Stage):
     allow_overlap: bool = False
 
     def run(self, run: RunInfo) -> Result:
-        from lepton_airflow.evaluation import plots, report
         from lepton_airflow.evaluation.rows import load_rows
-        from lepton_airflow.packaging.package import ModelPackage, overlap
+        from lepton_airflow.packaging.package import ModelPackage
+        from lepton_airflow.packaging.touched import overlap
+        from lepton_airflow.statistics.catalogue import metrics_of
 
         for library in self.engines:
             require(library, "EvaluateModel", self.extra)
         package = ModelPackage.open(run.fetch(self.model))
         card = package.card
         path = run.fetch(self.dataset)
-        names = _metric_names(card)
+        names = metrics_of(card.task)
         self._check_gate(names)
         rows = load_rows(path, card, self.cluster_column, self.slices)
         touched = overlap(package, path, rows.info)
@@ -93,9 +94,8 @@ class EvaluateModel(Stage):
         run.check_stop()
         metrics = self._measure(card, names, rows.y, scores, rows.clusters)
         slices = {column: self._slices(card, rows, scores, column) for column in self.slices}
-        summary = _summary(card, metrics, rows, touched)
-        result = {
-            "summary": summary,
+        result: dict[str, Any] = {
+            "summary": _summary(card, metrics, rows, touched),
             "metrics": metrics,
             "intervals": self._intervals_text(rows),
             "slices": slices,
@@ -112,20 +112,32 @@ class EvaluateModel(Stage):
                 "cluster_column": rows.cluster_column,
             },
         }
+        artifact = run.save("report", self._write_report(run, card, result, rows.y, scores))
+        flat = _flat(metrics) | {"rows": float(len(rows.y))}
+        self._apply_gate(flat, split_pin(artifact.uri)[0])
+        return Result(summary=result["summary"], artifacts={"report": artifact}, metrics=flat)
+
+    def _write_report(
+        self,
+        run: RunInfo,
+        card: ModelCard,
+        result: Mapping[str, Any],
+        y: NDArray[Any],
+        scores: NDArray[Any],
+    ) -> Path:
+        """The folder with the numbers as JSON, the plots, and the page that holds both."""
+        from lepton_airflow.evaluation import plots, report
+
         folder = run.workdir / "report"
         folder.mkdir(exist_ok=True)
         if card.task == "classification":
-            pictures = plots.classification_plots(folder, rows.y, scores, card.classes, self.threshold)
+            pictures = plots.classification_plots(folder, y, scores, card.classes, self.threshold)
         else:
-            pictures = plots.regression_plots(folder, rows.y, scores)
-        (folder / "metrics.json").write_text(
-            json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
-        )
+            pictures = plots.regression_plots(folder, y, scores)
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / "metrics.json").write_text(text, encoding="utf-8")
         (folder / "report.html").write_text(report.render(result, card, pictures), encoding="utf-8")
-        artifact = run.save("report", folder)
-        flat = _flat(metrics) | {"rows": float(len(rows.y))}
-        self._apply_gate(flat, split_pin(artifact.uri)[0])
-        return Result(summary=summary, artifacts={"report": artifact}, metrics=flat)
+        return folder
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +149,7 @@ class EvaluateModel(Stage):
         scores: NDArray[Any],
         clusters: NDArray[Any] | None,
     ) -> dict[str, dict[str, float | None]]:
-        """Each metric as ``{"value", "low", "high"}``; the ends are None where chance cannot be judged."""
+        """Each metric as ``{"value", "low", "high"}``; the ends are None where the rows are too few for an interval."""
         from lepton_airflow.statistics.bootstrap import bootstrap_intervals
 
         point = self._point(card, y, scores)
@@ -175,7 +187,9 @@ class EvaluateModel(Stage):
         self, card: ModelCard, rows: EvaluationRows, scores: NDArray[Any], column: str
     ) -> list[dict[str, Any]]:
         """Metrics of the parts of a column, the main one with its interval."""
-        primary = _PRIMARY[card.task]
+        from lepton_airflow.statistics.catalogue import JUDGED_BY
+
+        primary = JUDGED_BY[card.task]
         found = []
         for label, mask in _parts(rows.frame[column]):
             clusters = rows.clusters[mask] if rows.clusters is not None else None
@@ -209,12 +223,12 @@ class EvaluateModel(Stage):
                 raise BadConfiguration(f"gate: {key}={bound!r} is not a number, such as 0.65.")
 
     def _apply_gate(self, flat: dict[str, float | None], report_uri: str) -> None:
-        from lepton_airflow.statistics.metrics import HIGHER_IS_BETTER
+        from lepton_airflow.statistics.catalogue import METRICS
 
         missed = []
         for key, bound in (self.gate or {}).items():
             value = flat[key]
-            higher = HIGHER_IS_BETTER[key.removesuffix("_low").removesuffix("_high")]
+            higher = METRICS[key.removesuffix("_low").removesuffix("_high")].higher_is_better
             if value is None:
                 missed.append(f"{key} is not defined on these rows (required {bound:g})")
             elif (value < bound) if higher else (value > bound):
@@ -223,12 +237,6 @@ class EvaluateModel(Stage):
             raise BadInput(
                 f"the model is not good enough: {'; '.join(missed)}. See report.html in {report_uri}."
             )
-
-
-def _metric_names(card: ModelCard) -> tuple[str, ...]:
-    from lepton_airflow.statistics.metrics import CLASSIFICATION, REGRESSION
-
-    return CLASSIFICATION if card.task == "classification" else REGRESSION
 
 
 def _parts(column: pd.Series[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
@@ -242,15 +250,11 @@ def _parts(column: pd.Series[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     if numeric and present.nunique() > _MOST_SLICES // 2:
         values = column.to_numpy(dtype=np.float64, na_value=np.nan)
         edges = np.unique(np.quantile(values[~missing], [0, 0.25, 0.5, 0.75, 1]))
-        for number, (low, high) in enumerate(pairwise(edges)):
-            mask = (
-                (values >= low) & (values <= high)
-                if number == len(edges) - 2
-                else (values >= low) & (values < high)
-            )
+        for low, high in pairwise(edges):
+            last = high == edges[-1]
+            mask = (values >= low) & (values <= high if last else values < high)
             if mask.any():
-                closing = "]" if number == len(edges) - 2 else ")"
-                yield f"[{low:.4g}, {high:.4g}{closing}", mask
+                yield f"[{low:.4g}, {high:.4g}{']' if last else ')'}", mask
     else:
         frequent = list(present.value_counts().index[:_MOST_SLICES])
         for value in frequent:
@@ -272,14 +276,14 @@ def _flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float | None
 def _summary(
     card: ModelCard, metrics: dict[str, dict[str, float | None]], rows: EvaluationRows, touched: str | None
 ) -> str:
-    from lepton_airflow.evaluation.report import TITLES
+    from lepton_airflow.statistics.catalogue import JUDGED_BY, METRICS
 
-    name = _PRIMARY[card.task]
+    name = JUDGED_BY[card.task]
     main = metrics[name]
     if main["value"] is None:  # one class only
         name, main = "log_loss", metrics["log_loss"]
     between = f" [{main['low']:.3f}, {main['high']:.3f}]" if main["low"] is not None else ""
-    text = f"{TITLES[name]} {main['value']:.3f}{between} on {len(rows.y):,} rows"
+    text = f"{METRICS[name].title} {main['value']:.3f}{between} on {len(rows.y):,} rows"
     text += f", {' to '.join(rows.info.time_range)}." if rows.info.time_range else "."
     return (
         f"{text} The model has touched some of these rows, which flatters it: {touched}" if touched else text

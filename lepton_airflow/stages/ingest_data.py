@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.data.dataset import (
+from lepton_airflow.data.sql import (
     PARQUET,
     SCRATCH,
     bind,
     column_types,
     connect,
-    first_line,
     interruptible,
     literal,
     select_statement,
 )
-from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, require
+from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, first_line, require
 from lepton_airflow.sdk.stage import Result, RunInfo, Stage
 from lepton_airflow.store.files import Store, total_bytes
 
 if TYPE_CHECKING:
     import duckdb
 
-    from lepton_airflow.data.sources.files import Landed, Source
+    from lepton_airflow.data.sources.landing import Landed
+    from lepton_airflow.data.sources.spec import Source
 
 log = logging.getLogger(__name__)
 
@@ -83,21 +83,25 @@ class IngestData(Stage):
 
     def input_digests(self, run: RunInfo) -> dict[str, str] | None:
         """Digests of every source's files, or of its table's version; None as soon as one is a live database."""
+        from lepton_airflow.data.sources.landing import source_digest
+
         with self._if_absent():
-            digests = {source.name: source.digest(run) for source in self._sources()}
+            digests = {source.name: source_digest(source, run) for source in self._sources()}
         known = {name: digest for name, digest in digests.items() if digest is not None}
         return known if len(known) == len(digests) else None
 
     def bytes_to_digest(self, store: Store) -> int | None:
         """The size of the sources' files; None as soon as one is a table, or not of this machine."""
-        return total_bytes(source.local_bytes(store) for source in self._sources())
+        from lepton_airflow.data.sources.files import local_bytes
+
+        return total_bytes(local_bytes(source, store) for source in self._sources())
 
     def connection_ids(self) -> list[str]:
         """The Connections that the sources name."""
         return sorted({s.connection for s in self._sources() if s.connection})
 
     def _sources(self) -> list[Source]:
-        from lepton_airflow.data.sources.files import Source
+        from lepton_airflow.data.sources.spec import Source
 
         if not self.sources:
             raise BadConfiguration(
@@ -119,6 +123,8 @@ class IngestData(Stage):
             ``schema``.
         """
         from lepton_airflow.data.sorting import MIN_MEMORY_MB
+        from lepton_airflow.data.sources.files import find_files
+        from lepton_airflow.data.sources.landing import source_digest
 
         require("duckdb", "IngestData", self.extra)
         if not 0 <= self.max_rejected_share <= 1:
@@ -131,7 +137,7 @@ class IngestData(Stage):
             )
         sources = self._sources()
         with self._if_absent():
-            files = {source.name: source.files(run) for source in sources}
+            files = {source.name: find_files(source, run) for source in sources}
         readable = [path for found in files.values() for path in found]
         con = connect(
             run.workdir, memory_limit_mb=self.memory_limit_mb, threads=self.threads, readable=readable
@@ -150,7 +156,7 @@ class IngestData(Stage):
             raise BadInput(f"{nothing} Check the window and the conditions, or set on_empty to skip or keep.")
         artifacts = rejected | {"snapshot": run.save("snapshot.parquet", snapshot)}
         counts = {
-            one.name: {"rows": one.rows, "rejected": one.rejected, "digest": source.digest(run)}
+            one.name: {"rows": one.rows, "rejected": one.rejected, "digest": source_digest(source, run)}
             | ({"version": one.version} if one.version is not None else {})
             for one, source in zip(landed, sources, strict=True)
         }
@@ -183,7 +189,7 @@ class IngestData(Stage):
         run: RunInfo,
     ) -> tuple[list[Landed], dict[str, str], dict[str, Artifact]]:
         """Land the sources and run the query; its rows are in the scratch space then, in any order."""
-        from lepton_airflow.data.sources.files import Landing
+        from lepton_airflow.data.sources.landing import Landing
 
         landing, landed = Landing(con, run), []
         for source in sources:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,16 +21,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lepton_airflow.evaluation.rows import EvaluationRows
-    from lepton_airflow.packaging.compression.quantize import Candidate, Comparison, Judge
-    from lepton_airflow.packaging.package import ModelPackage
+    from lepton_airflow.packaging.compression.compare import Comparison
+    from lepton_airflow.packaging.compression.quality import Judge
+    from lepton_airflow.packaging.package import ModelCard, ModelPackage
 
     Feeds = dict[int, list[dict[str, NDArray[Any]]]]
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_METRIC = {"classification": "roc_auc", "regression": "rmse"}
-_IN_UNITS_OF_TARGET = ("mae", "rmse")
-_DEFAULT_LOSS = 0.005  # of a metric on a scale from 0 to 1; of MAE and RMSE this share of the original's
+_DEFAULT_LOSS = 0.005  # of the metric; of a metric in the unit of the target this share of the original's
 _CALIBRATION_BATCH = 256  # rows: bounds the memory of calibration, which holds every tensor of a batch
 _TIMED_ROWS = 2048  # how many different rows are timed at most
 
@@ -103,8 +100,10 @@ class QuantizeModel(Stage):
 
     def run(self, run: RunInfo) -> Result:
         from lepton_airflow.evaluation.rows import load_rows
-        from lepton_airflow.packaging.compression.quantize import METHODS, Work, compare
-        from lepton_airflow.packaging.package import OUTPUTS, ModelPackage, parquet_feeds, write_package
+        from lepton_airflow.packaging.compression.compare import Rules, Work, compare
+        from lepton_airflow.packaging.compression.convert import METHODS
+        from lepton_airflow.packaging.package import ModelPackage, write_package
+        from lepton_airflow.packaging.session import parquet_feeds
 
         for library in self.engines:
             require(library, "QuantizeModel", self.extra)
@@ -122,14 +121,14 @@ class QuantizeModel(Stage):
         judge = self._judge(package, rows, paths["dataset"])
 
         def predict(model: bytes) -> NDArray[np.float32]:
-            """Score as the package of this model would: by the same door that it will be used through."""
+            """Score through a package of this model, which is how it will be used."""
             write_package(run.workdir / "candidate", model, card)
             return ModelPackage.open(run.workdir / "candidate").predict_parquet(paths["dataset"])
 
         found = compare(
             (package.path / "model.onnx").read_bytes(),
             Work(
-                output=OUTPUTS[card.task][0],
+                output=card.schema.output,
                 calibration=lambda: parquet_feeds(
                     paths["calibration"], card.features, self.calibration_rows, _CALIBRATION_BATCH
                 ),
@@ -138,9 +137,9 @@ class QuantizeModel(Stage):
             ),
             judge,
             list(METHODS) if self.candidates is None else self.candidates,
-            min_speedup=self.min_speedup,
-            max_slowdown=self.max_slowdown,
-            min_shrink=self.min_shrink,
+            rules=Rules(
+                min_speedup=self.min_speedup, max_slowdown=self.max_slowdown, min_shrink=self.min_shrink
+            ),
             rounds=self.rounds,
             seconds=self.timing_s,
             threads=self.threads,
@@ -192,11 +191,11 @@ class QuantizeModel(Stage):
         return info
 
     def _judge(self, package: ModelPackage, rows: EvaluationRows, path: Path) -> Judge:
-        from lepton_airflow.packaging.compression.quantize import Judge
-        from lepton_airflow.statistics.metrics import CLASSIFICATION, REGRESSION
+        from lepton_airflow.packaging.compression.quality import Judge
+        from lepton_airflow.statistics.catalogue import JUDGED_BY, METRICS, metrics_of
 
-        names = CLASSIFICATION if package.card.task == "classification" else REGRESSION
-        metric = self.metric or _DEFAULT_METRIC[package.card.task]
+        names = metrics_of(package.card.task)
+        metric = self.metric or JUDGED_BY[package.card.task]
         if metric not in names:
             raise BadConfiguration(
                 f"metric={metric!r} is not one of {package.card.task}; {did_you_mean(metric, names)}"
@@ -210,7 +209,7 @@ class QuantizeModel(Stage):
             threshold=self.threshold,
             seed=self.seed,
         )
-        if self.max_loss is None and metric in _IN_UNITS_OF_TARGET:
+        if self.max_loss is None and METRICS[metric].scale == "target":
             judge = replace(judge, max_loss=_DEFAULT_LOSS * judge.value(package.predict_parquet(path)).value)
         return judge
 
@@ -218,7 +217,7 @@ class QuantizeModel(Stage):
         """By batch size, feeds of real rows; where the dataset has too few, they come again."""
         import numpy as np
 
-        from lepton_airflow.packaging.package import parquet_feeds
+        from lepton_airflow.packaging.session import parquet_feeds
 
         parts = list(parquet_feeds(path, package.card.features, _TIMED_ROWS, _TIMED_ROWS))
         sample = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -242,45 +241,58 @@ class QuantizeModel(Stage):
         judge: Judge,
     ) -> Artifact:
         """The package to go on with: the one that was given, or a new one beside it that says where it comes from."""
-        import numpy as np
-
-        from lepton_airflow.packaging.package import Touched, row_fingerprints, write_package
+        from lepton_airflow.packaging.package import write_package
 
         given = _sha256(run, self.model)
         if found.chosen == "fp32":
             return Artifact(pin(split_pin(self.model)[0], given), given, digest_path(package.path)[1])
-        chosen = next(c for c in found.candidates if c.name == found.chosen)
+        profile = package.path / "profile.json"
+        folder = run.workdir / "model"
+        write_package(
+            folder,
+            found.models[found.chosen],
+            self._card(run, package.card, infos, found, judge),
+            profile=profile if profile.exists() else None,
+            rows=_touched_rows(package, paths),
+        )
+        return run.save("model", folder)
+
+    def _card(
+        self,
+        run: RunInfo,
+        card: ModelCard,
+        infos: Mapping[str, DatasetInfo],
+        found: Comparison,
+        judge: Judge,
+    ) -> ModelCard:
+        """The card of the chosen candidate: the original's, with what was read and measured to make and choose it."""
+        import numpy as np
+
+        from lepton_airflow.packaging.touched import Touched
+
         original = found.candidates[0]
-        assert chosen.quality is not None
-        assert chosen.graph is not None
+        chosen = next(c for c in found.candidates if c.name == found.chosen)
         assert original.graph is not None
-        digests = {"calibration": _sha256(run, self.calibration), "dataset": _sha256(run, self.dataset)}
-        rows = package.rows
-        if rows is not None:
-            features, target = package.card.features, package.card.target
-            rows = np.unique(
-                np.concatenate([rows, *(row_fingerprints(p, features, target) for p in paths.values())])
-            )
-        scale = 1.0 if package.card.task == "classification" else float(np.std(np.asarray(judge.y))) or 1.0
+        assert chosen.graph is not None
+        assert chosen.quality is not None
         assert chosen.difference is not None
-        card = replace(
-            package.card,
-            touched=[
-                *package.card.touched,
-                *(Touched.by("calibration", digests[n], infos[n]) for n in paths),
-            ],
+        digests = {"calibration": _sha256(run, self.calibration), "dataset": _sha256(run, self.dataset)}
+        scale = 1.0 if card.task == "classification" else float(np.std(np.asarray(judge.y))) or 1.0
+        return replace(
+            card,
+            touched=[*card.touched, *(Touched.by("calibration", digests[n], infos[n]) for n in infos)],
             parity={
                 "difference": chosen.difference / scale,
                 "tolerance": None,  # the metric decides, not the single prediction
                 "unit": "probability"
-                if package.card.task == "classification"
+                if card.task == "classification"
                 else "standard deviations of the target",
                 "rows": infos["dataset"].rows,
                 "tried": ["the package it was made from"],
             },
             quantization={
                 "method": chosen.name,
-                "of": given,
+                "of": _sha256(run, self.model),
                 "calibration": digests["calibration"],
                 "calibration_rows": min(self.calibration_rows, infos["calibration"].rows),
                 "dataset": digests["dataset"],
@@ -289,17 +301,12 @@ class QuantizeModel(Stage):
                 "ops_before": original.graph.ops,
                 "ops_after": chosen.graph.ops,
             },
-            versions=package.card.versions | versions(type(self)),
+            versions=card.versions | versions(type(self)),
         )
-        profile = package.path / "profile.json"
-        folder = run.workdir / "model"
-        write_package(
-            folder, found.models[chosen.name], card, profile=profile if profile.exists() else None, rows=rows
-        )
-        return run.save("model", folder)
 
     def _report(self, run: RunInfo, found: Comparison, judge: Judge, rows: EvaluationRows) -> Artifact:
-        from lepton_airflow.packaging.compression.quantize import cpu_flags
+        from lepton_airflow.packaging.compression import report
+        from lepton_airflow.packaging.compression.convert import cpu_flags
 
         record = {
             "summary": _summary(found),
@@ -334,12 +341,25 @@ class QuantizeModel(Stage):
         folder.mkdir(exist_ok=True)
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / "quantization.json").write_text(text, encoding="utf-8")
-        (folder / "report.html").write_text(_page(record, found, judge), encoding="utf-8")
+        (folder / "report.html").write_text(report.render(record, found), encoding="utf-8")
         return run.save("report", folder)
 
 
 def _sha256(run: RunInfo, uri: str) -> str:
     return split_pin(uri)[1] or run.store.digest(uri)
+
+
+def _touched_rows(package: ModelPackage, paths: Mapping[str, Path]) -> NDArray[np.uint64] | None:
+    """The fingerprints of the rows that the model had touched and of those that quantizing read; None when times tell."""
+    import numpy as np
+
+    from lepton_airflow.packaging.touched import row_fingerprints
+
+    if package.rows is None:
+        return None
+    features, target = package.card.features, package.card.target
+    read = [row_fingerprints(path, features, target) for path in paths.values()]
+    return np.unique(np.concatenate([package.rows, *read]))
 
 
 def _summary(found: Comparison) -> str:
@@ -371,133 +391,3 @@ def _metrics(found: Comparison) -> dict[str, float | None]:
     for prefix, candidate in (("", chosen), ("fp32_", original)):
         metrics |= {f"{prefix}p50_us_batch_{item.batch}": item.p50_us for item in candidate.latency}
     return metrics
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --bar: #2563eb; --paper: #fff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --muted: #9aa5b1; --line: #323f4b; --bar: #60a5fa;
-  --paper: #151b22; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px;
-  margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; }
-p { color: var(--muted); margin: 0; } .scroll { overflow-x: auto; } svg { width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top;
-  white-space: nowrap; }
-th:first-child, td:first-child, .text { text-align: left; white-space: normal; }
-td:first-child { white-space: nowrap; } th { color: var(--muted); font-weight: 600; }
-tr.chosen td { font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; }
-dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-"""
-
-
-def _page(record: Mapping[str, Any], found: Comparison, judge: Judge) -> str:
-    """One page that needs nothing but itself."""
-    machine, rules, data = record["machine"], record["rules"], record["dataset"]
-    facts = {
-        "CPU": f"{machine['cpu']} ({' '.join(machine['flags']) or 'flags not known'})",
-        "Timing": f"{machine['threads']} thread(s), {machine['rounds']} rounds of fresh sessions, calls in turns; speedups "
-        "are medians over rounds of the ratio of the fastest calls, with 95% intervals",
-        "Required": f"{rules['metric']} not worse by {rules['max_loss']:.4g} (whole interval), nowhere slower by {100 * rules['max_slowdown']:g}%, and "
-        f"{rules['min_speedup']:g} times as fast or {rules['min_shrink']:g} times smaller",
-        "Judged on": f"{data['rows']:,} rows"
-        + (f", {' to '.join(data['time_range'])}" if data["time_range"] else "")
-        + (f", dependent by {data['cluster_column']}" if data["cluster_column"] else ""),
-        "Model package": record["model"]["sha256"],
-        "Dataset": data["sha256"],
-        "Calibration": record["calibration"]["sha256"],
-        "Versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items()),
-    }
-    parts = [
-        "<h1>What a smaller number format does to the model</h1>",
-        f"<p>{escape(record['summary'])}</p>",
-        "<h2>Candidates</h2>",
-        _table(found, judge.metric),
-    ]
-    if any(c.latency for c in found.candidates[1:]):
-        parts += [
-            "<h2>Times as fast as the original</h2>",
-            _picture(found.candidates[1:], rules["min_speedup"]),
-        ]
-    parts += ["<h2>Operators</h2>", _operators(found.candidates), "<h2>How it was measured</h2><dl>"]
-    parts += [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Quantization</title><style>{_STYLE}</style><body>{''.join(parts)}</dl></body></html>\n"
-    )
-
-
-def _table(found: Comparison, metric: str) -> str:
-    batches = [item.batch for item in found.candidates[0].latency]
-    head = "".join(f"<th>µs at batch {b}<br>median, 95th percentile</th>" for b in batches)
-    body = []
-    for c in found.candidates:
-        quality, difference = "", ""
-        if c.quality:
-            quality = f"{c.quality.value:.4f}<br>[{c.quality.low:.4f}, {c.quality.high:.4f}]"
-            difference = (
-                ""
-                if c.verdict == "original"
-                else f"{c.quality.difference:+.4f}<br>[{c.quality.difference_low:+.4f}, {c.quality.difference_high:+.4f}]"
-            )
-        times = {item.batch: f"{item.p50_us:,.0f}, {item.p95_us:,.0f}" for item in c.latency}
-        cells = [
-            f"{c.bytes / 1000:,.1f}" if c.bytes else "",
-            quality,
-            difference,
-            *(times.get(b, "") for b in batches),
-        ]
-        mark = ' class="chosen"' if c.name == found.chosen else ""
-        body.append(
-            f"<tr{mark}><td>{escape(c.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
-            f'<td class="text">{escape(c.verdict)}{": " if c.reason else ""}{escape(c.reason)}</td></tr>'
-        )
-    return (
-        f'<div class="scroll"><table><tr><th></th><th>kB</th><th>{escape(metric)}</th><th>difference</th>{head}'
-        '<th class="text">verdict</th></tr>'
-        f"{''.join(body)}</table></div>"
-    )
-
-
-def _picture(candidates: Sequence[Candidate], min_speedup: float) -> str:
-    """The speedups with their intervals on a logarithmic scale, as a drawing inside the page."""
-    lines = [
-        (f"{c.name}, batch {item.batch}: {item.speedup:.2f}", item) for c in candidates for item in c.latency
-    ]
-    ends = [v for _, item in lines for v in (item.speedup_low, item.speedup_high)] + [0.5, 2.0, min_speedup]
-    low, high = math.log(min(ends)), math.log(max(ends))
-    height = 26 * len(lines) + 30
-
-    def x(speedup: float) -> str:
-        return f"{270 + 710 * (math.log(speedup) - low) / (high - low):.1f}"
-
-    def mark(speedup: float, dash: str, anchor: str) -> str:
-        return (
-            f'<line x1="{x(speedup)}" x2="{x(speedup)}" y1="0" y2="{height - 22}" stroke="var(--muted)" '
-            f'stroke-dasharray="{dash}"/><text x="{x(speedup)}" y="{height - 6}" text-anchor="{anchor}" '
-            f'fill="var(--muted)">{speedup:g}</text>'
-        )
-
-    parts = [mark(1.0, "none", "end"), mark(min_speedup, "4 3", "start") if min_speedup > 1 else ""]
-    for number, (label, item) in enumerate(lines):
-        y = 26 * number + 16
-        parts.append(
-            f'<text x="0" y="{y + 5}" fill="currentColor">{escape(label)}</text>'
-            f'<line x1="{x(item.speedup_low)}" x2="{x(item.speedup_high)}" y1="{y}" y2="{y}" stroke="var(--bar)" '
-            f'stroke-width="4" opacity=".45"/><circle cx="{x(item.speedup)}" cy="{y}" r="5" fill="var(--bar)"/>'
-        )
-    return f'<svg viewBox="0 0 1000 {height}" font-size="14" role="img">{"".join(parts)}</svg>'
-
-
-def _operators(candidates: Sequence[Candidate]) -> str:
-    counted = [c for c in candidates if c.graph]
-    names = sorted({name for c in counted if c.graph for name in c.graph.ops})
-    head = "".join(f"<th>{escape(c.name)}</th>" for c in counted)
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{c.graph.ops.get(name, 0)}</td>' for c in counted if c.graph)}</tr>"
-        for name in names
-    )
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'

@@ -1,5 +1,4 @@
-"""Is the candidate better than the champion? A paired test on the same rows, and the verdict drawn from
-it."""
+"""Is the candidate better than the champion? A paired test on the same rows, and the verdict that it leads to."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lepton_airflow.errors import BadConfiguration, BadInput
 from lepton_airflow.statistics import metrics
+from lepton_airflow.statistics.catalogue import METRICS, check_metric_names
 from lepton_airflow.statistics.clusters import cluster_codes
 
 if TYPE_CHECKING:
@@ -16,27 +16,14 @@ if TYPE_CHECKING:
 
 Decision = Literal["promote", "hold", "reject"]
 
-_SPOKEN = {
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "f1": "F1",
-    "roc_auc": "ROC AUC",
-    "log_loss": "log loss",
-    "brier": "Brier score",
-    "mae": "mean absolute error",
-    "rmse": "RMSE",
-    "r2": "R²",
-}
-
 
 @dataclass(frozen=True)
 class PairedResult:
-    """What the test found: the metric of both models, and their difference with its confidence interval.
+    """The metric of both models, and their difference with its confidence interval.
 
-    ``difference``, ``low`` and ``high`` are oriented so that positive means that the candidate is better,
-    also for losses. ``p_value`` is two-sided, for the hypothesis that the difference is exactly
-    ``min_effect``: it is below 1 - ``confidence`` exactly when the interval excludes ``min_effect``.
+    ``difference``, ``low`` and ``high`` are positive where the candidate is better, for losses too. ``p_value`` is two-sided,
+    for the hypothesis that the difference is exactly ``min_effect``. It is below 1 - ``confidence`` exactly when the interval
+    excludes ``min_effect``.
     """
 
     metric: str
@@ -55,8 +42,8 @@ class PairedResult:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A decision and the one sentence that explains it."""
+class PairedVerdict:
+    """What to do with the candidate, and the sentence that explains it."""
 
     decision: Decision
     sentence: str
@@ -64,7 +51,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Linearised:
-    """A metric as its value plus a sum of small contributions of rows, of which the variance is taken.
+    """A metric of a sample, and how much each row moved it; the variance is taken of these influences.
 
     ``share`` is the weight of each row in the value: equal for a mean, 0 for the negatives in recall.
     """
@@ -86,50 +73,32 @@ def paired_test(
 ) -> PairedResult:
     """Test whether the candidate's metric differs from the champion's by more than chance, on the same rows.
 
-    ``y`` and both ``p`` as in :mod:`lepton_airflow.statistics.metrics`; ``clusters`` (n,) names what is
-    dependent. Every metric is linearised: the error of the estimated difference is, to first order, a sum of
-    one influence value per row, whose variance is taken from its cluster sums (Liang & Zeger 1986) with the
-    small-sample corrections of Bell & McCaffrey (2002), for t quantiles. Nothing is drawn at random. By
-    metric that is
+    ``y`` and both ``p`` are as in :mod:`lepton_airflow.statistics.metrics`; ``clusters`` (n,) names what is dependent. Nothing
+    is drawn at random. Every metric is linearised: the error of the estimated difference is, to first order, a sum of one
+    influence value per row. Its variance is taken from the sums by cluster (Liang & Zeger 1986) with the small-sample
+    corrections of Bell & McCaffrey (2002), for t quantiles. By metric that is
 
-    - ROC AUC: DeLong, DeLong & Clarke-Pearson (1988), by ranks (Sun & Xu 2014); with clusters Obuchowski
-      (1997).
-    - log loss, Brier score, accuracy, mean absolute error: the mean of row differences; without clusters that
-      is the paired t test, with clusters of one size CR1 and G - 1 degrees of freedom.
-    - precision, recall, F1, R²: a linearised ratio (Binder 1983). RMSE: the root of a mean by the delta
-      method.
+    - ROC AUC: DeLong, DeLong & Clarke-Pearson (1988), by ranks (Sun & Xu 2014); with clusters Obuchowski (1997).
+    - log loss, Brier score, accuracy, mean absolute error: the mean of row differences. Without clusters that is the paired t
+      test, with clusters of one size CR1 and G - 1 degrees of freedom.
+    - precision, recall, F1, R²: a linearised ratio (Binder 1983). RMSE: the root of a mean by the delta method.
 
-    Raises BadInput where rows or clusters are too few, a value is missing, or the rows do not define the
-    metric.
+    :raises BadInput: rows or clusters are too few, a value is missing, or the rows do not define the metric.
+    :raises BadConfiguration: an unknown metric, or a number out of its range.
     """
-    import numpy as np
-    from scipy import stats
-
-    (metric,) = metrics.check_metric_names([metric])
+    (metric,) = check_metric_names([metric])
     if not 0 < confidence < 1:
         raise BadConfiguration(
             f"paired test: confidence={confidence}, expected a number between 0 and 1, such as 0.95."
         )
-    truth, champion_scores = metrics.arrays_for((metric,), y, p_champion)
-    _, candidate_scores = metrics.arrays_for((metric,), y, p_candidate)
-    if champion_scores.shape != candidate_scores.shape:
-        raise BadInput(
-            f"predictions: the shapes {champion_scores.shape} of the champion and {candidate_scores.shape} "
-            "of the candidate differ, expected the same rows and classes from both; "
-            "score both models on one evaluation set."
-        )
+    truth, *scores = _arrays(metric, y, p_champion, p_candidate)
     codes, count = cluster_codes(clusters, len(truth))
-    champion = _linearise(metric, truth, champion_scores, codes, threshold)
-    candidate = _linearise(metric, truth, candidate_scores, codes, threshold)
-
-    sign = 1.0 if metrics.HIGHER_IS_BETTER[metric] else -1.0
+    champion, candidate = (_linearise(metric, truth, p, codes, threshold) for p in scores)
+    sign = 1.0 if METRICS[metric].higher_is_better else -1.0
     difference = sign * (candidate.value - champion.value)
-    by_cluster = np.bincount(codes, weights=candidate.influence - champion.influence, minlength=count)
-    error = float(np.sqrt(np.square(by_cluster).sum()))
+    error = _standard_error(candidate.influence - champion.influence, codes, count)
     df = _degrees_of_freedom((champion.share + candidate.share) / 2, codes)
-    reach = float(stats.t.ppf((1 + confidence) / 2, df)) * error
-    beyond = abs(difference - min_effect)
-    p_value = 2 * float(stats.t.sf(beyond / error, df)) if error > 0 else float(beyond == 0)
+    reach, p_value = _by_student(difference - min_effect, error, df, confidence)
     return PairedResult(
         metric=metric,
         champion=champion.value,
@@ -147,12 +116,43 @@ def paired_test(
     )
 
 
-def verdict(result: PairedResult, min_effect: float | None = None) -> Verdict:
+def _arrays(
+    metric: str, y: ArrayLike, p_champion: ArrayLike, p_candidate: ArrayLike
+) -> tuple[NDArray[Any], ...]:
+    """Labels and both models' scores, which must be of the same rows and classes."""
+    truth, champion = metrics.arrays_for((metric,), y, p_champion)
+    _, candidate = metrics.arrays_for((metric,), y, p_candidate)
+    if champion.shape != candidate.shape:
+        raise BadInput(
+            f"predictions: the shapes {champion.shape} of the champion and {candidate.shape} "
+            "of the candidate differ, expected the same rows and classes from both; "
+            "score both models on one evaluation set."
+        )
+    return truth, champion, candidate
+
+
+def _standard_error(influence: NDArray[np.float64], codes: NDArray[np.int64], count: int) -> float:
+    import numpy as np
+
+    by_cluster = np.bincount(codes, weights=influence, minlength=count)
+    return float(np.sqrt(np.square(by_cluster).sum()))
+
+
+def _by_student(distance: float, error: float, df: float, confidence: float) -> tuple[float, float]:
+    """Half the width of the interval, and the p-value of a distance from the hypothesis."""
+    from scipy import stats
+
+    reach = float(stats.t.ppf((1 + confidence) / 2, df)) * error
+    beyond = abs(distance)
+    return reach, 2 * float(stats.t.sf(beyond / error, df)) if error > 0 else float(beyond == 0)
+
+
+def paired_verdict(result: PairedResult, min_effect: float | None = None) -> PairedVerdict:
     """Decide from the interval of a paired test, and say why in one sentence.
 
-    Promote when the whole interval lies above ``min_effect`` (default: that of the test). Reject when the
-    whole interval lies below 0, the candidate being worse beyond chance. Otherwise hold. A negative
-    ``min_effect`` is a non-inferiority margin: a candidate that is at most that much worse is promoted.
+    ``promote`` when the whole interval lies above ``min_effect`` (default: that of the test), ``reject`` when the whole
+    interval lies below 0, so that the candidate is worse by more than chance, otherwise ``hold``. A negative ``min_effect``
+    is a non-inferiority margin: a candidate that is at most that much worse is promoted.
     """
     required = result.min_effect if min_effect is None else min_effect
     if result.low > required:
@@ -166,10 +166,11 @@ def verdict(result: PairedResult, min_effect: float | None = None) -> Verdict:
     rows = f"{result.n:,} rows"
     if result.n_clusters is not None:
         rows += f" in {result.n_clusters:,} clusters"
-    oriented = "" if metrics.HIGHER_IS_BETTER[result.metric] else " (positive is better)"
-    return Verdict(
+    metric = METRICS[result.metric]
+    oriented = "" if metric.higher_is_better else " (positive is better)"
+    return PairedVerdict(
         decision,
-        f"{decision}: {_SPOKEN[result.metric]} {result.candidate:.3f} against {result.champion:.3f} "
+        f"{decision}: {metric.spoken} {result.candidate:.3f} against {result.champion:.3f} "
         f"of the champion on {rows}; the difference {result.difference:+.3f}{oriented} "
         f"has the {100 * result.confidence:g}% interval [{result.low:+.3f}, {result.high:+.3f}], {because}.",
     )
@@ -188,9 +189,8 @@ def _linearise(
     if metric == "rmse":
         square = _ratio(metrics.row_losses(metric, y, p), ones, codes)
         root = float(np.sqrt(square.value))
-        return _Linearised(
-            root, square.influence / (2 * root or 1.0), square.share
-        )  # all errors 0: influence is 0
+        # Where all errors are 0, so is every influence, and 1 stands in for a divisor of 0.
+        return _Linearised(root, square.influence / (2 * root or 1.0), square.share)
     if metric == "r2":
         spread = np.square(y - y.mean())
         if not spread.any():
@@ -253,9 +253,8 @@ def _linearise_binary_auc(
 ) -> _Linearised:
     """ROC AUC and DeLong's structural components, from ranks.
 
-    A positive's component is the share of negatives that it beats, a negative's the share of positives that
-    beat it, ties counting half. Their deviations from the AUC, over the number of their kind, are the
-    influence.
+    A positive's component is the share of negatives that it beats, a negative's the share of positives that beat it; a tie
+    counts half. A row's influence is the deviation of its component from the AUC, over the number of rows of its kind.
     """
     import numpy as np
     from scipy import stats
@@ -287,12 +286,10 @@ def _average(parts: list[_Linearised]) -> _Linearised:
 def _unbiased(
     influence: NDArray[np.float64], share: NDArray[np.float64], codes: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Scale the influence so that the sum of squares of its cluster sums is unbiased: CR2 of Bell & McCaffrey
-    (2002).
+    """Scale the influence so that the sum of squares of its cluster sums is unbiased: CR2 of Bell & McCaffrey (2002).
 
-    A cluster with share h of the estimate pulls the estimate towards itself, so its sum is divided by the
-    root of 1 - h. Clusters of one size make that the CR1 factor G / (G - 1), single rows make it DeLong's n /
-    (n - 1).
+    A cluster with share h of the estimate pulls the estimate towards itself, so its sum is divided by the root of 1 - h. For
+    clusters of one size that is the CR1 factor G / (G - 1), for single rows DeLong's n / (n - 1).
     """
     import numpy as np
 
@@ -307,11 +304,11 @@ def _unbiased(
 
 
 def _degrees_of_freedom(share: NDArray[np.float64], codes: NDArray[np.int64]) -> float:
-    """Match chi-square to the variance estimate, as Bell & McCaffrey (2002) and Imbens & Kolesár (2016) do.
+    """Degrees of freedom of the variance estimate, as Bell & McCaffrey (2002) and Imbens & Kolesár (2016) match them.
 
-    The working model is that the rows of a cluster rise and fall together. Clusters of one size give G - 1;
-    a few large ones among small ones give less, as they should: with 10 to 30 clusters of log-normal sizes
-    G - 1 rejected a true hypothesis in 6 to 10% of simulations at a nominal 5%, and this in 2 to 4%.
+    The working model is that the rows of a cluster rise and fall together. Clusters of one size give G - 1, a few large ones
+    among small ones give less. With 10 to 30 clusters of log-normal sizes, G - 1 rejected a true hypothesis in 6 to 10% of
+    simulations at a nominal 5%, and this in 2 to 4%.
     """
     import numpy as np
 

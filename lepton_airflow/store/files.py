@@ -1,46 +1,73 @@
-"""Artifacts by URI and digest: atomic, content-addressed, on any fsspec file system.
+"""Artifacts by URI and digest, and small records: atomic, on any fsspec file system.
 
 Layout under the root::
 
     artifacts/<first 32 hex digits of the digest>/<name>     a file, or a directory of files
     receipts/<run key>.json                                  what the task instance last did
-    cache/<stage>/<cache key>.json                           the receipt that a hit returns
-    checkpoints/<run key>/…                                  what a stage that was ended goes on from
-    studies/<run key>….db                                    the same of TuneModel, where the store is a local directory
-    exclusive keys (ledger/…, registrations/…)               made once, by create_exclusive
+    cache/<stage>/<cache key>.json                           the receipt that a hit returns (cache.py)
+    records/…                                                what was decided; keeps the artifacts it names (records.py)
+    checkpoints/<run key>/…                                  from where the next try of a fit resumes (checkpoints.py)
+    studies/<run key>….db                                    the same for TuneModel, where the store is a local directory
+    leases/<key>/…                                           whose turn it is (lease.py)
+    index/names.json                                         what eviction has read before (eviction.py)
 
 The path of an artifact holds its digest, so writing it again writes the same bytes: concurrent writers do no harm,
-and a blob that was altered is healed by the next run that makes it.
+and the next run that makes an artifact repairs one that was altered.
+
+Every stage imports this module, so its text is part of every cache key. What only some stages need is in the modules
+beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import secrets
 import shutil
+import stat
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lepton_airflow.connections import Connection
+from lepton_airflow.connections import AwsAccess, Connection
 from lepton_airflow.contract import Artifact, Receipt, digest_of, pin, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, IntegrityError, StoreError
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1 << 20
-_MANY_FILES = 1000  # to look at them all takes longer than to start a process
-# So long does each of five tries of a request to S3 wait to connect: with s3fs' own 5 s, half a minute in which a network
-# loses all packets fails a fit. A refused connection is given up after ten seconds as before.
+AT_ONCE = 16  # calls of the store that wait for it at the same time
+_CHUNK = 1 << 20  # bytes
+_MANY_FILES = 1000  # looking at more takes longer than starting a process
+# s3fs tries a request to S3 five times. Each try waits this long for a connection. With its default of 5 s, a fit failed when
+# the network lost all packets for half a minute. A connection that is refused fails after ten seconds, as with the default.
 _CONNECT_S = 15
 # Object stores show an object only when its upload is complete, so they need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
+_TEMPORARY = ".tmp-"  # begins the name of what is still being written
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file in a listing; on a local disk also a folder, whose key ends with a slash.
+
+    :ivar modified: when it was last written [seconds since 1970].
+    :ivar etag: changes whenever the content does; None where the file system has none.
+    """
+
+    key: str
+    bytes: int
+    modified: float
+    etag: str | None = None
 
 
 class Store:
@@ -64,6 +91,10 @@ class Store:
                 f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI."
             ) from None
         self._root = self._root.rstrip("/")
+        # By default s3fs asks for the size first, in order to read a large object in parts. For a small record that is a
+        # second request, so read() switches it off where s3fs has the switch.
+        named = inspect.signature(self.fs.cat_file).parameters
+        self._in_one_request = {"max_concurrency": 1} if "max_concurrency" in named else {}
         self.root = _file_uri(self._root) if self._local else f"{self.protocol}://{self._root}"
 
     def __repr__(self) -> str:
@@ -93,7 +124,7 @@ class Store:
         return Artifact(uri=pin(self.uri(key), sha256), sha256=sha256, bytes=size)
 
     def fetch(self, uri: str, workdir: Path) -> Path:
-        """A local path of what a URI names, its digest verified when the URI is pinned.
+        """A local path of what a URI names, with its digest verified when the URI is pinned.
 
         :raises IntegrityError: the bytes are not those of the pin.
         :raises BadInput: there is nothing at the URI.
@@ -113,17 +144,12 @@ class Store:
             if _is_local(fs):
                 local = Path(path)
             else:
-                local = (
-                    workdir
-                    / "fetched"
-                    / hashlib.sha256(uri.encode()).hexdigest()[:16]
-                    / path.rstrip("/").rpartition("/")[2]
-                )
+                folder = workdir / "fetched" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+                local = folder / path.rstrip("/").rpartition("/")[2]
                 if not local.exists():
-                    local.parent.mkdir(parents=True, exist_ok=True)
-                    part = local.with_name(
-                        f".tmp-{secrets.token_hex(8)}"
-                    )  # a download that broke off is none
+                    folder.mkdir(parents=True, exist_ok=True)
+                    # Under another name until it is complete, so that half a download is never taken for the whole.
+                    part = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
                     fs.get(path, str(part), recursive=fs.isdir(path))
                     part.rename(local)
         if wanted:
@@ -133,9 +159,9 @@ class Store:
         return local
 
     def load(self, uri: str) -> dict[str, bytes]:
-        """The bytes of a pinned artifact, each file read once and then verified: a directory's by name, a file's as ``""``.
+        """The verified bytes of a pinned artifact: of a directory by file name, of a file under the name ``""``.
 
-        For whoever must use exactly what was verified: what happens to the files afterwards no longer counts.
+        Each file is read once. What is returned is what was verified, even if the files are altered in between.
 
         :raises IntegrityError: the bytes are not those of the pin, or there is no pin.
         :raises BadInput: there is nothing at the URI.
@@ -161,7 +187,7 @@ class Store:
         return files
 
     def digest(self, uri: str) -> str:
-        """sha256 of what a URI names now (any pin is ignored); a directory's is that of its manifest."""
+        """The sha256 of what a URI names now, whatever its pin says; of a directory that of its manifest."""
         plain, _ = split_pin(uri)
         fs, path = self._resolve(plain)
         with self._errors(f"reading {plain}"):
@@ -176,10 +202,10 @@ class Store:
             return digest_of([[n, self._stream_digest(fs, f"{base}/{n}")] for n in names])
 
     def local_bytes(self, pattern: str) -> int | None:
-        """How large the files are that a URI or a pattern names [bytes].
+        """The size of the files that a URI or a pattern names [bytes], or None where it cannot be known quickly.
 
-        None where that is not quickly known: they are elsewhere, not there, or more than 1,000; nor where a path means another
-        file in another working directory.
+        That is so when they are not on this machine's disk, do not exist or are more than 1,000, and when the path is
+        relative, as it would name another file in another working directory.
         """
         plain, _ = split_pin(pattern)
         if not plain.startswith(("/", "~", "file://", "local://")):
@@ -195,9 +221,9 @@ class Store:
         return size if count else None
 
     def glob(self, uri: str) -> list[str]:
-        """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted; a plain URI if it exists.
+        """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted.
 
-        A path that exists as it is written is that file, even with such a sign in its name.
+        A path that exists exactly as written is that one file, even if its name contains such characters.
         """
         fs, path = self._resolve(uri)
         with self._errors(f"listing {uri}"):
@@ -214,7 +240,7 @@ class Store:
             return False
 
     def present(self, artifact: Artifact) -> bool:
-        """Whether an artifact is there with its size: the cheap question, for what was just written."""
+        """Whether an artifact is there with its size. Cheaper than :meth:`intact`: enough for what was just written."""
         fs, path = self._resolve(split_pin(artifact.uri)[0])
         with self._errors(f"reading {artifact.uri}"):
             return (
@@ -222,7 +248,7 @@ class Store:
                 and int(fs.du(path) if fs.isdir(path) else fs.size(path)) == artifact.bytes
             )
 
-    # -- small JSON records -----------------------------------------------------------------------------------------
+    # -- small records ----------------------------------------------------------------------------------------------
 
     def uri(self, key: str) -> str:
         """The URI of a key under the root."""
@@ -232,18 +258,18 @@ class Store:
         """The bytes of a key, or None when there is none."""
         with self._errors(f"reading {key}"):
             try:
-                return bytes(self.fs.cat_file(self._path(key)))
+                return bytes(self.fs.cat_file(self._path(key), **self._in_one_request))
             except FileNotFoundError:
                 return None
 
     def write(self, key: str, content: bytes | Path) -> None:
-        """Write bytes, or a file's, to a key; readers see the old ones or the new ones, never a part."""
+        """Write bytes, or the bytes of a file, to a key; readers see the old ones or the new ones, never a part."""
         with self._errors(f"writing {key}"):
             self._write(key, content)
 
     def check_writable(self) -> None:
-        """Raise StoreError unless something can be written: asked before hours of work, not after them."""
-        key = f"receipts/.tmp-{secrets.token_hex(8)}"
+        """Raise StoreError unless the store can be written: to be called before hours of work, not after them."""
+        key = f"receipts/{_TEMPORARY}{secrets.token_hex(8)}"
         self.write(key, b"")
         self.delete(key)
 
@@ -254,27 +280,76 @@ class Store:
                 found = self.fs.find(self._path(prefix))
             except FileNotFoundError:
                 return []
-            return sorted(
-                p[len(self._root) + 1 :] for p in found if not p.rpartition("/")[2].startswith(".tmp-")
-            )
+            return sorted(p[len(self._root) + 1 :] for p in found if not is_temporary(p))
+
+    def children(self, key: str) -> list[str]:
+        """The names directly below a key, sorted; a folder's name ends with a slash. S3 lists 1,000 in a request."""
+        with self._errors(f"listing {key}"):
+            try:
+                if self._local:
+                    with os.scandir(self._path(key)) as items:
+                        names = [f"{item.name}/" if item.is_dir() else item.name for item in items]
+                else:
+                    # S3's consoles make an empty object named "folder/" to show an empty folder: it is no child of it.
+                    found = [
+                        i for i in self.fs.ls(self._path(key), detail=True) if not i["name"].endswith("/")
+                    ]
+                    names = [i["name"].rpartition("/")[2] + "/" * (i["type"] == "directory") for i in found]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(name for name in names if not is_temporary(name))
+
+    def listing(self, prefix: str) -> list[Listed]:
+        """All files at a prefix and below it, temporary ones too, with sizes and times. S3 lists 1,000 in a request."""
+        with self._errors(f"listing {prefix}"):
+            if self._local:
+                return list(_walk(self._path(prefix), len(self._root) + 1))
+            try:
+                found = self.fs.find(self._path(prefix), detail=True)
+            except FileNotFoundError:
+                return []
+            return [
+                Listed(
+                    key=path[len(self._root) + 1 :],
+                    bytes=int(info.get("size") or 0),
+                    modified=_modified(info),
+                    etag=info.get("ETag") or info.get("etag"),
+                )
+                for path, info in found.items()
+            ]
 
     def delete(self, key: str) -> None:
-        """Remove a key, a file or a directory, if it is there."""
-        with self._errors(f"deleting {key}"):
-            if self.fs.exists(self._path(key)):
-                self.fs.rm(self._path(key), recursive=True)
+        """Remove a file or a directory, if it is there."""
+        with self._errors(f"deleting {key}"), suppress(FileNotFoundError):
+            self.fs.rm(self._path(key), recursive=True)
+
+    def delete_files(self, keys: Sequence[str]) -> None:
+        """Remove many files, of which some may be gone already. S3 removes 1,000 in a request."""
+
+        def delete(key: str) -> None:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(self._path(key))
+
+        with self._errors(f"deleting {len(keys)} files"):
+            if self._local:
+                for key in keys:
+                    Path(self._path(key)).unlink(missing_ok=True)
+            elif self.protocol in ("s3", "s3a") and keys:
+                self.fs.rm([self._path(key) for key in keys])
+            else:
+                at_once(delete, keys)
 
     def create_exclusive(self, key: str, content: bytes) -> bool:
-        """Write a key only if nobody has; True for the one who did, False for all others.
+        """Write a key unless it exists; of several callers at once, exactly one gets True.
 
-        O_EXCL (by hard link, so that the content appears whole) on local disks, If-None-Match on S3. Other
-        backends cannot promise it and are refused.
+        On a local disk by a hard link, which fails if the name is taken and shows the content only when it is complete;
+        on S3 by If-None-Match. Other file systems cannot promise it and are refused.
         """
         path = self._path(key)
         with self._errors(f"creating {key}"):
             if self._local:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                temporary = f"{os.path.dirname(path)}/.tmp-{secrets.token_hex(8)}"
+                temporary = f"{os.path.dirname(path)}/{_TEMPORARY}{secrets.token_hex(8)}"
                 try:
                     _write_synced(temporary, content)
                     os.link(temporary, path)
@@ -298,17 +373,18 @@ class Store:
             "promotion need: use a local (or NFS) directory or s3://."
         )
 
-    # -- receipts and cache -----------------------------------------------------------------------------------------
+    # -- receipts --------------------------------------------------------------------------------------------------
 
     def record(self, receipt: Receipt) -> None:
-        """Keep a receipt as the last one of its task instance."""
+        """Store a receipt as the last one of its task instance."""
         self.write(f"receipts/{receipt.run_key}.json", receipt.to_json().encode())
 
     def receipt(self, run_key: str) -> Receipt | None:
         """The last receipt of a task instance, or None; an unreadable one counts as none."""
-        return self._read_receipt(f"receipts/{run_key}.json")
+        return self.read_receipt(f"receipts/{run_key}.json")
 
-    def _read_receipt(self, key: str) -> Receipt | None:
+    def read_receipt(self, key: str) -> Receipt | None:
+        """The receipt at a key, or None; an unreadable one counts as none."""
         text = self.read(key)
         if text is None:
             return None
@@ -317,101 +393,6 @@ class Store:
         except ContractError as error:
             log.warning("%s is passed over: %s", key, error)
             return None
-
-    def cache_lookup(
-        self, stage: str, cache_key: str, ttl_s: float | None = None
-    ) -> tuple[Receipt | None, str]:
-        """The receipt of an equal earlier run whose artifacts are all intact, or None; and why, in a few words."""
-        entry = self._read_receipt(_cache_entry(stage, cache_key))
-        if entry is None:
-            return None, "miss: not computed before"
-        if (entry.stage, entry.cache_key) != (stage, cache_key):
-            return None, "miss: the entry is of another run"
-        age_s = time.time() - _created(entry)
-        if ttl_s is not None and age_s > ttl_s:
-            return None, f"miss: the entry is {age_s:.0f} s old, older than cache_ttl_s={ttl_s:g}"
-        for name, artifact in entry.artifacts.items():
-            if not self.intact(artifact):
-                return None, f"miss: artifact {name!r} is missing or altered"
-        return entry, f"hit: computed {entry.created} in {entry.seconds:.1f} s"
-
-    def cache_record(self, receipt: Receipt) -> None:
-        """Make a finished receipt what an equal run gets."""
-        if receipt.cache_key:
-            entry = replace(receipt, status="done")
-            self.write(_cache_entry(receipt.stage, receipt.cache_key), entry.to_json().encode())
-
-    def cache_entries(self) -> list[tuple[str, Receipt]]:
-        """All cache entries with their keys, oldest first."""
-        found = [(key, self._read_receipt(key)) for key in self.keys("cache")]
-        return sorted(((k, r) for k, r in found if r is not None), key=lambda item: item[1].created)
-
-    def cache_evict(self, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
-        """Drop what is at least so old: cache entries, receipts, checkpoints of fits that were given up; and then the
-        artifacts that nothing reaches any more.
-
-        An artifact stays when a cache entry, a registration, a ledger entry or an endpoint names it; when a task's
-        receipt does that is younger (tasks after it may be about to read it). What is younger than an hour always stays:
-        a task may be about to name the artifact, to read its receipt, or to resume. With ``stage``, only that stage's.
-        Returns the numbers of cache entries and of bytes removed.
-        """
-        limit = time.time() - older_than_s
-        dropped = 0
-        for key, entry in self.cache_entries():
-            if (stage is None or entry.stage == stage) and _created(entry) <= limit:
-                self.delete(key)
-                dropped += 1
-        # A receipt that stays keeps what it names: a task that just had a hit names blobs that are old.
-        recent_s = max(older_than_s, _GRACE_S)
-        freed = self._evict_runs(recent_s, stage)
-        naming = [key for prefix in _KEEPING for key in self.keys(prefix)]
-        naming += [key for key in self.keys("receipts") if self._age_s(key) < recent_s]
-        kept = b"\n".join(self.read(key) or b"" for key in naming).decode(errors="replace")
-        with self._errors("evicting artifacts"):
-            for folder in self._folders("artifacts"):
-                if folder in kept or self._age_s(f"artifacts/{folder}") < _GRACE_S:
-                    continue
-                freed += self._remove(f"artifacts/{folder}")
-        return dropped, freed
-
-    def _evict_runs(self, older_than_s: float, stage: str | None) -> int:
-        """Drop what runs so old have left: checkpoints nobody resumed from any more, then receipts. Bytes removed."""
-        checkpoints = {name: f"checkpoints/{name}" for name in self._folders("checkpoints")}
-        receipts = {key.rpartition("/")[2].removesuffix(".json"): key for key in self.keys("receipts")}
-        freed = 0
-        with self._errors("evicting runs"):
-            for run_key, key in [*checkpoints.items(), *receipts.items()]:
-                if self._age_s(key) < older_than_s:
-                    continue
-                if stage is not None:
-                    receipt = self.receipt(run_key)
-                    if receipt is None or receipt.stage != stage:
-                        continue
-                freed += self._remove(key)
-        return freed
-
-    def _remove(self, key: str) -> int:
-        """Delete a key, a file or a directory; returns its bytes."""
-        size = int(self.fs.du(self._path(key)))
-        self.delete(key)
-        return size
-
-    def _folders(self, prefix: str) -> list[str]:
-        try:
-            return [
-                p["name"].rstrip("/").rpartition("/")[2] for p in self.fs.ls(self._path(prefix), detail=True)
-            ]
-        except FileNotFoundError:
-            return []
-
-    def _age_s(self, key: str) -> float:
-        newest = 0.0
-        # The folder too: a writer may have made it and not yet the file in it.
-        for path in (self._path(key), *self.fs.find(self._path(key))):
-            info = self.fs.info(path)
-            stamp = info.get("mtime") or info.get("LastModified") or info.get("created") or 0.0
-            newest = max(newest, stamp.timestamp() if isinstance(stamp, datetime) else float(stamp))
-        return time.time() - newest
 
     # -- file system --------------------------------------------------------------------------------------------------
 
@@ -439,7 +420,7 @@ class Store:
         parent, _, _ = path.rpartition("/")
         if self._local:
             os.makedirs(parent, exist_ok=True)
-            temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+            temporary = f"{parent}/{_TEMPORARY}{secrets.token_hex(8)}"
             try:
                 _write_synced(temporary, content)
                 os.replace(temporary, path)
@@ -450,7 +431,7 @@ class Store:
             self._upload(content, path)
             return
         self.fs.makedirs(parent, exist_ok=True)
-        temporary = f"{parent}/.tmp-{secrets.token_hex(8)}"
+        temporary = f"{parent}/{_TEMPORARY}{secrets.token_hex(8)}"
         self._upload(content, temporary)
         self.fs.mv(temporary, path)
 
@@ -467,14 +448,16 @@ class Store:
             return
         target = Path(self._path(key))
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
+        temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
             shutil.copytree(directory, temporary)
             try:
                 os.rename(temporary, target)
-            except OSError:  # it is there already: keep it if it is whole, else put this one in its place
+            except (
+                OSError
+            ):  # the artifact is there already: it stays if it is intact, else this copy replaces it
                 if digest_path(target)[0] != digest_path(directory)[0]:
-                    aside = target.parent / f".tmp-{secrets.token_hex(8)}"
+                    aside = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
                     os.rename(target, aside)
                     os.rename(temporary, target)
                     shutil.rmtree(aside, ignore_errors=True)
@@ -497,9 +480,8 @@ class Store:
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _DRIVERS:
                 raise
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if (
-                isinstance(error, PermissionError) and self._local
-            ):  # in a pod, seldom the user who made the folder
+            # A pod often runs as another user than the one who made the folder, so the message names both.
+            if isinstance(error, PermissionError) and self._local:
                 reason += f" for user {os.geteuid()}{_owner(error.filename)}"
             advice = "Check that it is reachable, writable and has space"
             if "Credentials" in type(error).__name__:
@@ -512,13 +494,11 @@ class Store:
             ) from error
 
 
-_GRACE_S = 3600.0
-_KEEPING = ("cache", "registrations", "ledger", "endpoints")  # the records whose artifacts are kept
-_DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # their own errors are no OSErrors
+_DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # whose errors are not OSErrors
 
 
 def _owner(path: Any) -> str:
-    """Whose the folder of a file is that could not be touched."""
+    """The user who owns the folder of a file, as the end of a message."""
     try:
         return f", in a folder of user {os.stat(os.path.dirname(path)).st_uid}"
     except (OSError, TypeError):
@@ -532,16 +512,15 @@ def _altered(uri: str, found: str, wanted: str) -> str:
     )
 
 
-def _cache_entry(stage: str, cache_key: str) -> str:
-    return f"cache/{stage}/{cache_key[:40]}.json"
+def at_once(function: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+    """Call a function for each item, 16 at the same time, as each call waits for the store; the results in order."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, items))
 
 
-def _created(entry: Receipt) -> float:
-    """When a receipt was made, in seconds since 1970; one that does not say it is as old as can be."""
-    try:
-        return datetime.fromisoformat(entry.created).timestamp()
-    except ValueError:
-        return 0.0
+def is_temporary(path: str) -> bool:
+    """Whether a path is that of something that is still being written."""
+    return path.rstrip("/").rpartition("/")[2].startswith(_TEMPORARY)
 
 
 def now() -> str:
@@ -560,7 +539,7 @@ def total_bytes(sizes: Iterable[int | None]) -> int | None:
 
 
 def digest_path(path: Path) -> tuple[str, int]:
-    """sha256 and size in bytes of a file, or of a directory: that of its sorted manifest of names and digests."""
+    """The sha256 and the size in bytes of a file or a directory; a directory's is that of its sorted names and digests."""
     if not path.is_dir():
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as stream:
@@ -585,7 +564,7 @@ def _digest_bytes(content: bytes) -> tuple[str, int]:
 
 
 def _file_uri(path: str) -> str:
-    """The URI of a local path as fsspec reads it: it does not undo percent-encoding, so there is none."""
+    """The URI of a local path. It is not percent-encoded, as fsspec would not decode it."""
     return f"file://{Path(path).expanduser().absolute()}"
 
 
@@ -593,8 +572,49 @@ def _is_local(fs: Any) -> bool:
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
+def _walk(path: str, cut: int) -> Iterator[Listed]:
+    """A local path and all below it; the first ``cut`` characters of a path are no part of its key."""
+    path = path.rstrip("/")
+    try:
+        top = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(top.st_mode):
+        yield Listed(path[cut:], top.st_size, top.st_mtime)
+        return
+    yield Listed(f"{path[cut:]}/", 0, top.st_mtime)
+    todo = [path]
+    while todo:
+        try:
+            with os.scandir(todo.pop()) as found:
+                items = list(found)
+        except FileNotFoundError:  # removed in the meantime
+            continue
+        for item in items:
+            try:
+                info = item.stat()
+            except FileNotFoundError:  # likewise
+                continue
+            if item.is_dir():
+                todo.append(item.path)
+                yield Listed(f"{item.path[cut:]}/", 0, info.st_mtime)
+            else:
+                yield Listed(item.path[cut:], info.st_size, info.st_mtime)
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """When a file was last written; where fsspec does not tell, now, so that the file does not pass for old."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        stamp = info.get(name)
+        if isinstance(stamp, str):
+            stamp = datetime.fromisoformat(stamp)
+        if stamp:
+            return stamp.timestamp() if isinstance(stamp, datetime) else float(stamp)
+    return time.time()
+
+
 def _write_synced(path: str, content: bytes | Path) -> None:
-    """Write and flush to disk, so that a rename after a power cut cannot leave an empty file under the final name."""
+    """Write a file and wait until it is on the disk: after a power cut, its final name must not show an empty file."""
     with open(path, "xb") as out:
         if isinstance(content, bytes):
             out.write(content)
@@ -606,24 +626,25 @@ def _write_synced(path: str, content: bytes | Path) -> None:
 
 
 def _storage_options(protocol: str, connection: Connection | None) -> dict[str, Any]:
-    """What fsspec needs to know for a Connection; a Connection's extra may hold more under ``storage_options``."""
-    # Other processes write to the same store: a listing from a minute ago would hide what they made.
+    """The options of fsspec for a Connection, which may hold more of them in its extra, under ``storage_options``."""
+    # Other processes write to the same store: a listing that fsspec has cached would hide what they have made since.
     options: dict[str, Any] = {"use_listings_cache": False} if protocol in _ATOMIC_PUT - {"memory"} else {}
-    extra = connection.extra if connection else {}  # named as Airflow's Amazon provider names them
-    options |= extra.get("storage_options", {})
+    options |= connection.extra.get("storage_options", {}) if connection else {}
     if protocol in ("s3", "s3a"):
         import fsspec
 
-        machine = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})  # an argument would hide it
-        told = machine | options.get("config_kwargs", {})
+        # What is passed here replaces what this machine's configuration of fsspec says, so the two are joined.
+        machine = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        told = {"max_pool_connections": AT_ONCE} | machine | options.get("config_kwargs", {})
         options["config_kwargs"] = {"connect_timeout": _CONNECT_S} | told
     if connection and protocol in ("s3", "s3a"):
+        aws = AwsAccess.of(connection)
         for key, value in (
-            ("key", connection.login or extra.get("aws_access_key_id")),
-            ("secret", connection.password or extra.get("aws_secret_access_key")),
-            ("token", extra.get("aws_session_token")),
-            ("endpoint_url", extra.get("endpoint_url") or connection.host),
-            ("client_kwargs", {"region_name": extra["region_name"]} if extra.get("region_name") else None),
+            ("key", aws.access_key_id),
+            ("secret", aws.secret_access_key),
+            ("token", aws.session_token),
+            ("endpoint_url", aws.endpoint_url),
+            ("client_kwargs", {"region_name": aws.region} if aws.region else None),
         ):
             if value:
                 options.setdefault(key, value)

@@ -1,13 +1,13 @@
-"""How a model is fitted: the trainer contract, and what a trainer may know about its run.
+"""How is a model fitted? The trainer contract, and what a trainer may know about its run.
 
 **The trainer contract.** ``fit(train, valid, hyperparameters, run)`` returns a fitted scikit-learn estimator or Pipeline
 over the raw feature columns, a torch module with an example input, or an ``onnx.ModelProto``.
 
-``train``, ``valid``   DataFrames with ``run.features`` and the column ``run.target``; ``valid`` may be None. Numbers are
-                       float64 rounded to float32 (what ONNX will get) with NaN for missing; categories are text with
-                       ``""`` for missing. A class target holds the numbers 0..k-1 of ``run.classes``.
-``hyperparameters``    the dict given to the stage
-``run``                the :class:`TrainerRun`: seed, threads, checkpoints, progress
+- ``train``, ``valid``: DataFrames with ``run.features`` and the column ``run.target``; ``valid`` may be None. Numbers are
+  float64 rounded to float32 (what ONNX will get) with NaN for missing; categories are text with ``""`` for missing. A
+  class target holds the numbers 0..k-1 of ``run.classes``.
+- ``hyperparameters``: the dict given to the stage.
+- ``run``: the :class:`TrainerRun`: seed, threads, checkpoints, progress.
 
 A scikit-learn Pipeline over numbers and categories starts with a ``ColumnTransformer`` that names its columns. A torch
 module reads a float32 tensor [rows, columns] and gives *probabilities* [rows, classes] (or [rows, 1] for the second of

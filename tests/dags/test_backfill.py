@@ -202,7 +202,7 @@ def test_two_months_register_and_leave_production_alone(
         assert tasks["deploy"]["values"]["deployed"] is False
     with pytest.raises(urllib.error.HTTPError):  # it has nothing to serve
         endpoint.metadata()
-    assert store.keys("endpoints/flights-late/desired") == []
+    assert store.keys("records/endpoints/flights-late/desired") == []
     assert _aliases(mlflow) == {"candidate": two_months["2013-07"]["register"]["values"]["version"]}
 
 

@@ -51,13 +51,14 @@ WORK = (
         "execution",
         "models",
         "packaging",
-        "pods",
         "serving",
         "statistics",
         "store.cache",
         "store.checkpoints",
     ),
     *("store.eviction", "training", "triggers"),
+    # Of pods, a DAG file needs the settings.
+    *("pods.attempt", "pods.cluster", "pods.diagnosis", "pods.lifecycle", "pods.manifest", "pods.watch"),
 )
 
 # Runs in an interpreter of its own. A look-up or a connection while parsing ends it with what was tried.

@@ -17,7 +17,7 @@ import pytest
 
 from lepton_airflow.errors import BadConfiguration, LeptonError, RunnerError
 from lepton_airflow.execution import environments
-from lepton_airflow.execution.environments import Environment, extra_lines, kept, prune
+from lepton_airflow.execution.environments import Environment, extra_lines, list_environments, prune
 from lepton_airflow.testing import until
 
 SMALL = ["toolz"]  # one pure Python wheel: an environment of it is built in seconds
@@ -69,7 +69,7 @@ def test_many_ask_and_one_builds(built: tuple[Path, str]) -> None:
     )
     done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["None", "None"]
-    (entry,) = kept(root)
+    (entry,) = list_environments(root)
     assert (entry.state, entry.bytes is not None) == ("ready", True)
     assert "toolz" in entry.requirements
 
@@ -90,7 +90,7 @@ def test_who_wants_it_waits_for_its_builder_and_says_so(tmp_path: Path) -> None:
     )
     with (tmp_path / f"{environment.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as its builder does
-        with environment.held(tmp_path) as interpreter:
+        with environment.use(tmp_path) as interpreter:
             assert interpreter is None
         task.start()
         until(lambda: said, "a word about the other builder")
@@ -104,7 +104,7 @@ def test_who_wants_it_waits_for_its_builder_and_says_so(tmp_path: Path) -> None:
 def test_nobody_waits_for_the_stages_that_use_it(tmp_path: Path) -> None:
     environment, said = Environment.of([], ["toolz"]), list[str]()
     python = _as_built(environment, tmp_path)
-    with environment.held(tmp_path) as interpreter:
+    with environment.use(tmp_path) as interpreter:
         assert interpreter == python
         assert str(environment.build(tmp_path, said.append)) == python
     assert [line.partition(":")[0] for line in said] == [f"environment {environment.name} is there"]
@@ -140,7 +140,7 @@ def test_it_is_named_by_what_is_in_it(tmp_path: Path) -> None:
     assert len(keys) == 6
 
 
-def test_an_extra_brings_its_lines_and_the_doors_without_airflow() -> None:
+def test_an_extra_brings_its_lines_and_those_of_the_entry_point_without_airflow() -> None:
     names = {line.split(">")[0].split("<")[0] for line in extra_lines(["prepare"])}
     assert names == {"duckdb", "fsspec", "pandas", "psutil", "pyarrow"}
     assert {line.split(">")[0] for line in extra_lines([])} == {"fsspec", "psutil"}
@@ -151,18 +151,21 @@ def test_an_extra_brings_its_lines_and_the_doors_without_airflow() -> None:
 def test_a_half_built_one_is_built_again(tmp_path: Path, silent_index: str, killed: signal.Signals) -> None:
     task = command("build", "--requirement=toolz", "--installer=uv", root=tmp_path, UV_INDEX_URL=silent_index)
     python = until(lambda: [*tmp_path.glob("own-*/bin/python")], "its interpreter", within_s=60)[0]
-    assert [entry.state for entry in kept(tmp_path)] == ["building"]
+    assert [entry.state for entry in list_environments(tmp_path)] == ["building"]
     os.killpg(task.pid, killed)
     task.communicate(timeout=30)
     # The installer holds the lock too, and may end a moment after the process that called it.
-    until(lambda: [entry.state for entry in kept(tmp_path)] == ["half-built"], "its lock to be free")
+    until(
+        lambda: [entry.state for entry in list_environments(tmp_path)] == ["half-built"],
+        "its lock to be free",
+    )
     environment = Environment.of([], ["toolz"], installer="uv")
-    with environment.held(tmp_path) as interpreter:
+    with environment.use(tmp_path) as interpreter:
         assert interpreter is None
     said: list[str] = []
     assert environment.build(tmp_path, said.append) == python
     assert "was left half-built" in said[0]
-    with environment.held(tmp_path) as interpreter:
+    with environment.use(tmp_path) as interpreter:
         assert interpreter == str(python)
 
 
@@ -171,7 +174,7 @@ def test_an_interpreter_that_was_removed_takes_its_environments_along(tmp_path: 
     (home / "bin").mkdir(parents=True)
     (home / "environment.json").write_text("{}")
     (home / "bin" / "python").symlink_to(tmp_path / "python that was upgraded")
-    with Environment.of([], ["toolz"]).held(tmp_path) as interpreter:
+    with Environment.of([], ["toolz"]).use(tmp_path) as interpreter:
         assert interpreter is None
 
 
@@ -210,7 +213,7 @@ def test_what_cannot_be_built_says_why_and_whether_to_retry(
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     assert "hush" not in f"{caught.value}{said}"
-    assert kept(tmp_path) == []
+    assert list_environments(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_prune_takes_what_is_old_or_half_built_and_nothing_in_use(tmp_path: Path
     (tmp_path / "not-ours").mkdir()
     with (tmp_path / f"used-{DIGITS}.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        assert {e.name: e.state for e in kept(tmp_path)} == {
+        assert {e.name: e.state for e in list_environments(tmp_path)} == {
             f"old-{DIGITS}": "ready",
             f"new-{DIGITS}": "ready",
             f"used-{DIGITS}": "in use",
@@ -327,3 +330,12 @@ def test_a_root_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(BadConfiguration, match=r"Set \[lepton\] environments"):
         Environment.of([], SMALL).build(tmp_path / "file" / "root", print)
+
+
+def test_environments_lie_in_the_users_cache_or_where_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert environments.default_root() == tmp_path / "lepton_airflow" / "environments"
+    monkeypatch.setenv("AIRFLOW__LEPTON__ENVIRONMENTS", "~/envs")
+    assert environments.default_root() == Path.home() / "envs"

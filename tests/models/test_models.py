@@ -6,10 +6,12 @@ import pytest
 
 from lepton_airflow import models
 from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.features import feature_frame
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.models import _columns
-from lepton_airflow.packaging.export.fitted import Schema, SklearnModel
-from lepton_airflow.packaging.package import feature_frame, features_of, open_session, predict_onnx
+from lepton_airflow.packaging.export.sklearn import SklearnModel
+from lepton_airflow.packaging.schema import Schema, features_of
+from lepton_airflow.packaging.session import open_session, predict_onnx
 from lepton_airflow.training.fit import deterministic
 from lepton_airflow.training.search import distributions
 from lepton_airflow.training.trainer import TrainerRun
@@ -83,4 +85,6 @@ def test_boosting_converts_exactly_where_values_lie_one_float_apart() -> None:
     native = fitted.predict(frame)
     assert np.ptp(native) > 0.9  # it does split between neighbours
     session = open_session(fitted.to_onnx().SerializeToString())
-    np.testing.assert_allclose(predict_onnx(session, features, "regression", 0, raw), native, atol=1e-6)
+    np.testing.assert_allclose(
+        predict_onnx(session, Schema(features, "regression", []), raw), native, atol=1e-6
+    )

@@ -1,7 +1,9 @@
+"""A package on disk: it predicts as its model, its card reads back, and rows it cannot read get a sentence."""
+
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,10 @@ from sklearn.preprocessing import OneHotEncoder
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadInput, ContractError
-from lepton_airflow.packaging.export.fitted import Schema, SklearnModel
-from lepton_airflow.packaging.package import (
-    OUTPUTS,
-    ModelCard,
-    ModelPackage,
-    Touched,
-    feature_frame,
-    features_of,
-    overlap,
-    row_fingerprints,
-    write_package,
-)
+from lepton_airflow.packaging.export.sklearn import SklearnModel
+from lepton_airflow.packaging.package import ModelCard, ModelPackage, write_package
+from lepton_airflow.packaging.schema import OUTPUTS, Schema, features_of
+from lepton_airflow.packaging.touched import Touched
 
 INFO = DatasetInfo(
     target="late",
@@ -66,9 +60,7 @@ def fitted() -> Pipeline:
     return model.fit(frame[INFO.features], (frame["late"] == "yes").astype(int))
 
 
-def package(
-    folder: Path, fitted: Pipeline, *touched: Touched, rows: np.ndarray | None = None
-) -> ModelPackage:
+def package(folder: Path, fitted: Pipeline, *touched: Touched) -> ModelPackage:
     features = features_of(INFO)
     schema = Schema(features, "classification", INFO.classes)
     card = ModelCard(
@@ -83,17 +75,14 @@ def package(
         seed=0,
         touched=list(touched),
     )
-    write_package(folder, SklearnModel(fitted, schema, "test").to_onnx().SerializeToString(), card, rows=rows)
+    write_package(folder, SklearnModel(fitted, schema, "test").to_onnx().SerializeToString(), card)
     return ModelPackage.open(folder)
 
 
 def test_a_package_predicts_as_the_model_it_was_made_of(tmp_path: Path, fitted: Pipeline) -> None:
     model = package(tmp_path / "model", fitted)
-    assert [f.input for f in model.card.features] == [
-        "dep_hour",
-        "carrier",
-        "label_2",
-    ]  # "label" is an output
+    # "label" is an output, so the feature of that name has another input.
+    assert [f.input for f in model.card.features] == ["dep_hour", "carrier", "label_2"]
     new = table(500, seed=1)
     new.loc[:5, "carrier"] = "unseen"
     native = fitted.predict_proba(new[INFO.features])
@@ -151,56 +140,3 @@ def test_missing_values_may_be_null_of_any_kind(tmp_path: Path, fitted: Pipeline
     assert (predicted == predicted[0]).all()
     rows["dep hour"] = pd.array([None, None, None], dtype="Int64")
     assert np.isnan(model.predict(rows)).all()
-
-
-def test_a_category_of_digits_is_the_same_beside_a_missing_one() -> None:
-    (feature,) = features_of(replace(INFO, features=["carrier"]))
-    whole, with_missing = pd.DataFrame({"carrier": [7, 8]}), pd.DataFrame({"carrier": [7, 8, None, 0.5]})
-    assert feature_frame(whole, [feature])["carrier"].tolist() == ["7", "8"]
-    assert feature_frame(with_missing, [feature])["carrier"].tolist() == ["7", "8", "", "0.5"]
-
-
-JANUARY = Touched("train", "a" * 64, "train", "run 1", "day", ["2013-01-01", "2013-01-31"], 300)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"time_range": ["2013-02-01", "2013-02-28"], "split_id": "run 2"}, None),
-        (
-            {"time_range": ["2013-01-31", "2013-02-28"], "split_id": "run 2"},
-            "train rows span 2013-01-01 to 2013-01-31",
-        ),
-        ({"time_range": ["2013-01-31T12:00:00", "2013-02-28T00:00:00"], "split_id": "run 2"}, "overlaps"),
-        ({"time_range": ["2013-01-31T19:00:00-05:00", "2013-02-28T00:00:00Z"], "split_id": "run 2"}, None),
-        ({"time_range": ["2012-01-01", "2014-01-01"], "split_id": "run 2"}, "overlaps"),
-        (
-            {"time_range": ["2013-01-10", "2013-01-20"], "split": "test"},
-            None,
-        ),  # disjoint rows by random split
-        ({"time_range": ["2013-01-10", "2013-01-20"]}, "the same split ('train' of run 1)"),
-        ({"time_range": None, "split_id": "run 2"}, "cannot be told"),
-    ],
-)
-def test_overlap_by_split_and_by_time(
-    tmp_path: Path, fitted: Pipeline, changes: dict[str, object], expected: str | None
-) -> None:
-    model = package(tmp_path / "model", fitted, JANUARY)
-    said = overlap(model, tmp_path / "not read", replace(INFO, time_column="day", **changes))
-    assert (said is None) if expected is None else (said is not None and expected in said)
-
-
-def test_overlap_by_equal_rows_without_a_time_column(tmp_path: Path, fitted: Pipeline) -> None:
-    seen, unseen = table(300), table(40, seed=9)
-    path = save(seen, tmp_path / "train.parquet")
-    rows = row_fingerprints(path, features_of(INFO), "late")
-    assert len(rows) == 300
-    touched = replace(JANUARY, time_column=None, time_range=None)
-    model = package(tmp_path / "model", fitted, touched, rows=rows)
-    other = replace(INFO, split_id="run 2", split="test")
-    assert overlap(model, save(unseen, tmp_path / "new.parquet"), other) is None
-    mixed = save(pd.concat([unseen, seen.iloc[[3, 7, 7]]]), tmp_path / "mixed.parquet")
-    said = overlap(model, mixed, other)
-    assert said is not None
-    assert said.startswith("2 of 42 distinct rows equal rows that the model has touched")
-    assert overlap(model, mixed, replace(INFO, split="test")) is None  # a split of the same run shares no row

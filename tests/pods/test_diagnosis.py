@@ -11,12 +11,12 @@ from lepton_airflow.errors import OutOfMemory, PodFailed
 from lepton_airflow.pods.diagnosis import (
     Diagnosis,
     diagnose,
+    diagnose_refusal,
     error_of,
+    event_lines,
     expired,
-    quantity,
-    refused,
-    spent,
-    told,
+    parse_quantity,
+    resubmissions_spent,
 )
 
 STATUSES = Path(__file__).parent / "statuses"
@@ -143,7 +143,7 @@ def test_a_pod_is_diagnosed(name: str) -> None:
 def test_a_refused_call_is_explained(name: str) -> None:
     answer = _answers()[name]
     for body in (answer["body"], json.dumps(answer["body"])):
-        _check(refused(answer["status"], body, "do something"), REFUSED[name])
+        _check(diagnose_refusal(answer["status"], body, "do something"), REFUSED[name])
 
 
 def _check(found: Diagnosis | None, expected: tuple[str, str, list[str]] | None) -> None:
@@ -163,7 +163,7 @@ def _check(found: Diagnosis | None, expected: tuple[str, str, list[str]] | None)
 
 @pytest.mark.parametrize("status", [0, 429, 500, 503])
 def test_an_api_server_that_is_away_is_asked_again(status: int) -> None:
-    found = refused(status, "connection refused", "read pod ml/train")
+    found = diagnose_refusal(status, "connection refused", "read pod ml/train")
     assert (found.reason, found.then) == ("ApiServer", "wait")
     assert "read pod ml/train" in found.sentence
 
@@ -178,7 +178,7 @@ def test_refusals_that_no_cluster_here_gives() -> None:
     expected = {security: ("Invalid", "refuse"), webhook: ("Invalid", "refuse")}
     expected |= {ending: ("NoNamespace", "retry"), early: ("CreateConfig", "wait")}
     for message, (reason, then) in expected.items():
-        found = refused(403, {"message": message}, "create pod x")
+        found = diagnose_refusal(403, {"message": message}, "create pod x")
         assert (found.reason, found.then) == (reason, then)
         assert message.partition(": ")[2] in found.sentence
 
@@ -235,7 +235,7 @@ def test_too_many_resubmissions_fail_with_the_last_reason() -> None:
     status = _read("preempted")
     preempted = diagnose(status["pod"], status["events"])
     assert preempted is not None
-    over = spent(preempted, 5)
+    over = resubmissions_spent(preempted, 5)
     assert (over.reason, over.then) == ("Preempted", "retry")
     assert "preemption_limit=5" in over.sentence
 
@@ -252,7 +252,7 @@ def test_too_little_memory_is_the_error_of_every_runner() -> None:
 
 
 def test_events_as_lines() -> None:
-    lines = told(_read("config_map_missing")["events"])
+    lines = event_lines(_read("config_map_missing")["events"])
     assert (
         'Warning FailedMount (4 times): MountVolume.SetUp failed for volume "v" : configmap "no-such-map" not found'
         in lines
@@ -274,10 +274,10 @@ def test_events_as_lines() -> None:
     ],
 )
 def test_quantities(text: str, number: float) -> None:
-    assert quantity(text) == pytest.approx(number)
+    assert parse_quantity(text) == pytest.approx(number)
 
 
 @pytest.mark.parametrize("text", ["two", "1 Gi", "1GB", "Mi", "1e"])
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        quantity(text)
+        parse_quantity(text)

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from lepton_airflow.pods.logs import later, lines_of, since_s
+from lepton_airflow.pods.logs import is_later, lines_of, since_s
 
 STAMP = "2026-11-22T16:21:20.123456789Z"
 
@@ -34,7 +34,7 @@ def test_what_the_kubelet_says_in_place_of_a_log_is_no_line() -> None:
 
 
 def test_times_compare_to_the_nanosecond() -> None:
-    assert later(STAMP, "")
-    assert later("2026-11-22T16:21:20.123456790Z", STAMP)
-    assert not later(STAMP, STAMP)
-    assert not later("2026-11-22T16:21:20Z", STAMP)
+    assert is_later(STAMP, "")
+    assert is_later("2026-11-22T16:21:20.123456790Z", STAMP)
+    assert not is_later(STAMP, STAMP)
+    assert not is_later("2026-11-22T16:21:20Z", STAMP)

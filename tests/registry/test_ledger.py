@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +16,24 @@ from lepton_airflow.registry.ledger import (
     Ledger,
     LedgerEntry,
     Registration,
+    Registrations,
     alias_targets,
     check_model_name,
     find_version,
     is_newer,
-    record_registration,
-    registration_of,
+    models_with_champion,
     registrations,
 )
 from lepton_airflow.store import Store
+from lepton_airflow.testing.local_s3 import LocalS3
 
 PACKAGE = "file:///store/artifacts/aa/model@sha256:" + "a" * 64
+
+
+@pytest.fixture
+def store_on_s3() -> Iterator[tuple[LocalS3, Store]]:
+    with LocalS3() as s3:
+        yield s3, s3.store("models")
 
 
 @pytest.fixture
@@ -34,9 +43,7 @@ def store(tmp_path: Path) -> Store:
 
 def registration(version: int, key: str = "", end: str | None = None, **fields: object) -> Registration:
     window = {"start": "2013-01-01", "end": end} if end else None
-    base = Registration(
-        "late", version, PACKAGE, key or f"run-{version}", 1, "mlflow-run", "candidate", window
-    )
+    base = Registration("late", version, PACKAGE, key or f"run-{version}", "mlflow-run", "candidate", window)
     return replace(base, **fields)  # type: ignore[arg-type]
 
 
@@ -46,23 +53,56 @@ def entry(sequence: int, version: int, previous: int | None = None) -> LedgerEnt
     )
 
 
-def test_a_registration_is_made_once(store: Store) -> None:
-    assert record_registration(store, registration(1, "run"))
-    assert not record_registration(store, registration(2, "run"))
-    assert registration_of(store, "late", "run") == registration(1, "run")
-    assert registration_of(store, "late", "another run") is None
+def register(store: Store, *made: Registration) -> Registrations:
+    """Register one after the other, each on a fresh look."""
+    log = Registrations(store, "late")
+    for one in made:
+        assert log.append_after(log.newest(), one)
+    return log
+
+
+def versions(targets: dict[str, dict[str, object]]) -> dict[str, object]:
+    return {alias: target["version"] for alias, target in targets.items()}
+
+
+def test_of_two_who_saw_the_same_one_registers(store: Store) -> None:
+    log = register(store)
+    assert log.append_after(None, registration(1, "run"))
+    assert not log.append_after(None, registration(2, "run"))
+    found = log.of_run("run")
+    assert found is not None
+    assert (found.version, found.sequence, found.alias_versions) == (1, 1, {"candidate": 1})
+    assert log.of_run("another run") is None
     assert registration(1).sha256 == "a" * 64
 
 
 def test_the_last_registration_of_a_run_key_counts(store: Store) -> None:
-    record_registration(store, registration(1, "run"))
-    record_registration(store, registration(2))
-    record_registration(store, registration(3, "run", sequence=2, supersedes=1))
-    current = registration_of(store, "late", "run")
+    log = register(store, registration(1, "run"), registration(2), registration(3, "run", supersedes=1))
+    current = log.of_run("run")
     assert current is not None
     assert current.version == 3
     assert [r.version for r in registrations(store, "late")] == [1, 2, 3]
-    assert alias_targets([registration(9, "run"), registration(3, "run", sequence=2)]) == {"candidate": 3}
+    known = [registration(9, "run", sequence=1), registration(3, "run", sequence=2)]
+    assert versions(alias_targets(known)) == {"candidate": 3}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_newest_registration_knows_what_all_of_them_say(store: Store, seed: int) -> None:
+    """Runs that are cleared, versions that come out of order, other data windows, aliases given up."""
+    draw = random.Random(seed)
+    log = register(store)
+    versions_left = sorted(range(1, 25), key=lambda version: version + draw.uniform(0, 3))
+    for version in versions_left[:8]:
+        key = draw.choice(["", "", "a", "b"])
+        end = draw.choice([None, "2013-04-01", "2013-05-01", "2013-06-01"])
+        newest, before = log.newest(), log.of_run(key) if key else None
+        alias = draw.choice([None, "candidate", "candidate", "challenger"])
+        made = registration(version, key, end, alias=alias, supersedes=before and before.version)
+        assert log.append_after(newest, made)
+        state = log.newest()
+        assert state is not None
+        assert state.aliases == alias_targets(log.entries())
+        assert state.highest == max(r.version for r in log.entries())
 
 
 @pytest.mark.parametrize(
@@ -77,23 +117,47 @@ def test_the_last_registration_of_a_run_key_counts(store: Store) -> None:
 )
 def test_an_alias_stands_for_the_newest_version_but_never_for_older_data(ends, expected) -> None:
     known = [registration(number, end=end) for number, end in enumerate(ends, 1)]
-    assert alias_targets(reversed(known)) == {"candidate": expected}
+    assert versions(alias_targets(reversed(known))) == {"candidate": expected}
 
 
 def test_each_alias_is_its_own(store: Store) -> None:
     known = [registration(1), registration(2, alias="challenger"), registration(3, alias=None)]
-    assert alias_targets(known) == {"candidate": 1, "challenger": 2}
+    assert versions(alias_targets(known)) == {"candidate": 1, "challenger": 2}
 
 
 def test_versions_are_found_and_unknown_ones_named(store: Store) -> None:
     with pytest.raises(BadConfiguration, match="no version of model 'late' is registered in file://"):
         find_version(store, "late", 1)
-    record_registration(store, registration(4))
-    record_registration(store, registration(5, alias=None))
+    register(store, registration(4), registration(5, alias=None))
     assert find_version(store, "late", 4).version == 4
     assert find_version(store, "late", None).version == 4  # by the alias candidate
     with pytest.raises(BadConfiguration, match=r"has no version 6 in .*; known: 4, 5"):
         find_version(store, "late", 6)
+
+
+def test_without_a_candidate_the_highest_version_is_meant(store: Store) -> None:
+    register(store, registration(2, alias=None), registration(5, alias="other"), registration(3, alias=None))
+    assert find_version(store, "late", None).version == 5
+
+
+def test_what_is_known_of_a_model_costs_few_requests(store_on_s3: tuple[LocalS3, Store]) -> None:
+    s3, store = store_on_s3
+    register(store, *(registration(number) for number in range(1, 6)))
+    assert Ledger(store, "late").append(entry(1, 1))
+    for call, limit in (
+        (lambda: find_version(store, "late", None), 4),
+        (lambda: find_version(store, "late", 3), 5),
+        (lambda: Registrations(store, "late").of_run("run-2"), 2),
+        (lambda: Ledger(store, "late").newest(), 3),
+    ):
+        assert s3.count(call) <= limit
+
+
+def test_the_models_with_a_champion_are_named(store: Store) -> None:
+    assert models_with_champion(store) == []
+    Ledger(store, "late").append(entry(1, 1))
+    Ledger(store, "Verspätete Flüge").append(entry(1, 1))
+    assert models_with_champion(store) == ["Verspätete Flüge", "late"]
 
 
 def test_windows_are_compared_as_instants() -> None:
@@ -106,8 +170,8 @@ def test_windows_are_compared_as_instants() -> None:
 
 
 def test_a_damaged_record_is_named(store: Store) -> None:
-    store.write("ledger/late/000001.json", b'{"name": "late"')
-    with pytest.raises(IntegrityError, match=r"ledger/late/000001\.json is damaged"):
+    store.write("records/ledger/late/000/000001.json", b'{"name": "late"')
+    with pytest.raises(IntegrityError, match=r"records/ledger/late/000/000001\.json is damaged"):
         Ledger(store, "late").entries()
 
 
@@ -115,8 +179,8 @@ def test_a_missing_move_is_named(store: Store) -> None:
     ledger = Ledger(store, "late")
     for number in (1, 2, 3):
         assert ledger.append(entry(number, number))
-    store.delete("ledger/late/000002.json")
-    with pytest.raises(IntegrityError, match=r"ledger/late/000002\.json is missing"):
+    store.delete("records/ledger/late/000/000002.json")
+    with pytest.raises(IntegrityError, match=r"records/ledger/late/000/000002\.json is missing"):
         ledger.entries()
 
 
@@ -124,7 +188,9 @@ def test_a_record_of_a_later_version_of_this_package_is_read(store: Store) -> No
     import json
     from dataclasses import asdict
 
-    store.write("ledger/late/000001.json", json.dumps(asdict(entry(1, 1)) | {"canary": True}).encode())
+    store.write(
+        "records/ledger/late/000/000001.json", json.dumps(asdict(entry(1, 1)) | {"canary": True}).encode()
+    )
     assert Ledger(store, "late").entries() == [entry(1, 1)]
 
 
@@ -134,8 +200,8 @@ def append_ten(root: str, process: int) -> list[int]:
     mine = [100 * process + i for i in range(10)]
     for version in mine:
         while True:
-            seen = ledger.entries()
-            if ledger.append(entry(len(seen) + 1, version, seen[-1].version if seen else None)):
+            last = ledger.newest()
+            if ledger.append(entry(last.sequence + 1, version, last.version) if last else entry(1, version)):
                 break
     return mine
 

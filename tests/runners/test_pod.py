@@ -1,297 +1,116 @@
+"""What the runner makes of an attempt: a receipt, a deferral, or a deleted pod."""
+
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
-from typing import Any
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import pytest
+from airflow.providers.common.compat.sdk import TaskDeferred
 
 from lepton_airflow.contract import Receipt, Request
-from lepton_airflow.errors import DO_NOT_RETRY, BadConfiguration, BadInput, PodFailed, Preempted, RunnerError
-from lepton_airflow.pods import LOCAL_TRY, NONCE, REQUEST, SUBMISSION, TRY
+from lepton_airflow.errors import RunnerError
+from lepton_airflow.pods import attempt
+from lepton_airflow.pods.attempt import Waiting
 from lepton_airflow.runners import Pod
-from lepton_airflow.store import Store
+from lepton_airflow.triggers.pod import PodTrigger
 
-REQUESTED = Request(stage="Copy", parameters={}, store="")
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"image": " "}, "image, such as"),
-        ({"image": 3}, r"Pod\(image=3\): expected text"),
-        ({"cpu": "two"}, r"Pod\(cpu='two'\): expected a quantity such as \"500m\" or \"2\""),
-        ({"cpu": 2}, r'Pod\(cpu=2\): expected text, such as "500m" or "2"'),
-        ({"memory": "512m"}, r'expected a quantity such as "512Mi" or "2Gi"'),
-        ({"memory": "2048"}, "expected a quantity"),
-        ({"memory": "2 GB"}, "expected a quantity"),
-        ({"gpus": "1"}, r"Pod\(gpus='1'\): expected a whole number"),
-        ({"gpus": -1}, "zero or more"),
-        ({"namespace": "My_Team"}, "lower-case letters"),
-        ({"env": {"THREADS": 2}}, r"Pod\(env=.*expected text for 'THREADS', not int: \{'THREADS': '2'\}"),
-        ({"node_selector": ["gpu"]}, "expected a dict"),
-        ({"tolerations": ["gpu"]}, '"operator": "Exists"'),
-        ({"pull_secrets": "registry"}, "expected a list"),
-        ({"volumes": [{"name": "d", "mount": "/d"}]}, "one of pvc, host_path"),
-        ({"volumes": [{"name": "d", "mount": "/d", "pcv": "x"}]}, "'pcv' is unknown; did you mean 'pvc'"),
-        ({"volumes": [{"name": "d", "mount": "d", "pvc": "x"}]}, "mount='d'; expected as in"),
-        ({"security": {"runAsuser": 0}}, "'runAsuser' is unknown; did you mean 'runAsUser'"),
-        ({"security": {"runAsUser": 0}}, "add 'runAsNonRoot': False"),
-        ({"keep_pod": "sometimes"}, "one of never, failed, always"),
-        ({"image_pull_policy": "always"}, "one of Always"),
-        ({"run_timeout_s": 0}, "seconds, more than zero"),
-        ({"run_timeout_s": float("inf")}, "seconds, more than zero"),
-        ({"start_timeout_s": None}, "seconds, more than zero"),
-        ({"grace_s": "30"}, "seconds, zero or more"),
-        ({"volumes": [{"name": 3, "mount": "/d", "pvc": "x"}]}, "name=3 is no text"),
-        ({"preemption_limit": -1}, "whole number"),
-        ({"pod_template": 7}, "path of a YAML file"),
-    ],
-)
-def test_a_bad_value_is_refused_at_construction(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(BadConfiguration, match=says):
-        Pod(**{"image": "stage:1", **settings})
+REQUEST = Request(stage="Copy", parameters={}, store="s3://lake/lepton")
+RECEIPT = Receipt(stage="Copy", run_key=REQUEST.run_key, cache_key=None, status="done", summary="s")
+ARGUMENTS = ("cluster", "namespace", "run_key", "owned", "try_id", "digest", "clocks", "read", "connections")
+CONTEXT = {"ti": "the task instance", "lepton": {"uid": "u"}}
 
 
-def test_templates_are_taken_and_rendered_into_a_copy() -> None:
-    pod = Pod(image="stage:{{ v }}", memory="{{ m }}", labels={"run": "{{ r }}"}, volumes="{{ vs }}", gpus=1)
-    known = {"stage:{{ v }}": "stage:3", "{{ m }}": "3Gi", "{{ vs }}": []}
-    seen = pod.rendered(lambda value: known.get(value, value) if isinstance(value, str) else value)
-    assert (seen.image, seen.memory, seen.volumes, seen.gpus) == ("stage:3", "3Gi", [], 1)
-    assert pod.image == "stage:{{ v }}"
-    with pytest.raises(BadConfiguration, match="memory='lots'"):
-        pod.rendered(lambda value: "lots" if value == "{{ m }}" else value)
-    for nothing in ("None", None):  # the latter where Airflow renders to native objects
-        with pytest.raises(BadConfiguration, match=r"Pod\(image='{{ i }}'\) renders to None"):
-            Pod(image="{{ i }}").rendered(lambda value: nothing if value == "{{ i }}" else value)  # noqa: B023
-        pod = Pod(image="stage:1", service_account="{{ a }}")
-        assert pod.rendered(lambda value: nothing if value == "{{ a }}" else value).service_account is None  # noqa: B023
+class Attempt:
+    """Stands where an attempt would: gives the outcome that a test sets, and remembers what it was given."""
+
+    outcome: ClassVar[Any] = RECEIPT
+    given: ClassVar[dict[str, Any]] = {}
+    done: ClassVar[list[str]] = []
+
+    def __init__(self, settings: Pod, request: Request, connections: Sequence[Any], **given: Any) -> None:
+        assert (settings.image, request, connections) == ("stage:1", REQUEST, [])
+        type(self).given = given
+
+    def run(self) -> Any:
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+    def cancel(self) -> None:
+        self.done.append("cancel")
+
+    def delete_own(self) -> None:
+        self.done.append("delete")
 
 
-def test_what_looks_like_a_number_stays_text_where_airflow_renders_to_native_objects() -> None:
-    pod = Pod(image="stage:1", cpu="{{ c }}", env={"THREADS": "1", "BATCH": "{{ b }}"})
-    seen = pod.rendered(lambda value: 2)
-    assert (seen.cpu, seen.env) == ("2", {"THREADS": "1", "BATCH": "2"})
+@pytest.fixture(autouse=True)
+def attempts(monkeypatch: pytest.MonkeyPatch) -> type[Attempt]:
+    for name, value in (("outcome", RECEIPT), ("given", {}), ("done", [])):
+        monkeypatch.setattr(Attempt, name, value)
+    monkeypatch.setattr(attempt, "Attempt", Attempt)
+    return Attempt
 
 
 def test_repr_is_stable_and_holds_the_settings_alone() -> None:
     pod = Pod(image="stage:1", gpus=1)
     pod.cancel()  # nothing runs
     assert repr(pod) == repr(Pod(image="stage:1", gpus=1))
-    assert "_run" not in repr(pod)
+    assert "_attempt" not in repr(pod)
 
 
-# -- the end of a pod: what counts as evidence ------------------------------------------------------------------------
+def test_help_describes_every_setting() -> None:
+    assert {f.name for f in fields(Pod) if f.init} <= set(re.findall(r"\w+", Pod.__doc__ or ""))
 
 
-class Recorder:
-    """Stands where the cluster would: the pods of one run key, and what was done to them."""
-
-    namespace = "ml"
-    in_cluster = False
-
-    def __init__(self, *pods: dict[str, Any]) -> None:
-        self.pods, self.done = list(pods), []
-
-    def look(self, _run_key: str) -> tuple[list[dict[str, Any]], str]:
-        return self.pods, "1"
-
-    def events(self, _pod: Any) -> list[dict[str, Any]]:
-        return []
-
-    def log_lines(self, *_: Any) -> list[tuple[str, str]]:
-        return []
-
-    def sweep_secrets(self) -> None:
-        pass
-
-    def own_secret(self, _pod: Any) -> None:
-        pass
-
-    def wait(self, *_: Any) -> None:
-        pass
-
-    def apart(self) -> Recorder:
-        return self
-
-    def submit(self, secret: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
-        self.done.append(("submit", pod["metadata"]["name"]))
-        raise RunnerError("submitted again")
-
-    def annotate(self, pod: dict[str, Any], notes: dict[str, str]) -> dict[str, Any]:
-        self.done.append(("annotate", sorted(notes)))
-        pod["metadata"]["annotations"].update(notes)
-        return pod
-
-    def delete(self, pod: dict[str, Any]) -> bool:
-        self.done.append(("delete", pod["metadata"]["name"]))
-        self.pods.remove(pod)
-        return True
+def test_an_attempt_gets_what_airflow_and_the_last_entry_say(attempts: type[Attempt]) -> None:
+    assert Pod(image="stage:1", deferrable=True).run(REQUEST, [], CONTEXT) == RECEIPT
+    assert attempts.given == {"ti": "the task instance", "state": {"uid": "u"}, "defers": True}
+    Pod(image="stage:1", deferrable=True).run(REQUEST, [], {})  # without Airflow nothing can defer
+    assert attempts.given == {"ti": None, "state": None, "defers": False}
 
 
-@pytest.fixture
-def request_(tmp_path: Path) -> Request:
-    return replace(REQUESTED, store=str(tmp_path))
-
-
-def ended_pod(code: int, *, try_id: str = LOCAL_TRY, digest: str = "", **terminated: Any) -> dict[str, Any]:
-    notes = {TRY: try_id, NONCE: "ours", SUBMISSION: "1", REQUEST: digest}
-    state = {"terminated": {"exitCode": code, **terminated}}
-    return {
-        "metadata": {"uid": "u", "name": "pod-1", "resourceVersion": "1", "annotations": notes},
-        "spec": {"containers": [{"name": "stage"}]},
-        "status": {
-            "phase": "Failed" if code else "Succeeded",
-            "containerStatuses": [{"name": "stage", "state": state}],
-        },
-    }
-
-
-def receipt(request: Request, **changes: Any) -> Receipt:
-    values = {"stage": request.stage, "run_key": request.run_key, "nonce": "ours", "summary": "s", **changes}
-    return Receipt(cache_key=None, status="done", **values)
-
-
-@pytest.fixture
-def conclude(request_: Request, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Go on after a deferral, among these pods."""
-
-    def call(
-        *pods: dict[str, Any], held: Mapping[str, Any] = MappingProxyType({}), **settings: Any
-    ) -> tuple[Receipt, list[Any]]:
-        mount = {"name": "store", "mount": request_.store, "host_path": request_.store}
-        cluster = Recorder(*pods)
-        monkeypatch.setattr("lepton_airflow.pods.cluster.Cluster", lambda *_a, **_k: cluster)
-        monkeypatch.setattr("lepton_airflow.runners.pod._POLL_S", 0.0)
-        monkeypatch.setattr("lepton_airflow.runners.pod._LATE_STORE_S", 0.0)
-        call.cluster = cluster  # type: ignore[attr-defined]
-        runner = Pod(image="stage:1", volumes=[mount], **settings)
-        kept = {"uid": "u", "nonce": "ours", "number": 1, **held}
-        return runner.run(request_, [], {"ti": SimpleNamespace(id=LOCAL_TRY), "lepton": kept}), cluster.done
-
-    return call
-
-
-def test_the_receipt_of_the_pod_is_taken_and_the_pod_deleted(request_: Request, conclude: Any) -> None:
-    Store(request_.store).record(receipt(request_))
-    found, done = conclude(ended_pod(0))
-    assert found.summary == "s"
-    assert done[-1] == ("delete", "pod-1")
-
-
-@pytest.mark.parametrize(
-    "changes", [{"nonce": "another's"}, {"nonce": ""}, {"stage": "Other"}, None], ids=str
-)
-def test_exit_code_0_without_its_own_receipt_is_a_failure(
-    request_: Request, conclude: Any, changes: dict[str, Any] | None
+@pytest.mark.parametrize("default", [True, False])
+def test_airflows_default_says_whether_a_pod_defers(
+    attempts: type[Attempt], monkeypatch: pytest.MonkeyPatch, default: bool
 ) -> None:
-    if changes is not None:
-        Store(request_.store).record(receipt(request_, **changes))
-    with pytest.raises(RunnerError, match="left no receipt of this run"):
-        conclude(ended_pod(0))
+    monkeypatch.setenv("AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE", str(default))
+    Pod(image="stage:1").run(REQUEST, [], CONTEXT)
+    assert attempts.given["defers"] is default
 
 
-def test_a_termination_message_alone_proves_nothing_but_tells_a_failure(
-    request_: Request, conclude: Any
+def test_a_wait_becomes_a_deferral(attempts: type[Attempt]) -> None:
+    arguments: dict[str, Any] = {name: {} for name in ARGUMENTS}
+    attempts.outcome = Waiting(arguments, {"uid": "u"})
+    with pytest.raises(TaskDeferred) as deferred:
+        Pod(image="stage:1").run(REQUEST, [], CONTEXT)
+    assert isinstance(deferred.value.trigger, PodTrigger)
+    assert deferred.value.trigger.serialize()[1] == arguments | {"refused": None}
+    assert (deferred.value.method_name, deferred.value.kwargs) == ("resume", {"kept": {"uid": "u"}})
+    assert attempts.done == []
+
+
+def test_an_interrupt_deletes_the_pod_and_a_failure_leaves_it_to_the_next_try(
+    attempts: type[Attempt],
 ) -> None:
-    with pytest.raises(RunnerError, match="left no receipt of this run"):
-        conclude(ended_pod(0, message=receipt(request_).to_json()))
-    error = {"kind": "BadInput", "message": "the store is read-only", "exit_code": 80}
-    told = receipt(request_, error=error, nonce="ours").to_json()
-    with pytest.raises(BadInput, match="the store is read-only"):
-        conclude(ended_pod(80, message=told))
+    attempts.outcome = RunnerError("the store did not answer")
+    with pytest.raises(RunnerError):
+        Pod(image="stage:1").run(REQUEST, [], CONTEXT)
+    assert attempts.done == []
+    attempts.outcome = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        Pod(image="stage:1").run(REQUEST, [], CONTEXT)
+    assert attempts.done == ["delete"]
 
 
-def test_preempted_is_submitted_again_until_its_limit(request_: Request, conclude: Any) -> None:
-    error = {"kind": "Preempted", "message": "stopped", "exit_code": 75}
-    Store(request_.store).record(receipt(request_, error=error))
-    with pytest.raises(Preempted, match="stopped"):
-        conclude(ended_pod(75), preemption_limit=0)
-    with pytest.raises(RunnerError, match="submitted again"):
-        conclude(ended_pod(75))
-    assert [what for what, _ in conclude.cluster.done] == ["delete", "submit"]
-    assert conclude.cluster.done[-1][1].endswith("-2")
-
-
-def test_a_pod_that_is_gone_counts_only_by_its_receipt(request_: Request, conclude: Any) -> None:
-    with pytest.raises(RunnerError, match="submitted again"):
-        conclude()
-    Store(request_.store).record(receipt(request_))
-    assert conclude()[0].summary == "s"
-
-
-def test_a_pod_that_another_try_took_over_is_left_to_it(request_: Request, conclude: Any) -> None:
-    Store(request_.store).record(receipt(request_))
-    with pytest.raises(RunnerError, match="another try of this task has taken pod pod-1 over"):
-        conclude(ended_pod(0, try_id="another"))
-    assert conclude.cluster.done == []
-
-
-def running_pod(**settings: Any) -> dict[str, Any]:
-    pod = ended_pod(0, **settings)
-    pod["metadata"] |= {"creationTimestamp": "2999-01-01T00:00:00Z"}
-    pod["status"] = {"phase": "Running", "containerStatuses": [{"name": "stage", "state": {"running": {}}}]}
-    return pod
-
-
-def test_a_pod_that_no_triggerer_may_wait_for_is_deleted(conclude: Any) -> None:
-    with pytest.raises(
-        PodFailed, match="Copy cannot wait without a worker slot: sa may not watch pods"
-    ) as failed:
-        conclude(running_pod(), deferrable=True, held={"refused": "sa may not watch pods"})
-    assert failed.value.exit_code == DO_NOT_RETRY
-    assert conclude.cluster.done == [("delete", "pod-1")]
-
-
-def test_a_pod_of_a_later_try_is_neither_taken_nor_deleted(conclude: Any) -> None:
-    held = {"uid": None, "nonce": "", "resubmitted": 1}
-    with pytest.raises(RunnerError, match="another try of this task has taken pod pod-1 over"):
-        conclude(running_pod(try_id="later"), held=held)
-    assert conclude.cluster.done == []
-
-
-def test_the_limit_of_resubmissions_is_told(conclude: Any) -> None:
-    with pytest.raises(PodFailed, match="submitted again 0 times in this try, as preemption_limit=0 allows"):
-        conclude(preemption_limit=0)
-
-
-def test_what_a_dead_try_left_goes_before_the_next_pod_comes(conclude: Any) -> None:
-    with pytest.raises(RunnerError, match="submitted again"):
-        conclude(ended_pod(1, try_id="dead"), held={"uid": None, "nonce": "", "number": 0})
-    assert [what for what, _ in conclude.cluster.done] == ["delete", "submit"]
-
-
-def test_a_log_that_never_pauses_is_left_for_a_look_at_the_pod(
-    conclude: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_kill_reaches_the_attempt_only_while_it_runs(
+    attempts: type[Attempt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = running_pod()
-
-    def endless(*_: Any) -> Iterator[tuple[str, str]]:
-        while True:
-            ours["metadata"]["annotations"][TRY] = "later"
-            yield "2026-01-01T00:00:00Z", "a line"
-
-    monkeypatch.setattr("lepton_airflow.runners.pod._FOLLOW_S", 0.0)
-    monkeypatch.setattr(Recorder, "log_lines", endless)
-    with pytest.raises(RunnerError, match="another try"):
-        conclude(ours, deferrable=False)
-
-
-def test_a_kept_pod_is_marked_so_that_no_later_try_takes_it(request_: Request, conclude: Any) -> None:
-    Store(request_.store).record(receipt(request_))
-    _, done = conclude(ended_pod(0), keep_pod="always")
-    assert done[-1] == ("annotate", ["lepton-airflow/settled"])
-
-
-def test_a_store_that_no_pod_sees_is_refused_before_there_is_one(tmp_path: Path) -> None:
-    with pytest.raises(BadConfiguration, match="is a folder, which a pod does not see: mount it"):
-        Pod(image="stage:1").run(replace(REQUESTED, store=str(tmp_path)), [], {})
-
-
-def test_a_template_that_is_no_pod_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pod.yaml").write_text("- no\n- pod\n")
-    for template, says in ((str(tmp_path / "pod.yaml"), "expected a pod"), ("/none.yaml", "cannot be read")):
-        with pytest.raises(BadConfiguration, match=says):
-            Pod(image="stage:1", pod_template=template).run(REQUESTED, [], {})
+    pod = Pod(image="stage:1")
+    monkeypatch.setattr(Attempt, "run", lambda _self: pod.cancel() or RECEIPT)
+    pod.run(REQUEST, [], CONTEXT)
+    assert attempts.done == ["cancel"]
+    pod.cancel()
+    assert attempts.done == ["cancel"]

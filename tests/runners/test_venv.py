@@ -111,7 +111,7 @@ def test_another_version_of_python(root: Path, look: Any) -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with what the door needs but lepton_airflow."""
+    """The interpreter of an environment with what the entry point needs, but without lepton_airflow."""
     root = tmp_path_factory.mktemp("bare")
     return Environment.of([]).build(root, lambda _: None)
 

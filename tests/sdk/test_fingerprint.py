@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import pytest
 
 from lepton_airflow import stages
-from lepton_airflow.__main__ import main
 from lepton_airflow.contract import Receipt, Request, RunIdentity, Window, split_pin
-from lepton_airflow.execution.run_stage import perform, recall
+from lepton_airflow.execution.run_stage import recall, run_stage
 from lepton_airflow.sdk.fingerprint import cache_key
 from lepton_airflow.stages import ArtifactUri, CodeRef, Result, RunInfo, Stage
 from lepton_airflow.stages.prepare_data import PrepareData
@@ -89,7 +88,7 @@ class Bench:
             window=window,
             identity=RunIdentity(run_id=run_id),
         )
-        receipt = perform(request)
+        receipt = run_stage(request)
         assert receipt.status in ("done", "cached"), receipt.summary
         assert self.store.receipt(request.run_key) == receipt
         return receipt
@@ -124,7 +123,7 @@ def test_a_hit_is_known_before_anything_is_started(run: Bench, monkeypatch: pyte
         assert asked(text=split_pin(run.text)[0]) is None
     assert asked(cache="refresh") is None
     assert asked(stage="Announce") is None
-    assert asked(stage="Shuot") is None  # for the door to say
+    assert asked(stage="Shuot") is None  # run_stage says it
     run.blob(first).write_text("altered")
     assert asked() is None
 
@@ -286,112 +285,9 @@ def test_what_must_not_be_reused_never_is(run: Bench, stage: str) -> None:
 
 
 def test_a_failure_is_not_cached(run: Bench, tmp_path: Path) -> None:
-    receipt = perform(Request(stage="Shout", parameters={"text": "/no/such/file"}, store=run.store.root))
+    receipt = run_stage(Request(stage="Shout", parameters={"text": "/no/such/file"}, store=run.store.root))
     assert receipt.status == "refused"
     assert run.store.keys("cache") == []
-
-
-# -- making room ---------------------------------------------------------------------------------------------------------
-
-
-def _age(store: Store, seconds: float = 7200) -> None:
-    for prefix in ("artifacts", "receipts"):
-        for path in Path(store.root.removeprefix("file://"), prefix).rglob("*"):
-            os.utime(path, (time.time() - seconds,) * 2)
-
-
-def test_evict_keeps_what_is_young_or_named(run: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = run.folder / "text.txt"
-    plain.write_text("hello")
-    made = {mark: run(text=str(plain), mark=mark) for mark in ("1", "2", "3", "4")}
-    run.store.write("registrations/m/1.json", made["1"].artifacts["loud"].uri.encode())
-    run.store.write("ledger/m/1.json", made["2"].to_json().encode())
-    arguments = ["--store", run.store.root]
-
-    assert main(["cache", "evict", *arguments]) == 0
-    assert capsys.readouterr().out == "0 entries and 0 bytes removed\n"  # all younger than a week
-    arguments += ["--older-than-s", "0"]
-    assert main(["cache", "evict", *arguments]) == 0
-    assert capsys.readouterr().out == "4 entries and 0 bytes removed\n"  # all younger than an hour
-    assert all(run.blob(receipt).exists() for receipt in made.values())
-
-    _age(run.store)
-    assert run(text=str(plain), mark="3").status == "done"  # recorded again: named by an entry
-    _age(run.store)
-    assert main(["cache", "evict", *arguments, "--stage", "Nothing"]) == 0
-    kept = {mark for mark, receipt in made.items() if run.blob(receipt).exists()}
-    assert kept == {"1", "2", "3"}
-    # The input (5 bytes) and the result of "4" (6 bytes) were named by nothing.
-    assert capsys.readouterr().out == "0 entries and 11 bytes removed\n"
-    assert run(text=str(plain), mark="3").status == "cached"
-
-
-def test_evict_spares_what_a_recent_run_made_without_the_cache(run: Bench) -> None:
-    receipt = run(mark="!", cache="off")
-    _age(run.store, 24 * 3600)  # the task after it waits for a worker since yesterday
-    run.store.cache_evict(older_than_s=7 * 24 * 3600)
-    assert run.blob(receipt).exists()
-    run.store.cache_evict(older_than_s=0)
-    assert not run.blob(receipt).exists()
-
-
-def test_evict_spares_what_a_task_just_took_from_the_cache(run: Bench) -> None:
-    run()
-    _age(run.store)
-    hit = run(run_id="2")  # the task after it is about to read it
-    assert hit.status == "cached"
-    assert run.store.cache_evict(older_than_s=0)[0] == 1
-    assert run.store.receipt(hit.run_key) == hit
-    assert run.blob(hit).exists()
-
-
-def test_evict_drops_old_receipts_and_given_up_checkpoints(run: Bench) -> None:
-    old, other, young = run(run_id="1"), run("Announce", run_id="2"), run(run_id="3")
-    for receipt in (old, other, young):
-        run.store.write(f"checkpoints/{receipt.run_key}/fit/step.pt", b"12345")
-    run.store.cache_evict(older_than_s=0)
-    assert len(run.store.keys("receipts")) == len(run.store.keys("checkpoints")) == 3  # none is an hour old
-
-    for receipt in (old, other):
-        for key in (f"receipts/{receipt.run_key}.json", f"checkpoints/{receipt.run_key}"):
-            path = Path(run.store.root.removeprefix("file://"), key)
-            for item in (path, *path.rglob("*")):
-                os.utime(item, (time.time() - 7200,) * 2)
-    run.store.cache_evict(older_than_s=7201)
-    assert len(run.store.keys("receipts")) == len(run.store.keys("checkpoints")) == 3
-    run.store.write(f"checkpoints/{other.run_key}/fit/step.pt", b"67890")  # its next try goes on
-    run.store.cache_evict(older_than_s=7000, stage="Nothing")
-    assert len(run.store.keys("receipts")) == len(run.store.keys("checkpoints")) == 3
-    _, freed = run.store.cache_evict(older_than_s=7000, stage="Shout")
-    assert freed > 5
-    assert run.store.receipt(old.run_key) is None
-    run.store.cache_evict(older_than_s=7000)
-    assert run.store.keys("receipts") == [f"receipts/{young.run_key}.json"]
-    left = {f"checkpoints/{receipt.run_key}/fit/step.pt" for receipt in (other, young)}
-    assert set(run.store.keys("checkpoints")) == left
-
-
-def test_evict_spares_a_folder_that_a_writer_just_made(run: Bench) -> None:
-    folder = run.folder / "store" / "artifacts" / ("0" * 32)
-    folder.mkdir()
-    run.store.cache_evict(older_than_s=0)
-    assert folder.exists()
-
-
-def test_ls_lists_oldest_first(run: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    run(mark="?" * 10)
-    assert main(["cache", "ls", "--store", run.store.root]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "Shout" in line
-    assert " 15 B" in line
-    assert main(["cache", "ls", "--store", run.store.root, "--stage", "Other"]) == 0
-    assert capsys.readouterr().out == ""
-
-
-def test_which_store_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv("AIRFLOW__LEPTON__STORE", raising=False)
-    assert main(["cache", "ls"]) == 80
-    assert "Pass --store URI" in capsys.readouterr().err
 
 
 def test_the_window_counts_only_for_stages_that_depend_on_it(tmp_path: Path) -> None:

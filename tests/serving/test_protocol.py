@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_airflow.packaging.package import Feature
-from lepton_airflow.serving.protocol import Inference, Output, Refused, parse, render, request_body
+from lepton_airflow.data.features import Feature
+from lepton_airflow.serving.protocol import Inference, Output, RequestError, parse, render, request_body
 
 FEATURES = [
     Feature("hour", "number", "hour"),
@@ -58,12 +58,16 @@ def test_a_number_comes_in_many_forms(given: dict[str, Any], wanted: float) -> N
     np.testing.assert_array_equal(inference.feed["hour"], [[np.float32(wanted)]])
 
 
-def test_a_category_is_text_an_integer_or_missing() -> None:
+def test_a_category_is_text_a_number_or_missing() -> None:
     for datatype, value, wanted in (
         ("BYTES", "é", "é"),
         ("BYTES", None, ""),
         ("BYTES", "", ""),
         ("INT64", 7, "7"),
+        ("FP64", 7.0, "7"),
+        ("FP32", 0.5, "0.5"),
+        ("FP32", NAN, ""),
+        ("BOOL", True, "True"),
     ):
         assert read(whole(tensor("carrier", [value], datatype))).feed["carrier"].tolist() == [[wanted]]
 
@@ -117,7 +121,6 @@ def test_rows_keep_their_order_and_inputs_their_safe_names() -> None:
         (whole(tensor("hour", [1e39])), 400, "row 0 is infinite or beyond float32"),
         (whole(tensor("hour", [10**400])), 400, "beyond float32"),
         (whole(tensor("hour", ["a"], "BYTES")), 400, "'hour' is a number"),
-        (whole(tensor("carrier", [1.0])), 400, "'carrier' is a category"),
         (whole(tensor("carrier", ["\ud800"], "BYTES")), 400, "no UTF-8"),
         (whole(outputs=[{"name": "labels"}]), 400, "no output 'labels'; did you mean 'label'?"),
         (whole(outputs=["label"]), 400, "outputs holds 'label'"),
@@ -125,7 +128,7 @@ def test_rows_keep_their_order_and_inputs_their_safe_names() -> None:
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_a_wrong_request_is_refused_in_one_sentence(body: bytes, status: int, words: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         read(body)
     assert refused.value.status == status
     assert words in str(refused.value)

@@ -13,7 +13,7 @@ import pytest
 
 from lepton_airflow.contract import canonical_json, split_pin
 from lepton_airflow.delivery import endpoints
-from lepton_airflow.delivery.endpoints import Desired, Status, Verdict
+from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, Status
 from lepton_airflow.serving import reconcile
 from lepton_airflow.serving.model import scale_of
 from lepton_airflow.serving.reconcile import Reconciler
@@ -49,21 +49,21 @@ class Bench:
         return self.store.put("golden.json", canonical_json(content)).uri
 
     def ask(self, package: str, golden: str, **changes: Any) -> Desired:
-        known = endpoints.desired_after(self.store, ENDPOINT)
+        records = DesiredLog(self.store, ENDPOINT)
+        newest = records.newest()
         desired = Desired(
             endpoint=ENDPOINT,
-            sequence=len(known) + 1,
             package=package,
-            version=f"v{len(known) + 1}",
+            version=f"v{newest.sequence + 1 if newest else 1}",
             golden=golden,
             max_difference=1e-5,
             max_latency_ms=1000,
             max_memory_mb=100_000,
             run_key="key",
         )
-        desired = replace(desired, **changes)
-        assert endpoints.append_desired(self.store, known, desired)
-        return desired
+        asked = records.append_after(newest, replace(desired, **changes))
+        assert asked is not None
+        return asked
 
     def ask_good(self, **changes: Any) -> Desired:
         return self.ask(self.good, self.golden["wine"], **changes)
@@ -83,7 +83,7 @@ class Bench:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
-    def verdict(self, sequence: int) -> Verdict:
+    def verdict(self, sequence: int) -> LoadVerdict:
         verdict = endpoints.read_verdict(self.store, ENDPOINT, sequence)
         assert verdict is not None
         return verdict
@@ -242,9 +242,9 @@ def test_a_bad_version_is_kept_out_and_the_former_one_stays(
     server.step()
     (status,) = endpoints.read_statuses(bench.store, ENDPOINT)
     assert (status.state, status.serving, status.version, status.desired) == ("rejected", 1, "v1", 2)
-    assert status.refused["2"]["kind"] == kind
+    assert status.errors["2"]["kind"] == kind
     assert words in status.reason
-    assert bench.verdict(2).error == status.refused["2"]
+    assert bench.verdict(2).error == status.errors["2"]
 
     again = bench.server()  # it does not try what was rejected, whatever became of it
     again.step()
@@ -324,7 +324,7 @@ def test_a_server_that_was_killed_on_its_way_back_rejects_nothing(bench: Bench) 
 
 def test_a_budget_decides_about_a_change_and_not_about_a_restart(bench: Bench) -> None:
     desired = bench.ask_good(max_latency_ms=1e-6)
-    endpoints.decide(bench.store, ENDPOINT, Verdict(sequence=1, accepted=True, server="on a quiet day"))
+    endpoints.decide(bench.store, ENDPOINT, LoadVerdict(sequence=1, accepted=True, server="on a quiet day"))
     again = bench.server()
     again.step()
     assert (again.status.state, again.status.serving) == ("serving", 1)
@@ -339,13 +339,13 @@ def test_the_first_verdict_stands_for_all_servers(bench: Bench, monkeypatch: pyt
     bench.ask_other()
     ours = endpoints.read_verdict
 
-    def as_other_rejects(store: Store, endpoint: str, sequence: int) -> Verdict | None:
+    def as_other_rejects(store: Store, endpoint: str, sequence: int) -> LoadVerdict | None:
         """b has rejected the version just after a had looked."""
         found = ours(store, endpoint, sequence)
         if found is None:
             error = {"kind": "LeptonError", "message": "too slow at b.", "exit_code": 1}
-            theirs = Verdict(sequence=sequence, accepted=False, server="b", error=error)
-            assert endpoints.decide(store, endpoint, theirs) == theirs
+            theirs = LoadVerdict(sequence=sequence, accepted=False, server="b", error=error)
+            assert endpoints.decide(store, endpoint, theirs) == replace(theirs, instead=1)
         return found
 
     monkeypatch.setattr(endpoints, "read_verdict", as_other_rejects)
@@ -357,7 +357,7 @@ def test_the_first_verdict_stands_for_all_servers(bench: Bench, monkeypatch: pyt
 
 
 def test_a_store_that_fails_says_nothing_about_the_version(bench: Bench) -> None:
-    folder = Path(bench.store.root.removeprefix("file://")) / "endpoints" / ENDPOINT / "verdicts"
+    folder = Path(bench.store.root.removeprefix("file://")) / "records" / "endpoints" / ENDPOINT / "verdicts"
     folder.parent.mkdir(parents=True)
     folder.write_text("a file where a folder should be")
     bench.ask_good()
@@ -366,9 +366,44 @@ def test_a_store_that_fails_says_nothing_about_the_version(bench: Bench) -> None
         server.step()
     assert server.status.state == "loading"
     folder.unlink()
-    server._say(reason="the store failed.")  # as run does
+    server._set_status(reason="the store failed.")  # as run does
     server.step()
-    assert (server.status.state, server.status.reason, server.status.refused) == ("serving", "", {})
+    assert (server.status.state, server.status.reason, server.status.errors) == ("serving", "", {})
+
+
+def test_a_server_that_starts_goes_past_a_row_of_rejected_versions(bench: Bench) -> None:
+    bench.ask_good()
+    bench.server().step()
+    for _ in range(3):
+        bench.ask_other(max_latency_ms=1e-6)
+        bench.server("b").step()
+    again = bench.server()
+    again.step()
+    assert (again.status.state, again.status.serving) == ("rejected", 1)
+    assert set(again.status.errors) == {"4"}  # the others were not even looked at
+
+
+def test_a_server_asks_the_store_once_a_look(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, asked = Store.read, []
+
+    def counted(self: Store, key: str) -> bytes | None:
+        asked.append(key)
+        return read(self, key)
+
+    server = bench.server()
+    server.step()
+    monkeypatch.setattr(Store, "read", counted)
+    monkeypatch.setattr(Store, "children", None)  # nothing is listed any more
+    server.step()
+    assert [key.rpartition("/")[2] for key in asked] == ["000001.json"]
+    monkeypatch.undo()
+    bench.ask_good()
+    server.step()
+    monkeypatch.setattr(Store, "read", counted)
+    monkeypatch.setattr(Store, "children", None)
+    asked.clear()
+    server.step()
+    assert [key.rpartition("/")[2] for key in asked] == ["000002.json"]
 
 
 def test_a_regression_is_compared_on_its_own_scale(bench: Bench, run_at: RunInfo) -> None:

@@ -28,11 +28,11 @@ from starlette.requests import Request
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
-from lepton_airflow.delivery.endpoints import Desired, Status
+from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.serving import server as server_module
 from lepton_airflow.serving.model import ServedModel
-from lepton_airflow.serving.protocol import Refused
+from lepton_airflow.serving.protocol import RequestError
 from lepton_airflow.serving.server import Endpoint, Limits, Metrics, serve
 from lepton_airflow.stages.deploy_model import DeployModel
 from lepton_airflow.store import Store
@@ -321,8 +321,13 @@ def test_a_killed_server_serves_again_from_the_store(shelf: Any, run_at: RunInfo
         server.wait_ready()
         answer = server.infer({"inputs": tensors(shelf.wine.rows[:3], shelf.wine.package)})
         assert answer["model_version"] == (split_pin(shelf.other_wine.uri)[1] or "")[:12]
-        (status,) = endpoints.read_statuses(run_at.store, "killed")
-        assert (status.state, status.serving) == ("serving", 1)
+        # The version answers a moment before the status says so.
+        _until(
+            lambda: (
+                [(s.state, s.serving) for s in endpoints.read_statuses(run_at.store, "killed")]
+                == [("serving", 1)]
+            )
+        )
 
 
 def test_no_request_fails_while_versions_change(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
@@ -370,7 +375,7 @@ def test_no_request_fails_while_versions_change(shelf: Any, run_at: RunInfo, tmp
             for thread in clients:
                 thread.join()
     assert wrong == []
-    assert len(endpoints.desired_after(run_at.store, "swap")) == 7
+    assert len(DesiredLog(run_at.store, "swap").entries()) == 7
 
 
 def _until(condition: Callable[[], object]) -> None:
@@ -394,7 +399,7 @@ def test_a_client_that_stalls_or_leaves_gives_its_place_back(
             return left.pop(0) if left else await asyncio.Future()
 
         request = Request({"type": "http", "method": "POST", "headers": []}, receive)
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RequestError) as refused:
             await endpoint.infer(request, "wine", None)
         return refused.value.status
 

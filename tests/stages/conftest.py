@@ -22,7 +22,9 @@ import pytest
 
 from lepton_airflow.contract import Artifact
 from lepton_airflow.data.dataset import DatasetInfo, info_sql
-from lepton_airflow.packaging.package import ModelCard, Touched, features_of, write_package
+from lepton_airflow.packaging.package import ModelCard, write_package
+from lepton_airflow.packaging.schema import features_of
+from lepton_airflow.packaging.touched import Touched
 from lepton_airflow.store import Store
 from lepton_airflow.store.files import digest_path
 
@@ -226,7 +228,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Pat
 
 
 @pytest.fixture(scope="session")
-def at_once() -> Iterator[Callable[[Sequence[Callable[..., Any]], Sequence[Any]], list[Any]]]:
+def at_once() -> Callable[[Sequence[Callable[..., Any]], Sequence[Any]], list[Any]]:
     """``at_once([a.run, b.run], [run_a, run_b])``: each call in a process of its own, all together.
 
     The processes are forked from one that has imported the engines, so that they start within milliseconds.

@@ -16,7 +16,7 @@ import pytest
 from lepton_airflow.contract import RunIdentity, canonical_json, split_pin
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.delivery import endpoints
-from lepton_airflow.delivery.endpoints import Desired, Status
+from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Preempted, Skipped
 from lepton_airflow.packaging.package import ModelPackage
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry
@@ -54,7 +54,8 @@ class Desk:
     def promote(self, package: str, name: str = "late") -> int:
         """Move the champion as PromoteModel does; returns the number of the move, which is the version too."""
         ledger = Ledger(self.run.store, name)
-        number = len(ledger.entries()) + 1
+        champion = ledger.newest()
+        number = champion.sequence + 1 if champion else 1
         assert ledger.append(
             LedgerEntry(name, number, "promote", number, package, number - 1 or None, "promote", "")
         )
@@ -73,7 +74,7 @@ class Desk:
         return self.stage(**fields).run(self.info(key, run_type))
 
     def asked(self) -> list[Desired]:
-        return endpoints.desired_after(self.run.store, self.endpoint)
+        return DesiredLog(self.run.store, self.endpoint).entries()
 
     def server(self, name: str = "here") -> Reconciler:
         """A server without a process: it acts when ``step`` is called."""
@@ -194,7 +195,9 @@ def test_an_older_move_of_the_champion_is_refused(desk: Desk, following: Reconci
         desk.promote(desk.package(weight))
     desk.deploy("one", name="late")
     desk.deploy("pinned", model=desk.package(3.0))
-    desk.run.store.delete("ledger/late/000002.json")  # a store that was restored from too old a backup
+    desk.run.store.delete(
+        "records/ledger/late/000/000002.json"
+    )  # a store that was restored from too old a backup
     with pytest.raises(
         IntegrityError, match=r"asked for move 2 .* now for the older move 1: it never goes back"
     ):
@@ -207,15 +210,15 @@ def test_a_task_that_looked_too_early_looks_again(
 ) -> None:
     """Between its look at the ledger and its record, the champion moves and another task deploys it."""
     desk.promote(desk.package(1.0))
-    append = endpoints.append_desired
+    append = DesiredLog.append_after
 
-    def overtaken(*args: Any) -> bool:
+    def overtaken(*args: Any) -> Desired | None:
         monkeypatch.undo()
         desk.promote(desk.package(2.0))
         desk.deploy("faster", name="late")
         return append(*args)
 
-    monkeypatch.setattr(endpoints, "append_desired", overtaken)
+    monkeypatch.setattr(DesiredLog, "append_after", overtaken)
     result = desk.deploy("slower", name="late")
     assert (result.values["version"], result.values["deployed"]) == ("2", True)
     assert [d.ledger for d in desk.asked()] == [2]
@@ -334,7 +337,7 @@ def test_a_task_says_that_nobody_serves_and_its_retry_asks_no_second_time(desk: 
         desk.deploy(model=package, timeout_s=0.3)
     assert e.value.exit_code == 1
     gone = asdict(Status(server="gone", url="", beat=(datetime.now(UTC) - timedelta(seconds=77)).isoformat()))
-    desk.run.store.write("endpoints/late/status/gone.json", canonical_json(gone).encode())
+    desk.run.store.write("records/endpoints/late/status/gone.json", canonical_json(gone).encode())
     with pytest.raises(
         LeptonError, match=r"no server .* is alive: the last heartbeat, of gone, is 7[78] s old"
     ):
@@ -346,7 +349,7 @@ def test_a_task_says_that_nobody_serves_and_its_retry_asks_no_second_time(desk: 
     with pytest.raises(LeptonError, match=r"server slow .* within timeout_s=0.3: version x is being loaded"):
         desk.deploy(model=package, timeout_s=0.3)
     assert len(desk.asked()) == 1
-    desk.run.store.delete("endpoints/late/status/slow.json")
+    desk.run.store.delete("records/endpoints/late/status/slow.json")
     server = desk.server()
     server.step()
     assert desk.deploy(model=package).values["deployed"] is True
@@ -393,7 +396,7 @@ def test_bytes_that_were_altered_on_the_way_to_the_server_fail_without_a_retry(d
         except LeptonError as error:
             failures.append(error)
 
-    endpoints.append_desired(desk.run.store, [], replace(_record(desk, good), sequence=1))
+    assert DesiredLog(desk.run.store, desk.endpoint).append_after(None, _record(desk, good))
     server.step()
     thread = threading.Thread(target=task)
     thread.start()
@@ -435,7 +438,7 @@ def _record(desk: Desk, package: str) -> Desired:
     """What DeployModel would ask for, taken from an endpoint that nobody serves."""
     with pytest.raises(LeptonError, match="no server reported"):
         desk.deploy("other", endpoint="other", model=package, timeout_s=0)
-    (desired,) = endpoints.desired_after(desk.run.store, "other")
+    (desired,) = DesiredLog(desk.run.store, "other").entries()
     return replace(desired, endpoint=desk.endpoint)
 
 

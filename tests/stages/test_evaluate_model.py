@@ -14,7 +14,8 @@ import pytest
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
-from lepton_airflow.packaging.package import ModelPackage, Touched
+from lepton_airflow.packaging.package import ModelPackage
+from lepton_airflow.packaging.touched import Touched
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.evaluate_model import EvaluateModel
 
@@ -289,7 +290,7 @@ def test_a_dataset_for_another_target_is_refused(evaluate) -> None:
 def test_a_category_that_became_a_number_is_refused(evaluate) -> None:
     data = replace(INFO, categorical=[])
     with pytest.raises(
-        BadInput, match="'origin' is a number in the dataset, the model was trained on it as text"
+        BadInput, match="'origin' is a number in the dataset, the model was trained on it as a category"
     ):
         evaluate(rows().assign(origin=7), data=data)
 

@@ -20,7 +20,7 @@ import pytest
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Receipt, Request, Window
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped
-from lepton_airflow.execution.run_stage import perform
+from lepton_airflow.execution.run_stage import run_stage
 from lepton_airflow.sdk.fingerprint import cache_key
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.ingest_data import IngestData
@@ -575,7 +575,7 @@ def test_a_month_without_data_can_be_skipped(tmp_path: Path) -> None:
     request = Request(
         "IngestData", {"sources": absent, "query": "FROM s", "on_empty": "skip"}, str(tmp_path / "store")
     )
-    assert perform(request).status == "skipped"  # the files are looked for before the stage itself runs
+    assert run_stage(request).status == "skipped"  # the files are looked for before the stage itself runs
     with pytest.raises(BadInput, match="no file matches"):
         ingest(tmp_path, absent, on_empty="keep")
 

@@ -22,9 +22,9 @@ from pyiceberg.catalog import load_catalog
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, Window
 from lepton_airflow.data.sources import lakes
-from lepton_airflow.data.sources.files import Source
+from lepton_airflow.data.sources.spec import Source
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
-from lepton_airflow.execution.run_stage import perform
+from lepton_airflow.execution.run_stage import run_stage
 from lepton_airflow.sdk.fingerprint import cache_key
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.ingest_data import IngestData
@@ -145,7 +145,7 @@ def test_a_run_used_twice_reads_the_version_that_is_asked_for(lake: Lake, tmp_pa
 def test_equal_versions_are_cached_and_a_write_is_a_miss(lake: Lake, tmp_path: Path) -> None:
     def run() -> tuple[str, Any]:
         given = {"sources": {"s": lake.spec}, "query": "SELECT * FROM s"}
-        receipt = perform(Request("IngestData", given, str(tmp_path / "store")))
+        receipt = run_stage(Request("IngestData", given, str(tmp_path / "store")))
         return receipt.status, receipt.values["rows"]
 
     assert [run(), run()] == [("done", 59), ("cached", 59)]
@@ -426,10 +426,10 @@ def test_a_store_that_goes_away_while_it_is_read_may_be_tried_again() -> None:
     gone = (
         "C Data interface error: External error: Object Store error: Generic S3 error: Error performing GET …"
     )
-    with pytest.raises(LeptonError) as caught, lakes._sentences(source, None):
+    with pytest.raises(LeptonError) as caught, lakes._in_one_sentence(source, None):
         raise pa.ArrowInvalid(gone)
     assert caught.value.exit_code == 1
-    with pytest.raises(BadInput), lakes._sentences(source, None):
+    with pytest.raises(BadInput), lakes._in_one_sentence(source, None):
         raise pa.ArrowInvalid("Could not convert 'x' with type str: tried to convert to int64")
 
 
@@ -502,7 +502,7 @@ def test_ingest_validate_and_prepare_with_their_store_on_s3(
 
     def run(stage: str, **parameters: Any) -> Any:
         request = Request(stage, parameters, store, store_connection="lake")
-        receipt = perform(request, {"lake": connection})
+        receipt = run_stage(request, {"lake": connection})
         assert receipt.status in ("done", "cached"), receipt.summary
         return receipt
 

@@ -14,8 +14,8 @@ import pytest
 from lepton_airflow.contract import RunIdentity
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Skipped
-from lepton_airflow.packaging.package import Touched
-from lepton_airflow.registry.ledger import Ledger, Registration, find_version, record_registration
+from lepton_airflow.packaging.touched import Touched
+from lepton_airflow.registry.ledger import Ledger, Registration, Registrations, find_version
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.promote_model import PromoteModel
 
@@ -65,10 +65,9 @@ class Desk:
         if not mlflow.search_registered_models():
             mlflow.create_registered_model("late")
         version = int(mlflow.create_model_version("late", source="file:///unused").version)
-        assert record_registration(
-            self.run.store,
-            Registration("late", version, model.uri, f"register-{version}", 1, "", "candidate", window),
-        )
+        records = Registrations(self.run.store, "late")
+        made = Registration("late", version, model.uri, f"register-{version}", "", "candidate", window)
+        assert records.append_after(records.newest(), made)
         return version
 
     def promote(

@@ -16,18 +16,13 @@ import pytest
 from lepton_airflow.contract import Receipt, split_pin
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted
-from lepton_airflow.packaging.compression import quantize as quantization
-from lepton_airflow.packaging.compression.quantize import Latency
-from lepton_airflow.packaging.export.fitted import Schema, as_fitted
-from lepton_airflow.packaging.package import (
-    ModelCard,
-    ModelPackage,
-    Touched,
-    features_of,
-    overlap,
-    parquet_feeds,
-    write_package,
-)
+from lepton_airflow.packaging.compression import compare as comparing
+from lepton_airflow.packaging.compression.latency import Latency
+from lepton_airflow.packaging.export.fitted import as_fitted
+from lepton_airflow.packaging.package import ModelCard, ModelPackage, write_package
+from lepton_airflow.packaging.schema import Schema, features_of
+from lepton_airflow.packaging.session import open_session
+from lepton_airflow.packaging.touched import Touched, overlap
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.quantize_model import QuantizeModel
 
@@ -150,10 +145,10 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     def timed(models: Any, output: str, feeds: Any, **_: Any) -> dict[str, list[Latency]]:
         for model in models.values():  # each feed must fit each model
             for turns in feeds.values():
-                quantization.open_session(model, 1).run([output], turns[0])
+                open_session(model).run([output], turns[0])
         return {n: [Latency(b, 9 / speedups[n], 9, *[speedups[n]] * 3) for b in feeds] for n in models}
 
-    monkeypatch.setattr(quantization, "time_side_by_side", timed)
+    monkeypatch.setattr(comparing, "time_side_by_side", timed)
     return speedups
 
 
@@ -221,7 +216,7 @@ def test_equal_runs_give_an_equal_package_and_worse_ones_none(bench: Bench, fast
 def test_rows_without_time_are_touched_by_their_values(tmp_path: Path, write_dataset, fast) -> None:
     from sklearn.datasets import load_diabetes
 
-    from lepton_airflow.packaging.package import row_fingerprints
+    from lepton_airflow.packaging.touched import row_fingerprints
 
     data = load_diabetes(as_frame=True).frame.rename(columns={"target": "progression"})
     names = [n for n in data if n != "progression"]
@@ -340,18 +335,3 @@ def test_it_stops_between_candidates(bench: Bench) -> None:
     bench.run.should_stop = lambda: True
     with pytest.raises(Preempted):
         bench()
-
-
-def test_calibration_rows_are_spread_over_the_whole_file(tmp_path: Path, write_dataset) -> None:
-    info = DatasetInfo(features=["x", "name"], categorical=["name"])
-    frame = pd.DataFrame({"x": np.arange(150_000.0), "name": [f"n{i}" for i in range(150_000)]})
-    path = tmp_path / "rows.parquet"
-    write_dataset(path, frame, info)
-    feeds = list(parquet_feeds(path, features_of(info), 1000, 64))
-    assert max(len(feed["x"]) for feed in feeds) == 64
-    x = np.concatenate([feed["x"] for feed in feeds]).ravel()
-    assert (len(x), x[0], x[-1]) == (1000, 0, 149_999)
-    assert np.ptp(np.diff(x)) <= 1
-    assert feeds[0]["name"][1, 0] == f"n{int(x[1])}"
-    few = [value for feed in parquet_feeds(path, features_of(info), 3, 64) for value in feed["x"].ravel()]
-    assert few == [0, 74_999, 149_999]

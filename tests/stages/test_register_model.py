@@ -17,10 +17,11 @@ from lepton_airflow.connections import Connection
 from lepton_airflow.contract import RunIdentity, Window, split_pin
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError, Skipped
-from lepton_airflow.registry.ledger import registration_of, registrations
+from lepton_airflow.registry.ledger import Registrations, registrations
 from lepton_airflow.registry.mlflow import open_registry
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.register_model import RegisterModel
+from lepton_airflow.store import eviction
 
 INFO = DatasetInfo(
     target="late",
@@ -176,7 +177,7 @@ def test_killed_around_the_creation_of_the_version(moment, mlflow_sqlite, run, n
     )
     assert died.returncode == -signal.SIGKILL
     assert len(versions(mlflow_sqlite, name)) == (moment == "after")
-    assert registration_of(run.store, name, "run-1") is None
+    assert Registrations(run.store, name).of_run("run-1") is None
 
     result = RegisterModel(model=model.uri, name=name, tracking_uri=mlflow_sqlite).run(run)
 
@@ -221,7 +222,7 @@ def test_a_changed_package_supersedes_the_version_of_its_run_key(mlflow_sqlite, 
     first, second = versions(mlflow_sqlite, name)
     assert first.tags["lepton.superseded_by"] == "2"
     assert "lepton.superseded_by" not in second.tags
-    current = registration_of(run.store, name, "run-1")
+    current = Registrations(run.store, name).of_run("run-1")
     assert current is not None
     assert (current.version, current.supersedes, current.sha256) == (2, 1, new.sha256)
 
@@ -314,8 +315,8 @@ def test_the_record_pins_the_package_and_eviction_keeps_it(
     (registration,) = registrations(run.store, name)
     assert registration.package == model.uri
     assert registration.window == WINDOW
-    monkeypatch.setattr("lepton_airflow.store.files._GRACE_S", -1)
-    run.store.cache_evict(older_than_s=0)
+    monkeypatch.setattr(eviction, "GRACE_S", -1)
+    eviction.evict(run.store, older_than_s=0)
     assert run.store.intact(model)
     assert not run.store.intact(other)
 

@@ -216,7 +216,7 @@ def test_another_fit_does_not_go_on_from_the_checkpoint_of_this_one(
         path = tmp_path / "code" / f"{trainer.partition(':')[0]}.py"
         path.write_text(path.read_text() + "\n# a fix\n")
     elif changed == "release":
-        monkeypatch.setattr("lepton_airflow.stages.train_model.__version__", "99")
+        monkeypatch.setattr("lepton_airflow.stages.train_model.package_digest", lambda *_: "another")
     run = RunInfo.local(tmp_path)
     TrainModel(**parameters).run(run)
     assert ("final: resuming after step 11" in caplog.text) == (changed == "nothing")

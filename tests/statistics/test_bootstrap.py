@@ -9,10 +9,9 @@ import pytest
 
 from lepton_airflow.errors import BadConfiguration, BadInput
 from lepton_airflow.statistics import (
-    CLASSIFICATION,
-    REGRESSION,
     bootstrap_intervals,
     classification_metrics,
+    metrics_of,
     regression_metrics,
 )
 from lepton_airflow.statistics.bootstrap import _evaluators
@@ -27,7 +26,7 @@ def test_weights_are_repeated_rows(simulation, classes, n_resamples):
     codes, y = rng.integers(0, 25, 400), rng.integers(0, classes, 400)
     p = rng.random(400).round(1) if classes == 2 else rng.dirichlet(np.ones(4), 400).round(1)
     weights = rng.integers(0, 4, (3, 25)).astype(float)
-    evaluators = _evaluators(CLASSIFICATION, y, p, codes, 25, 0.5, n_resamples)
+    evaluators = _evaluators(metrics_of("classification"), y, p, codes, 25, 0.5, n_resamples)
     for i, weight in enumerate(weights):
         rows = np.repeat(np.arange(400), weight[codes].astype(int))
         expected = classification_metrics(y[rows], p[rows])
@@ -40,12 +39,12 @@ def test_weights_are_repeated_rows_in_regression(simulation):
     p = y + rng.normal(0, 0.5, 400)
     weights = rng.integers(0, 4, (1, 25)).astype(float)
     rows = np.repeat(np.arange(400), weights[0, codes].astype(int))
-    evaluators = _evaluators(REGRESSION, y, p, codes, 25, 0.5, 1000)
+    evaluators = _evaluators(metrics_of("regression"), y, p, codes, 25, 0.5, 1000)
     expected = regression_metrics(y[rows], p[rows])
     assert {name: f(weights)[0] for name, f in evaluators.items()} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("names", [CLASSIFICATION, REGRESSION])
+@pytest.mark.parametrize("names", [metrics_of("classification"), metrics_of("regression")])
 def test_intervals_hold_the_estimate_and_repeat_with_the_seed(simulation, names):
     day = simulation.days(20, 30)
     y, signal = simulation.outcome(day)

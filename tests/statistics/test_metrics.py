@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import subprocess
 import sys
 
@@ -10,16 +9,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from lepton_airflow.errors import BadConfiguration, BadInput
+from lepton_airflow.errors import BadInput
 from lepton_airflow.statistics import (
-    CLASSIFICATION,
-    HIGHER_IS_BETTER,
-    REGRESSION,
     classification_metrics,
     regression_metrics,
 )
-from lepton_airflow.statistics.clusters import cluster_codes
-from lepton_airflow.statistics.metrics import check_metric_names
 
 
 @pytest.fixture
@@ -97,18 +91,6 @@ def test_regression_metrics_agree_with_sklearn(rng):
     assert regression_metrics([2.0, 2.0], [1.0, 2.0])["r2"] is None
 
 
-def test_every_metric_has_a_direction():
-    assert set(HIGHER_IS_BETTER) == {*CLASSIFICATION, *REGRESSION}
-    y, good, bad = [0, 1, 0, 1], [0.1, 0.9, 0.2, 0.8], [0.6, 0.4, 0.7, 0.1]
-    scores = [
-        (classification_metrics(y, good), classification_metrics(y, bad)),
-        (regression_metrics(y, good), regression_metrics(y, bad)),
-    ]
-    for better, worse in scores:
-        for name, value in better.items():
-            assert (value > worse[name]) == HIGHER_IS_BETTER[name], name
-
-
 @pytest.mark.parametrize(
     ("y", "p", "sentence"),
     [
@@ -130,50 +112,6 @@ def test_bad_classification_input_is_refused_in_one_sentence(y, p, sentence):
 def test_a_regression_with_several_outputs_is_refused():
     with pytest.raises(BadInput, match=r"shape \(2, 3\) for a regression"):
         regression_metrics([1.0, 2.0], np.ones((2, 3)))
-
-
-def test_metric_names_are_checked():
-    with pytest.raises(BadConfiguration, match="did you mean 'roc_auc'"):
-        check_metric_names(["roc_acu"])
-    with pytest.raises(BadConfiguration, match="one kind at a time"):
-        check_metric_names(["accuracy", "rmse"])
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ["b", "a", "b"],
-        [2, 1, 2],
-        np.array(["2013-01-02", "2013-01-01", "2013-01-02"], dtype="datetime64[D]"),
-        np.array([dt.date(2013, 1, 2), dt.date(2013, 1, 1), dt.date(2013, 1, 2)]),
-        np.array(["b", 1, "b"], dtype=object),
-    ],
-)
-def test_clusters_may_have_any_keys(keys):
-    codes, count = cluster_codes(keys, 3)
-    assert count == 2
-    assert codes[0] == codes[2] != codes[1]
-
-
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        (["a", "a", "a"], "all 3 rows have the key a"),
-        (["a", "b"], "expected one key per row"),
-        (np.array(["a", None, "b"], dtype=object), "1 of 3 keys are missing, first in row 1"),
-        ([1.0, 2.0, np.nan], "first in row 2"),
-        (np.array(["2013-01-02", "NaT", "NaT"], dtype="datetime64[D]"), "2 of 3 keys are missing"),
-    ],
-)
-def test_bad_clusters_are_refused_in_one_sentence(keys, sentence):
-    with pytest.raises(BadInput, match=sentence):
-        cluster_codes(keys, 3)
-
-
-def test_pandas_missing_keys_are_seen():
-    pandas = pytest.importorskip("pandas")
-    with pytest.raises(BadInput, match="1 of 3 keys are missing"):
-        cluster_codes(pandas.array(["a", None, "b"], dtype="string"), 3)
 
 
 def test_importing_the_package_imports_no_numpy():

@@ -1,5 +1,4 @@
-"""The paired test: against slow references, and by simulation (type-I error, power, and what clusters
-change)."""
+"""The paired test: against slow references, and by simulation (type-I error, power, and what clusters change)."""
 
 from __future__ import annotations
 
@@ -11,13 +10,12 @@ from scipy import stats
 
 from lepton_airflow.errors import BadConfiguration, BadInput
 from lepton_airflow.statistics import (
-    CLASSIFICATION,
-    HIGHER_IS_BETTER,
-    REGRESSION,
+    METRICS,
     classification_metrics,
+    metrics_of,
     paired_test,
+    paired_verdict,
     regression_metrics,
-    verdict,
 )
 
 RUNS = 400
@@ -54,9 +52,8 @@ def test_delong_agrees_with_all_pairs(simulation):
 
 def test_clustered_auc_agrees_with_obuchowski(simulation):
     day = simulation.days(12, 40)
-    y = np.tile(
-        [1] * 10 + [0] * 30, 12
-    )  # every day has as many positives: all small-sample factors are 12 / 11
+    # Every day has as many positives, so all small-sample factors are 12 / 11.
+    y = np.tile([1] * 10 + [0] * 30, 12)
     champion, candidate = simulation.rng.normal(y[None, :] * 0.5, 1, (2, len(y)))
     candidate += simulation.rng.normal(0, 0.5, 12)[day]
     sums = {}
@@ -70,7 +67,8 @@ def test_clustered_auc_agrees_with_obuchowski(simulation):
     found = paired_test(y, champion, candidate, clusters=day)
 
     assert standard_error(found) == pytest.approx(error)
-    assert (found.n_clusters, found.df) == (12, pytest.approx(11))
+    assert found.n_clusters == 12
+    assert found.df == pytest.approx(11)
 
 
 def test_mean_losses_without_clusters_are_the_paired_t_test(simulation):
@@ -98,7 +96,11 @@ def test_equal_clusters_are_a_t_test_on_cluster_means(simulation):
 
 @pytest.mark.parametrize(
     ("metric", "classes"),
-    [*((m, 2) for m in CLASSIFICATION), *((m, 3) for m in CLASSIFICATION), *((m, None) for m in REGRESSION)],
+    [
+        *((m, 2) for m in metrics_of("classification")),
+        *((m, 3) for m in metrics_of("classification")),
+        *((m, None) for m in metrics_of("regression")),
+    ],
 )
 def test_values_are_those_of_the_metrics_and_the_error_that_of_the_jackknife(simulation, metric, classes):
     day = simulation.days(60, 30)
@@ -121,7 +123,9 @@ def test_values_are_those_of_the_metrics_and_the_error_that_of_the_jackknife(sim
 
     before, after = point(y, champion)[metric], point(y, candidate)[metric]
     assert (found.champion, found.candidate) == pytest.approx((before, after))
-    assert found.difference == pytest.approx((after - before) * (1 if HIGHER_IS_BETTER[metric] else -1))
+    assert found.difference == pytest.approx(
+        (after - before) * (1 if METRICS[metric].higher_is_better else -1)
+    )
     # An independent way to the same standard error: leave out one day at a time (Efron & Tibshirani 1993).
     without = [
         point(y[day != d], candidate[day != d])[metric] - point(y[day != d], champion[day != d])[metric]
@@ -172,8 +176,8 @@ def test_a_better_candidate_is_found(simulation, metric):
         y, signal = simulation.outcome(day)
         champion = simulation.model(day, signal, slope=0.2, spread=0.2)
         candidate = simulation.model(day, signal, slope=0.9, spread=0.2)
-        decisions.append(verdict(paired_test(y, champion, candidate, metric, day)).decision)
-        assert verdict(paired_test(y, candidate, champion, metric, day)).decision != "promote"
+        decisions.append(paired_verdict(paired_test(y, champion, candidate, metric, day)).decision)
+        assert paired_verdict(paired_test(y, candidate, champion, metric, day)).decision != "promote"
     assert decisions.count("promote") >= 50
 
 
@@ -199,14 +203,14 @@ def test_swapping_the_models_turns_the_result_round(simulation):
     assert back.p_value == pytest.approx(there.p_value)
 
 
-@pytest.mark.parametrize("metric", CLASSIFICATION)
+@pytest.mark.parametrize("metric", metrics_of("classification"))
 def test_a_model_against_itself_is_held(simulation, metric):
     day = simulation.days(5, 40)
     y, signal = simulation.outcome(day)
     p = simulation.model(day, signal)
     found = paired_test(y, p, p, metric, day)
     assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
-    assert verdict(found).decision == "hold"
+    assert paired_verdict(found).decision == "hold"
 
 
 def test_the_verdict_follows_the_interval_and_says_so(simulation):
@@ -223,18 +227,18 @@ def test_the_verdict_follows_the_interval_and_says_so(simulation):
         n=27161,
         n_clusters=30,
     )
-    assert verdict(found).sentence == (
+    assert paired_verdict(found).sentence == (
         "promote: ROC AUC 0.712 against 0.668 of the champion on 27,161 rows in 30 clusters; "
         "the difference +0.044 has the 95% interval [+0.036, +0.052], above the required +0.000."
     )
-    assert verdict(found, min_effect=0.04).decision == "hold"
-    assert "does not lie above the required +0.040" in verdict(found, min_effect=0.04).sentence
+    assert paired_verdict(found, min_effect=0.04).decision == "hold"
+    assert "does not lie above the required +0.040" in paired_verdict(found, min_effect=0.04).sentence
     worse = dataclasses.replace(
         found, metric="log_loss", difference=-0.02, low=-0.03, high=-0.01, n_clusters=None
     )
-    assert verdict(worse).decision == "reject"
-    assert "27,161 rows; the difference -0.020 (positive is better)" in verdict(worse).sentence
-    assert verdict(worse, min_effect=-0.05).decision == "promote"  # a non-inferiority margin
+    assert paired_verdict(worse).decision == "reject"
+    assert "27,161 rows; the difference -0.020 (positive is better)" in paired_verdict(worse).sentence
+    assert paired_verdict(worse, min_effect=-0.05).decision == "promote"  # a non-inferiority margin
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,9 @@ from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, IntegrityError, StoreError
 from lepton_airflow.store import Store
 from lepton_airflow.store.files import digest_path
+from lepton_airflow.testing.local_s3 import LocalS3
 
 KEY, SECRET = "lepton-key", "lepton-secret"
-
-
-@pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """The address of an S3 server on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3: str, tmp_path: Path) -> tuple[str, Connection]:
-    """A new bucket's URI, and the Connection that opens it."""
-    connection = Connection("s3", "aws", login=KEY, password=SECRET, extra={"endpoint_url": s3})
-    name = hashlib.sha256(str(tmp_path).encode()).hexdigest()[:20]
-    Store(f"s3://{name}/root", connection).fs.mkdir(name)
-    return f"s3://{name}/root", connection
 
 
 @pytest.fixture(params=["file", "s3", "memory"])
@@ -178,6 +159,52 @@ def test_records(store: Store) -> None:
     store.delete("ledger/a.json")
     store.delete("ledger/a.json")
     assert store.keys("ledger") == ["ledger/b.json"]
+
+
+def test_children_and_listings(store: Store, tmp_path: Path) -> None:
+    assert store.children("records/log") == []
+    assert store.listing("records/log") == []
+    before = time.time()
+    for key in ("records/log/001/000001.json", "records/log/note", "records/other"):
+        store.write(key, b"12345")
+    assert store.children("records/log") == ["001/", "note"]
+    files = {e.key: e for e in store.listing("records/log") if not e.key.endswith("/")}
+    assert set(files) == {"records/log/001/000001.json", "records/log/note"}
+    assert {e.bytes for e in files.values()} == {5}
+    assert all(before - 2 < e.modified <= time.time() for e in files.values())
+    assert {e.key for e in store.listing("records/log/note")} == {"records/log/note"}
+    folders = {e.key for e in store.listing("records/log")} - set(files)
+    on_disk = store.protocol == "file"
+    assert folders == ({"records/log/", "records/log/001/"} if on_disk else set())
+    assert all(bool(e.etag) is (store.protocol == "s3") for e in files.values())
+
+
+def test_a_file_that_vanishes_while_a_listing_is_made_hides_no_other(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for number in range(10):
+        store.write(f"records/{number}", b"1")
+    (tmp_path / "records" / "5").unlink()
+    (tmp_path / "records" / "5").symlink_to(
+        tmp_path / "gone"
+    )  # as if it went between being seen and being looked at
+    assert {e.key for e in store.listing("records")} == {"records/"} | {
+        f"records/{n}" for n in range(10) if n != 5
+    }
+
+
+def test_many_files_are_deleted_at_once(store: Store) -> None:
+    for number in range(3):
+        store.write(f"cache/{number}", b"1")
+    store.delete_files([])
+    store.delete_files(["cache/0", "cache/2", "cache/gone"])
+    assert store.keys("cache") == ["cache/1"]
+
+
+def test_a_small_record_costs_s3_one_request(s3: LocalS3, bucket: tuple[str, Connection]) -> None:
+    store = Store(*bucket)
+    store.write("record", b"1")
+    assert s3.count(lambda: store.read("record")) == 1
+    assert s3.count(lambda: store.read("no record")) == 1
 
 
 def test_another_process_is_seen_at_once(bucket: tuple[str, Connection]) -> None:
@@ -341,11 +368,8 @@ def test_without_credentials_s3_says_where_to_name_them(monkeypatch: pytest.Monk
         store.write("a", b"1")
 
 
-def test_a_missing_bucket_is_a_sentence(s3: str) -> None:
-    store = Store(
-        "s3://no-such-bucket/x",
-        Connection("s3", "aws", login=KEY, password=SECRET, extra={"endpoint_url": s3}),
-    )
+def test_a_missing_bucket_is_a_sentence(s3: LocalS3) -> None:
+    store = Store("s3://no-such-bucket/x", s3.connection)
     with pytest.raises(StoreError, match=r"writing a failed: .*bucket does not exist"):
         store.write("a", b"1")
 
@@ -371,18 +395,20 @@ def test_a_connection_of_the_amazon_provider_opens_a_store() -> None:
     fs = Store("s3://bucket/x", Connection("s3", "aws", extra=extra)).fs
     assert (fs.key, fs.secret, fs.token) == (KEY, SECRET, "short-lived")
     assert fs.client_kwargs == {"region_name": "eu-central-1"}
-    assert fs.config_kwargs == {"connect_timeout": 15}
+    assert fs.config_kwargs == {"connect_timeout": 15, "max_pool_connections": 16}
 
 
 def test_how_s3_is_waited_for_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"config_kwargs": {"connect_timeout": 3, "read_timeout": 7}}
     told = Connection("s3", "aws", extra={"storage_options": options})
-    assert Store("s3://bucket/x", told).fs.config_kwargs == options["config_kwargs"]
+    ours = {"connect_timeout": 15, "max_pool_connections": 16}
+    assert Store("s3://bucket/x", told).fs.config_kwargs == ours | options["config_kwargs"]
     machine = {"config_kwargs": {"read_timeout": 9, "signature_version": "s3v4"}}
     monkeypatch.setitem(fsspec.config.conf, "s3", machine)
-    assert Store("s3://bucket/y").fs.config_kwargs == machine["config_kwargs"] | {"connect_timeout": 15}
+    assert Store("s3://bucket/y").fs.config_kwargs == ours | machine["config_kwargs"]
     assert (
-        Store("s3://bucket/y", told).fs.config_kwargs == machine["config_kwargs"] | options["config_kwargs"]
+        Store("s3://bucket/y", told).fs.config_kwargs
+        == ours | machine["config_kwargs"] | options["config_kwargs"]
     )
 
 

@@ -124,7 +124,7 @@ def test_without_a_gpu_a_driver_or_the_library_there_is_nothing_and_no_noise(
     assert caplog.text == ""
 
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 def test_the_benchmark_is_ready_to_run() -> None:

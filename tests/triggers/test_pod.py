@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from lepton_airflow.pods import MANAGED_BY, MANAGER, RUN_KEY, TRY
+from lepton_airflow.pods import MANAGED_BY, MANAGER, RUN_KEY, TRY, watch
 from lepton_airflow.triggers import pod as triggers
 from lepton_airflow.triggers.pod import PodTrigger
 
@@ -137,8 +137,8 @@ def trigger(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "kubeconfig").write_text(json.dumps(config))
     monkeypatch.setenv("AIRFLOW_CONN_KUBERNETES_DEFAULT", "kubernetes://")
     monkeypatch.setattr(triggers, "_SOONEST_S", 0.0)
-    monkeypatch.setattr(triggers, "_CREATE_S", 0.05)
-    monkeypatch.setattr(triggers, "_SURE_S", 0.5)
+    monkeypatch.setattr(triggers, "_ROOM_EVERY_S", 0.05)
+    monkeypatch.setattr(watch, "REFUSAL_SURE_S", 0.5)
 
     def make(run_key: str, **changes: Any) -> PodTrigger:
         clocks = {"admission_s": 1e9, "schedule_s": 1e9, "start_s": 1e9, "run_s": 1e9, "deadline": None}
@@ -193,7 +193,7 @@ def test_thirty_triggers_ask_as_much_as_one(api: ApiServer, trigger: Any) -> Non
 
     assert asyncio.run(story()) == [{"read": {}, "refused": ""}] * 30
     assert (api.count("list"), api.count("watch")) == (1, 1)
-    assert triggers._NAMESPACES == {}  # nothing goes on when nobody waits
+    assert watch._NAMESPACES == {}  # nothing goes on when nobody waits
 
 
 def test_new_lines_are_logged_once_and_the_last_one_is_handed_on(
@@ -280,8 +280,8 @@ def test_the_worker_asks_where_a_server_is_away_for_long(
     api: ApiServer, trigger: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.refuse = 503, "etcd is away"
-    monkeypatch.setattr(triggers, "_AWAY_S", 0.1)
-    monkeypatch.setattr(triggers, "_AWAY_LIMIT_S", 0.5)
+    monkeypatch.setattr(triggers, "API_PAUSE_S", 0.1)
+    monkeypatch.setattr(triggers, "API_AWAY_S", 0.5)
     assert asyncio.run(fired(trigger("run")))[0]["refused"] == ""
 
 
@@ -331,3 +331,12 @@ def test_a_row_holds_no_secret_and_makes_the_same_trigger(trigger: Any) -> None:
     assert path == "lepton_airflow.triggers.pod.PodTrigger"
     assert "token" not in json.dumps(values)
     assert PodTrigger(**values).serialize() == (path, values)
+
+
+def test_a_password_in_a_connection_s_url_is_kept_out_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = {"conn_type": "http", "host": "https://me:correct-horse@proxy.example"}
+    monkeypatch.setenv("AIRFLOW_CONN_BY_URL", json.dumps(address))
+    hide = asyncio.run(triggers._redactor(["by_url"]))
+    assert hide("cannot reach https://me:correct-horse@proxy.example") == (
+        "cannot reach https://me:***@proxy.example"
+    )

@@ -9,15 +9,23 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.connections import Connection
+from lepton_airflow.connections import AwsAccess, Connection, hide_logins
 from lepton_airflow.contract import digest_of
-from lepton_airflow.data.dataset import quote
-from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, require
+from lepton_airflow.data.sources.spec import Source
+from lepton_airflow.data.sql import literal, quote
+from lepton_airflow.errors import (
+    BadConfiguration,
+    BadInput,
+    LeptonError,
+    did_you_mean,
+    is_transient,
+    require,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,11 +34,8 @@ if TYPE_CHECKING:
     from pyiceberg.expressions import BooleanExpression
     from pyiceberg.table import DataScan, Table
 
-    from lepton_airflow.data.sources.files import Source
     from lepton_airflow.sdk.stage import RunInfo
 
-FORMATS = ("delta", "iceberg")
-SIGNS = ("=", "<", "<=", ">", ">=", "in")
 _MAX_LISTED = 20  # versions, snapshots or tables named in a message
 
 
@@ -43,7 +48,7 @@ def open_lake(source: Source, run: RunInfo) -> Lake:
     require(kind.library, f"source {source.name!r}", "lakes")
     connection = run.connection(source.connection) if source.connection else None
     version, _ = run.pins.get(repr(source)) or (source.lake_version, None)
-    with _sentences(source, connection):
+    with _in_one_sentence(source, connection):
         lake = kind(source, connection, version, run)
     run.pins[repr(source)] = (
         lake.version,
@@ -98,7 +103,7 @@ class Lake(ABC):
         import pyarrow as pa
 
         yield pa.RecordBatch.from_pylist([], schema=self.schema)
-        with _sentences(self.source, self.connection):
+        with _in_one_sentence(self.source, self.connection):
             for batch in self._stream():
                 yield batch.select(self.schema.names).cast(self.schema)
 
@@ -177,24 +182,24 @@ class Delta(Lake):
         self.schema = self._project(pa.schema(table.schema().to_arrow()))
 
     def _options(self, uri: str) -> dict[str, str]:
+        """What ``deltalake`` needs to open the table, named as Rust's object store names it."""
         connection = self.connection
         store = self.run.store
         if connection is None and uri.partition("://")[0] == store.protocol:
             connection = store.connection
         if connection is None:
             return {}
-        extra = connection.extra
-        endpoint = extra.get("endpoint_url") or connection.host
+        aws = AwsAccess.of(connection)
         named = {
-            "AWS_ACCESS_KEY_ID": connection.login or extra.get("aws_access_key_id"),
-            "AWS_SECRET_ACCESS_KEY": connection.password or extra.get("aws_secret_access_key"),
-            "AWS_SESSION_TOKEN": extra.get("aws_session_token"),
-            "AWS_REGION": extra.get("region_name"),
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ALLOW_HTTP": "true" if endpoint and endpoint.startswith("http://") else None,
+            "AWS_ACCESS_KEY_ID": aws.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": aws.secret_access_key,
+            "AWS_SESSION_TOKEN": aws.session_token,
+            "AWS_REGION": aws.region,
+            "AWS_ENDPOINT_URL": aws.endpoint_url,
+            "AWS_ALLOW_HTTP": "true" if aws.endpoint_url and aws.endpoint_url.startswith("http://") else None,
         }
-        aws = uri.startswith(("s3://", "s3a://"))
-        return {k: str(v) for k, v in named.items() if v and aws} | extra.get("delta", {})
+        on_s3 = uri.startswith(("s3://", "s3a://"))
+        return {k: v for k, v in named.items() if v and on_s3} | connection.extra.get("delta", {})
 
     def _stream(self) -> Iterator[pa.RecordBatch]:
         import pyarrow as pa
@@ -236,22 +241,23 @@ class Iceberg(Lake):
         self._scan = whole.update(row_filter=self._expression(), selected_fields=tuple(self.schema.names))
 
     def _properties(self) -> dict[str, Any]:
+        """What ``pyiceberg`` needs to open the catalog and its files."""
         connection = self.connection
         if connection is None:
             return dict(self.source.catalog)
-        extra = connection.extra
+        aws = AwsAccess.of(connection)
         named = {
-            "client.access-key-id": connection.login or extra.get("aws_access_key_id"),
-            "client.secret-access-key": connection.password or extra.get("aws_secret_access_key"),
-            "client.session-token": extra.get("aws_session_token"),
-            "client.region": extra.get("region_name"),
-            "s3.endpoint": extra.get("endpoint_url") or connection.host,
+            "client.access-key-id": aws.access_key_id,
+            "client.secret-access-key": aws.secret_access_key,
+            "client.session-token": aws.session_token,
+            "client.region": aws.region,
+            "s3.endpoint": aws.endpoint_url,
         }
-        aws = connection.type in ("aws", "s3")
+        of_aws = connection.type in ("aws", "s3")
         return (
-            {k: str(v) for k, v in named.items() if v and aws}
+            {k: v for k, v in named.items() if v and of_aws}
             | dict(self.source.catalog)
-            | extra.get("iceberg", {})
+            | connection.extra.get("iceberg", {})
         )
 
     def _find(self, catalog: Catalog) -> Table:
@@ -298,86 +304,21 @@ def _sql(sign: str, value: Any) -> str:
 
 
 def _sql_value(value: Any) -> str:
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else json.dumps(value)
+    return literal(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _moment(at_ms: int) -> str:
     return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-def check_lake(source: Source) -> None:
-    """Raise BadConfiguration, with the right form, where a source's options for a lake do not fit together."""
-    what = f"source {source.name!r}"
-    if source.format == "delta":
-        if not isinstance(source.uri, str) or not source.uri or source.sql or source.table or source.catalog:
-            raise BadConfiguration(
-                f"{what} needs the one uri of a Delta table: {{'format': 'delta', 'uri': …, 'version': …}}."
-            )
-    elif (
-        not source.table
-        or "." not in source.table
-        or not (source.catalog or source.connection)
-        or source.uri
-        or source.sql
-    ):
-        raise BadConfiguration(
-            f"{what} needs a table, as namespace.table, and its catalog: {{'format': 'iceberg', 'catalog': {{'type': 'rest', 'uri': …}}, "
-            "'table': 'db.orders', 'snapshot_id': …}."
-        )
-    for key, value in source.catalog.items():
-        if _is_secret(key, value):
-            raise BadConfiguration(
-                f"{what}: catalog[{key!r}] is a secret, which a DAG must not hold: put it into the extra of an Airflow "
-                f'Connection, as {{"iceberg": {{"{key}": …}}}}, and name that as connection.'
-            )
-    if not isinstance(source.columns, (list, tuple)):
-        raise BadConfiguration(f"{what}: columns={source.columns!r}: expected a list of names.")
-    if not isinstance(source.filters, (list, tuple)):
-        raise BadConfiguration(
-            f"{what}: filters={source.filters!r}: expected a list of [column, sign, value]."
-        )
-    for item in source.filters:
-        if (
-            not isinstance(item, (list, tuple))
-            or len(item) != 3
-            or not isinstance(item[0], str)
-            or item[1] not in SIGNS
-        ):
-            raise BadConfiguration(
-                f"{what}: filters has {item!r}: expected [column, sign, value] with a sign of {' '.join(SIGNS)}."
-            )
-        if (item[1] == "in") != isinstance(item[2], (list, tuple)):
-            raise BadConfiguration(
-                f"{what}: filters has {item!r}: a list of values goes with 'in', and only with it."
-            )
-        if item[2] in (None, [], ()) or (item[1] == "in" and None in item[2]):
-            raise BadConfiguration(
-                f"{what}: filters has {item!r}: no row compares with nothing: select missing values in the query."
-            )
-
-
-def _is_secret(key: str, value: Any) -> bool:
-    """Whether a property, or one inside it (``auth`` of a REST catalog), is called like a secret or is a URL with one."""
-    if isinstance(value, Mapping):
-        return any(_is_secret(inner, item) for inner, item in value.items())
-    return bool(_SECRET.search(key) or _URL_PASSWORD.search(str(value)))
-
-
-_SECRET = re.compile(
-    r"pass(word|wd)|secret|token|credential|(access|account|api|private)-key|connection-string", re.IGNORECASE
-)
-_URL_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
-# SQLAlchemy's and pyiceberg's, and what Rust's object store says, which reaches us as one of Arrow's errors.
-_PASSING_KINDS = frozenset({"InterfaceError", "OperationalError", "ServerError", "ServiceUnavailableError"})
-_PASSING = re.compile(
-    r"Generic \w+ error|timed? ?out|connection (refused|reset|closed|aborted)|error sending request"
-    r"|too many requests|slow ?down",
-    re.IGNORECASE,
-)
+# How SQLAlchemy and pyiceberg call what may be over at the next try. What Rust's object store says reaches us as one of
+# Arrow's errors, so that only the text tells it.
+_TRANSIENT_KINDS = frozenset({"InterfaceError", "OperationalError", "ServerError", "ServiceUnavailableError"})
+_OBJECT_STORE = re.compile(r"Generic \w+ error")
 
 
 @contextmanager
-def _sentences(source: Source, connection: Connection | None) -> Iterator[None]:
+def _in_one_sentence(source: Source, connection: Connection | None) -> Iterator[None]:
     """Say in one sentence what a library of many error classes and page-long messages could not do."""
     try:
         yield
@@ -386,7 +327,7 @@ def _sentences(source: Source, connection: Connection | None) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - Rust's, Arrow's, SQLAlchemy's, requests' and botocore's share no base
         where = source.table or source.uri
         text = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error) or type(error).__name__).split())
-        text = _URL_PASSWORD.sub("://***@", text)
+        text = hide_logins(text)
         if connection is not None and connection.password:
             text = text.replace(connection.password, "***")
         if isinstance(error, FileNotFoundError) or "not found: No such file" in text:
@@ -395,9 +336,13 @@ def _sentences(source: Source, connection: Connection | None) -> Iterator[None]:
                 f"or to the expiry of snapshots: read a newer one. ({text[-200:]})"
             ) from None
         # A store or a catalog that does not answer may answer the next try; anything else would fail the same way.
-        passing = type(error).__name__ in _PASSING_KINDS or _PASSING.search(text)
-        unreachable = isinstance(error, OSError) or passing
-        kind = LeptonError if unreachable else BadInput
+        transient = (
+            isinstance(error, OSError)
+            or type(error).__name__ in _TRANSIENT_KINDS
+            or is_transient(text)
+            or _OBJECT_STORE.search(text)
+        )
+        kind = LeptonError if transient else BadInput
         raise kind(
             f"source {source.name!r}: {source.format} table {where} cannot be read: {text[:400]}"
         ) from None

@@ -1,0 +1,201 @@
+"""Any source as Parquet in the run's scratch space, and a digest that names its content.
+
+The user's query then reads typed, checked columns only. Nothing is held in memory: files are streamed to disk, DuckDB
+spills, and the rows of tables arrive in batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.contract import digest_of
+from lepton_airflow.data.sources.csv_files import CsvFiles
+from lepton_airflow.data.sources.database import query_database
+from lepton_airflow.data.sources.files import (
+    JsonLines,
+    ParquetFiles,
+    Reader,
+    check_no_doubles,
+    find_files,
+    parquet_scan,
+    query,
+)
+from lepton_airflow.data.sources.lakes import lake_digest, open_lake
+from lepton_airflow.data.sources.spec import Source
+from lepton_airflow.data.sql import SCRATCH, literal, quote
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, first_line
+from lepton_airflow.store.files import digest_path
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+    from lepton_airflow.sdk.stage import RunInfo
+
+log = logging.getLogger(__name__)
+
+_READERS: dict[str, type[Reader]] = {
+    "csv": CsvFiles, "tsv": CsvFiles, "jsonl": JsonLines, "parquet": ParquetFiles,
+}  # fmt: skip
+_ROW_GROUP_BYTES = 32 << 20  # of a table's rows in memory before they are written
+_TELL_S = 10.0  # between two lines in the log about a table that is being read
+
+
+def source_digest(source: Source, run: RunInfo) -> str | None:
+    """sha256 over the contents of the files in order; that of the version of a table; None of a live database."""
+    if source.sql:
+        return digest_of([source.version]) if source.version is not None else None
+    if source.is_lake:
+        return lake_digest(source, run)
+    return digest_of([digest_path(path)[0] for path in find_files(source, run)])
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A source as Parquet: its rows, those rejected on the way, its columns, and the version that a lake's table has."""
+
+    name: str
+    rows: int
+    rejected: int
+    columns: dict[str, str]
+    version: int | None = None
+
+
+class Landing:
+    """Turns sources into Parquet with one DuckDB connection; its table ``rejected`` keeps what could not be read."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, run: RunInfo) -> None:
+        self.con, self.run = con, run
+        self.folder = run.workdir / "landed"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        con.execute(
+            'CREATE TEMP TABLE rejected (source TEXT, file TEXT, line BIGINT, "column" TEXT, error TEXT, raw TEXT)'
+        )
+
+    def land(self, source: Source, files: Mapping[Path, str]) -> Landed:
+        """Land one source, and make a view of its name. ``files`` is empty for a table of a lake or a database.
+
+        :raises BadInput: a file is empty, damaged, or its columns do not fit the others'.
+        """
+        version, typed, unfit = None, False, 0
+        if files:
+            paths, typed = self._files(source, files)
+        elif source.is_lake:
+            lake = open_lake(source, self.run)
+            paths, version = [self._table(source, lake.batches())], lake.version
+        else:
+            paths = [self._table(source, query_database(source, self.run))]
+        if source.types and not typed:
+            paths, unfit = self._cast(source, paths)
+        name = quote(source.name)
+        self.con.execute(
+            f"CREATE TEMP VIEW {name} AS SELECT * FROM {parquet_scan(paths, union=source.union)}"
+        )
+        columns = {str(r[0]): str(r[1]) for r in self.con.execute(f"DESCRIBE {name}").fetchall()}
+        rows = self._count(f"FROM {name}")
+        # One line may be wrong in several columns: it is one rejected row.
+        lines = self._count(
+            "FROM (SELECT DISTINCT file, line FROM rejected WHERE source = $1 AND line IS NOT NULL)",
+            [source.name],
+        )
+        return Landed(source.name, rows, lines + unfit, columns, version)
+
+    def _files(self, source: Source, files: Mapping[Path, str]) -> tuple[list[Path], bool]:
+        """The files as Parquet, and whether the stated types are heeded already."""
+        before = {path: _stamp(path) for path in files}
+        formats = {source.file_format(path.name) for path in files}
+        if len(formats) > 1:
+            raise BadConfiguration(
+                f"source {source.name!r} mixes {' and '.join(sorted(formats))}: make it two sources."
+            )
+        for path, uri in files.items():
+            if path.stat().st_size == 0:
+                raise BadInput(
+                    f"source {source.name!r}: {uri} is empty (0 bytes): expected at least a header or a row."
+                )
+        reader = _READERS[formats.pop()](self.con, source, files, self.folder)
+        paths = reader.land()
+        for path, uri in files.items():
+            if _stamp(path) != before[path]:
+                raise LeptonError(
+                    f"source {source.name!r}: {uri} changed while it was read; try again when it is complete."
+                )
+        return paths, reader.applies_types
+
+    def _table(self, source: Source, batches: Iterator[pa.RecordBatch]) -> Path:
+        """Write the batches of a table, the first of which has no rows, as Parquet."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        target = self.folder / f"{source.name}.parquet"
+        schema = next(batches).schema
+        check_no_doubles(source, "its table", schema.names)
+        rows, waiting, told = 0, list[pa.RecordBatch](), time.monotonic()
+        with pq.ParquetWriter(target, schema) as writer:
+
+            def write() -> None:
+                writer.write_table(pa.Table.from_batches(waiting, schema))  # one row group
+                waiting.clear()
+
+            for batch in batches:
+                waiting.append(batch)
+                rows += batch.num_rows
+                if sum(b.nbytes for b in waiting) >= _ROW_GROUP_BYTES:
+                    write()
+                if time.monotonic() - told > _TELL_S:
+                    told = time.monotonic()
+                    log.info("%s: %d rows so far", source.name, rows)
+                self.run.check_stop()
+            write()
+        return target
+
+    def _cast(self, source: Source, paths: Sequence[Path]) -> tuple[list[Path], int]:
+        """Give columns their stated types; a row with a value that does not fit is rejected, and counted."""
+        import duckdb
+
+        scan = parquet_scan(paths, union=source.union)
+        names = [str(r[0]) for r in self.con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()]
+        for column, kind in source.types.items():
+            if column not in names:
+                raise BadInput(
+                    f"source {source.name!r}: types names column {column!r}; {did_you_mean(column, names)}"
+                )
+            try:
+                self.con.execute(f"SELECT CAST(NULL AS {kind})")
+            except duckdb.Error as error:
+                raise BadConfiguration(
+                    f"source {source.name!r}: types[{column!r}]={kind!r}: {first_line(error)}"
+                ) from None
+            self.con.execute(
+                f"INSERT INTO rejected SELECT $1, NULL, NULL, $2, 'CAST: not a ' || $3, to_json(t)::TEXT FROM {scan} t "
+                f"WHERE {quote(column)} IS NOT NULL AND TRY_CAST({quote(column)} AS {kind}) IS NULL",
+                [source.name, column, kind],
+            )
+        target = self.folder / f"{source.name}-typed.parquet"
+        casts = ", ".join(f"TRY_CAST({quote(c)} AS {k}) AS {quote(c)}" for c, k in source.types.items())
+        fits = " AND ".join(
+            f"({quote(c)} IS NULL OR TRY_CAST({quote(c)} AS {k}) IS NOT NULL)"
+            for c, k in source.types.items()
+        )
+        query(
+            self.con,
+            source,
+            "its rows",
+            f"COPY (SELECT * REPLACE ({casts}) FROM {scan} WHERE {fits}) TO {literal(target)} ({SCRATCH})",
+        )
+        unfit = self._count(f"FROM {scan}") - self._count(f"FROM {parquet_scan([target], union=False)}")
+        return [target], unfit
+
+    def _count(self, of: str, parameters: Sequence[Any] = ()) -> int:
+        ((rows,),) = self.con.execute(f"SELECT count(*) {of}", list(parameters)).fetchall()
+        return int(rows)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

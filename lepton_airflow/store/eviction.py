@@ -1,0 +1,185 @@
+"""Make room in a store: mark what is still named, sweep the rest.
+
+An artifact stays as long as one of these names it:
+
+- anything under ``records/``, where :class:`~lepton_airflow.store.records.Log` writes whatever it is used for;
+- a cache entry that stays;
+- a receipt that stays, as the next task may be about to read what it names.
+
+Eviction knows no kind of record. So a new kind keeps its artifacts without being entered here, also from a process that has
+never imported the module that writes it.
+
+The age of everything comes from the listings. Only what may name an artifact is read, 16 at a time, and on an object store only
+what was written since the last eviction. Just before something is removed its age is looked at again, as it may have been
+written once more since it was listed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lepton_airflow.contract import digest_of
+from lepton_airflow.store.files import Listed, Store, at_once, is_temporary
+from lepton_airflow.store.records import ROOT, refuse_old_layout
+
+# What is younger always stays: a task may be about to name the artifact, to read its receipt, or to resume.
+GRACE_S = 3600.0
+_INDEX = "index/names.json"
+
+
+def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
+    """Drop what is at least so old: cache entries, receipts, checkpoints; then the artifacts that nothing names.
+
+    Artifacts, receipts and checkpoints younger than an hour stay in any case; what a killed writer has left half written goes
+    after an hour. With ``stage``, only that stage's entries, receipts and checkpoints are dropped.
+    Returns the numbers of cache entries and of bytes removed.
+    """
+    refuse_old_layout(store)
+    now = time.time()
+    young = now - GRACE_S
+    cache = store.listing("cache")
+    dropped = {
+        entry.key
+        for entry in _files(cache)
+        if entry.modified <= now - older_than_s and stage in (None, entry.key.split("/")[1])
+    }
+    store.delete_files(sorted(dropped))
+    # Listed only now: a task that has found an entry which is gone since is the likelier to have its receipt, which names the same.
+    prefixes = ("receipts", "checkpoints", ROOT, "artifacts")
+    receipts, checkpoints, records, artifacts = at_once(store.listing, prefixes)
+    removed = _remove_runs(store, receipts, checkpoints, min(now - older_than_s, young), stage)
+    naming = [
+        e for e in _files([*cache, *receipts, *records]) if e.key not in dropped and e.key not in removed
+    ]
+    named = _named(store, naming, young)
+    unnamed = [key for key in _old(_by_folder(artifacts), young) if key.partition("/")[2] not in named]
+    removed |= _remove(store, unnamed, young)
+    broken_off = _old(_temporaries([*cache, *receipts, *records, *artifacts]), young)
+    removed |= _remove(store, broken_off, young)
+    return len(dropped), sum(removed.values())
+
+
+def _remove_runs(
+    store: Store, receipts: Sequence[Listed], checkpoints: Sequence[Listed], before: float, stage: str | None
+) -> dict[str, int]:
+    """Remove what runs have left that ended before a time: checkpoints that no try resumed from, and receipts."""
+    keys = [
+        *_old(_by_folder(checkpoints), before),
+        *(e.key for e in _files(receipts) if e.modified <= before),
+    ]
+    if stage is not None:
+        run_keys = [key.split("/")[1].removesuffix(".json") for key in keys]
+        found = at_once(store.receipt, run_keys)
+        keys = [key for key, r in zip(keys, found, strict=True) if r is not None and r.stage == stage]
+    return _remove(store, keys, before)
+
+
+def _remove(store: Store, keys: Iterable[str], before: float) -> dict[str, int]:
+    """Remove files and folders, but none that was written since they were listed; the bytes of each that is gone."""
+
+    def remove(key: str) -> tuple[str, int] | None:
+        found = store.listing(key)
+        if not found or max(e.modified for e in found) > before:
+            return None
+        if [e.key for e in found] == [key]:
+            store.delete_files([key])
+        else:
+            store.delete(key)
+        return key, sum(e.bytes for e in found)
+
+    return dict(done for done in at_once(remove, keys) if done is not None)
+
+
+# -- what is named -------------------------------------------------------------------------------------------------------
+
+
+def _named(store: Store, naming: Sequence[Listed], settled: float) -> set[str]:
+    """The folders of ``artifacts/`` that these files name.
+
+    An object whose ETag and time of writing are those in the index is not read again. The index is this function's own
+    cache: without it everything is read. An object is entered only when it was written long before it was listed. If it is
+    overwritten between the listing and the read, its time of writing is another one from then on, and it is read again.
+    """
+    index = _read_index(store)
+    known = {
+        e.key: index[e.key] for e in naming if e.etag and index.get(e.key, [])[:2] == [e.etag, e.modified]
+    }
+    unread = [e for e in naming if e.key not in known and e.bytes]
+    read = dict(
+        zip(
+            (e.key for e in unread),
+            at_once(lambda e: names_in(store.read(e.key) or b""), unread),
+            strict=True,
+        )
+    )
+    settled_now = {
+        e.key: [e.etag, e.modified, sorted(read[e.key])] for e in unread if e.etag and e.modified <= settled
+    }
+    if settled_now or len(known) < len(index):
+        _write_index(store, known | settled_now)
+    return {name for *_, names in known.values() for name in names}.union(*read.values())
+
+
+def names_in(text: bytes) -> set[str]:
+    """Every 32 hex digits in a text that may name a folder of ``artifacts/``: each longer row's first and last ones too."""
+    rows = re.findall(rb"[0-9a-f]{32,}", text)
+    return {part.decode() for row in rows for part in (row[:32], row[-32:])}
+
+
+def _read_index(store: Store) -> dict[str, list[Any]]:
+    try:
+        index = json.loads(store.read(_INDEX) or b"{}")
+        read: dict[str, list[Any]] = index.get("read", {})
+        return read if index.get("sha256") == digest_of(read) else {}
+    except (ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write_index(store: Store, read: dict[str, list[Any]]) -> None:
+    store.write(_INDEX, json.dumps({"sha256": digest_of(read), "read": read}).encode())
+
+
+# -- listings ------------------------------------------------------------------------------------------------------------
+
+
+def _files(listed: Iterable[Listed]) -> list[Listed]:
+    return [e for e in listed if not e.key.endswith("/") and not is_temporary(e.key)]
+
+
+def _by_folder(listed: Iterable[Listed]) -> dict[str, float]:
+    """When anything in each folder of a prefix, or the folder itself, was last written.
+
+    The folder counts as well: a writer may have made it and not yet the file in it.
+    """
+    newest: dict[str, float] = {}
+    for e in listed:
+        prefix, _, rest = e.key.partition("/")
+        if rest:
+            folder = f"{prefix}/{rest.partition('/')[0]}"
+            newest[folder] = max(newest.get(folder, 0.0), e.modified)
+    return newest
+
+
+def _temporaries(listed: Iterable[Listed]) -> dict[str, float]:
+    """What writers have begun and not put into its place, with the time of the last write to each.
+
+    An artifact's own files may be called anything, so below its folder only the first level counts.
+    """
+    newest: dict[str, float] = {}
+    for e in listed:
+        if "/.tmp-" not in e.key:
+            continue
+        parts = e.key.rstrip("/").split("/")
+        depth = 3 if parts[0] == "artifacts" else len(parts)
+        key = "/".join(parts[:depth])
+        if len(parts) >= depth and re.fullmatch(r"\.tmp-[0-9a-f]{16}", parts[depth - 1]):
+            newest[key] = max(newest.get(key, 0.0), e.modified)
+    return newest
+
+
+def _old(written: dict[str, float], before: float) -> list[str]:
+    return [key for key, modified in written.items() if modified <= before]
