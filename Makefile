@@ -1,6 +1,6 @@
 # Every target sets up .venv first (minutes once, then nothing): see .ci/setup.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-cluster demo-stop images test lint docs bench  # bench-% cannot be listed, and no file is called so
+.PHONY: help setup demo demo-cluster demo-stop images test test-quick lint docs bench  # bench-% cannot be listed, and no file is called so
 python := .venv/bin/python
 
 help: ## Show this list
@@ -23,8 +23,13 @@ demo-stop: setup ## End what make demo and make demo-cluster started
 images: ## Build the stages' image with docker or podman; EXTRAS="validate train,s3" builds one for each
 	@images/build
 
+pytest := $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+
 test: setup ## Run all tests; those on a Kubernetes cluster when KUBECONFIG names one, for which an image is built
-	@LEPTON_TEST_IMAGE=$${LEPTON_TEST_IMAGE:-$$([ -z "$$KUBECONFIG" ] || .ci/cluster)} $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(pytest)
+
+test-quick: setup ## Run the tests that need no Airflow, no cluster, no browser and no network: four minutes
+	@$(pytest) -m "not airflow and not cluster and not network and not slow"
 
 lint: setup ## Check style, types, the layers of the architecture, shell scripts, Dockerfiles and spelling
 	.venv/bin/ruff check
@@ -41,5 +46,5 @@ docs: setup ## Build the documentation as one site, in site/; it loads nothing f
 bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py
 
-bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, validate); its last line is one JSON object
+bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, store, validate); its last line is one JSON object
 	@$(python) benchmarks/run.py $*

@@ -90,7 +90,7 @@ _SIDES = {
 import json, resource, sys, time
 from pathlib import Path
 import numpy, scipy.stats
-from lepton_airflow.data.dataset import connect, literal
+from lepton_airflow.data.sql import connect, literal
 from lepton_airflow.evaluation.drift import judge_columns
 folder = Path(sys.argv[1])
 (folder / "work").mkdir(exist_ok=True)

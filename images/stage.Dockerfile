@@ -1,4 +1,4 @@
-# An image in which stages run: the door, and what the extras of one stage (or of several) need. No Airflow.
+# An image in which stages run: what the entry point and the extras of one stage (or of several) need. No Airflow.
 #
 #   make images                                     localhost/lepton-stage:all
 #   EXTRAS="validate train,torch,s3" make images    localhost/lepton-stage:validate and …:train-torch-s3
@@ -10,28 +10,31 @@ ARG BASE=docker.io/library/python:3.11-slim
 
 # -- what the extras need: a layer of its own, made again only when pyproject.toml or constraints.txt changes ---------------
 FROM ${BASE} AS dependencies
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1
 RUN python -m venv --without-pip /opt/venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt images/requirements.py ./
+RUN python -m venv /opt/tools && /opt/tools/bin/python -m pip install -c constraints.txt hatchling pip uv
 # Extras of pyproject.toml, separated by commas.
 ARG EXTRAS=all
 # Which build of torch: an index of PyTorch's that holds the CPU build, or the one of a CUDA version. Without one it is the build
 # of pip's own index, which for Linux is mostly a CUDA one of several GB.
 ARG TORCH_INDEX=
+# As .ci/setup does it: torch by pip, which may be configured for one build of it, and all others by uv, which needs a sixth of
+# pip's time and asks the index that pip is configured for. Where uv fails, pip installs everything.
 RUN python requirements.py "${EXTRAS}" < pyproject.toml > requirements.txt \
- && if [ -n "${TORCH_INDEX}" ] && grep -q '^torch[^a-z]' requirements.txt; then \
-      python -m pip --python /opt/venv install --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"; \
-    fi \
- && python -m pip --python /opt/venv install -c constraints.txt -r requirements.txt
+ && pip="/opt/tools/bin/python -m pip --python /opt/venv install -c constraints.txt" \
+ && if grep -q '^torch[^a-z]' requirements.txt; then $pip --no-deps --no-compile ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch; fi \
+ && index=${PIP_INDEX_URL:-$(/opt/tools/bin/python -m pip config get global.index-url 2>/dev/null || true)} \
+ && { UV_DEFAULT_INDEX="${index}" /opt/tools/bin/uv pip install --no-progress --compile-bytecode \
+        --python /opt/venv/bin/python -c constraints.txt -r requirements.txt || $pip -r requirements.txt; }
 
 # -- the package: seconds ---------------------------------------------------------------------------------------------------
 FROM dependencies AS package
-RUN python -m venv /opt/build && /opt/build/bin/python -m pip install -c constraints.txt hatchling
 COPY README.md LICENSE ./
 COPY lepton_airflow ./lepton_airflow
-RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir wheels . \
- && python -m pip --python /opt/venv install --no-deps --root /package wheels/*.whl
+RUN /opt/tools/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir wheels . \
+ && /opt/tools/bin/python -m pip --python /opt/venv install --no-deps --root /package wheels/*.whl
 
 # -- the image --------------------------------------------------------------------------------------------------------------
 FROM ${BASE}

@@ -135,6 +135,11 @@ _TRANSIENT = re.compile(
 )
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: DuckDB draws the query under its own."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: ``did you mean 'x'? Known: …``."""
     names = sorted(known)

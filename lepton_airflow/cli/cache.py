@@ -7,8 +7,6 @@ import os
 import sys
 
 from lepton_airflow.cli import Commands, store_of
-from lepton_airflow.store.cache import entries
-from lepton_airflow.store.eviction import evict
 
 _WEEK_S = 7 * 24 * 3600.0
 
@@ -35,6 +33,8 @@ def add(commands: Commands) -> None:
 
 
 def _cache_ls(args: argparse.Namespace) -> int:
+    from lepton_airflow.store.cache import entries
+
     found = entries(store_of(args))
     if not found:
         print(f"nothing is cached in {args.store}", file=sys.stderr)
@@ -48,6 +48,8 @@ def _cache_ls(args: argparse.Namespace) -> int:
 
 
 def _cache_evict(args: argparse.Namespace) -> int:
+    from lepton_airflow.store.eviction import evict
+
     dropped, freed = evict(store_of(args), stage=args.stage, older_than_s=args.older_than_s)
     print(f"{dropped} entries and {freed:,} bytes removed")
     return 0

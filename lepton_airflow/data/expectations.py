@@ -33,7 +33,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.sql.compiler import GenericTypeCompiler, IdentifierPreparer, SQLCompiler
 
-from lepton_airflow.data.dataset import quote
+from lepton_airflow.data.sql import quote
 
 log = logging.getLogger(__name__)
 

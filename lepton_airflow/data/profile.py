@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import DatasetInfo, quote
+from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.sql import fetch_row, nan_as_null, quote
 
 if TYPE_CHECKING:
     import duckdb
@@ -127,10 +128,7 @@ def _described(
 
 
 def _as_number(name: str) -> str:
-    # NaN counts as missing: pandas, sklearn and the ONNX model see no difference. Not by nullif or isnan: DuckDB 2.0 answers
-    # these from a Parquet file's statistics, and those that Arrow writes leave NaN out.
-    value = f"{quote(name)}::DOUBLE"
-    return f"CASE WHEN isfinite({value}) OR isinf({value}) THEN {value} END"
+    return nan_as_null(f"{quote(name)}::DOUBLE")
 
 
 def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
     an edge once and so has a bin of its own. Deciles are nearest-rank values of a sort, which spills to disk.
     """
     value = _as_number(name)
-    count, nulls, mean, std, low, high = _row(
+    count, nulls, mean, std, low, high = fetch_row(
         con,
         f"SELECT count(x), count(*) - count(x), favg(x), stddev_samp(x), min(x), max(x) FROM (SELECT {value} AS x FROM {table})",
     )
@@ -166,7 +164,7 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
     )
     quantiles = [by_rank[rank] for rank in ranks]
     edges = sorted(set(quantiles[1:-1]))
-    below = _row(
+    below = fetch_row(
         con,
         f"SELECT {', '.join(f'count(*) FILTER (x <= {edge!r}::DOUBLE)' for edge in edges)} FROM (SELECT {value} AS x FROM {table})",
     )
@@ -178,7 +176,7 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
 def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
     """Counts of the most frequent values by name, and of all others together."""
     column = quote(name)
-    count, nulls, distinct = _row(
+    count, nulls, distinct = fetch_row(
         con, f"SELECT count({column}), count(*) - count({column}), count(DISTINCT {column}) FROM {table}"
     )
     top = con.execute(
@@ -197,9 +195,3 @@ def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str
 def _rounded(value: float | None) -> float | None:
     """Nine digits: the last bits of a parallel sum vary from run to run, and equal rows give an equal profile."""
     return None if value is None else float(f"{value:.9g}")
-
-
-def _row(con: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
-    row = con.execute(sql).fetchone()
-    assert row is not None
-    return row

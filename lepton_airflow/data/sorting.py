@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import interruptible, literal, quote, total_order
+from lepton_airflow.data.sql import interruptible, literal, quote, total_order
 
 if TYPE_CHECKING:
     import duckdb

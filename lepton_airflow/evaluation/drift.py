@@ -13,20 +13,16 @@ become text, has drifted without any test.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from lepton_airflow.data.duckdb_types import is_number
 from lepton_airflow.data.profile import VERSION, count_rows, reference_counts, unseen_categories
 from lepton_airflow.errors import BadInput
 
 if TYPE_CHECKING:
     import duckdb
-
-_NUMBERS = re.compile(
-    r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN"
-)  # in DuckDB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +48,6 @@ class ColumnVerdict:
     p_adjusted: float | None = None
     missing: list[float] = field(default_factory=list)
     unseen: dict[str, int] | None = None
-
-
-def is_number(kind: str) -> bool:
-    """Whether the values of a DuckDB type can be taken as numbers."""
-    return _NUMBERS.fullmatch(kind) is not None
 
 
 def check_profile(profile: Mapping[str, Any], where: str) -> None:

@@ -164,9 +164,8 @@ class Reconciler:
             verdict = self._decide(desired.sequence, numbers, endpoints.error_record(over) if over else None)
         if verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
-        if (
-            over
-        ):  # the budgets decide about a new version; one that was accepted before is served on a slow day too
+        # The budgets decide about a new version; one that was accepted before is served on a slow day too.
+        if over:
             log.warning(
                 "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
             )

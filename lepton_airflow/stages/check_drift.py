@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import pin, split_pin
-from lepton_airflow.data.dataset import connect, interruptible, literal, quote, read_info
+from lepton_airflow.data.dataset import read_info
+from lepton_airflow.data.duckdb_types import is_number
+from lepton_airflow.data.sql import connect, fetch_row, interruptible, literal, quote
 from lepton_airflow.errors import (
     BadConfiguration,
     BadInput,
@@ -20,7 +22,7 @@ from lepton_airflow.errors import (
     did_you_mean,
     require,
 )
-from lepton_airflow.evaluation.drift import ColumnVerdict, check_profile, is_number, judge_columns
+from lepton_airflow.evaluation.drift import ColumnVerdict, check_profile, judge_columns
 from lepton_airflow.registry.ledger import Ledger, check_model_name, models_with_champion
 from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
@@ -114,8 +116,7 @@ class CheckDrift(Stage):
             page = interruptible(con, lambda: self._report(con, run, current, rows_before, verdicts))
         finally:
             con.close()
-        moved = [v for v in verdicts if v.drifted]
-        drifted = len(moved) >= self.min_columns
+        drifted = self._drifted(verdicts)
         retrain = drifted and may_start
         reason = self._reason(verdicts, rows, reference)
         if drifted and not retrain:
@@ -126,10 +127,37 @@ class CheckDrift(Stage):
                 if reference.card
                 else "pass reference_rows, too."
             )
-        verdict = {
-            "drifted": drifted,
-            "retrain": retrain,
-            "reason": reason,
+        decision = {"drifted": drifted, "retrain": retrain, "reason": reason}
+        verdict = decision | self._evidence(run, reference, rows, verdicts)
+        moved = [v for v in verdicts if v.drifted]
+        return Result(
+            summary=reason,
+            artifacts={
+                "verdict": run.save(
+                    "verdict.json", json.dumps(verdict, indent=1, ensure_ascii=False, allow_nan=False)
+                ),
+                "report": run.save("report.html", page),
+            },
+            values=decision | {"columns": [_cut(v.name, 100) for v in moved[:_NAMED]]},
+            metrics={
+                "rows": float(rows),
+                "columns": float(len(verdicts)),
+                "drifted_columns": float(len(moved)),
+                "drifted_share": len(moved) / len(verdicts),
+                "largest_distance": max(
+                    (v.distance for v in verdicts if v.distance is not None), default=None
+                ),
+            },
+        )
+
+    def _drifted(self, verdicts: Sequence[ColumnVerdict]) -> bool:
+        return sum(v.drifted for v in verdicts) >= self.min_columns
+
+    def _evidence(
+        self, run: RunInfo, reference: _Reference, rows: int, verdicts: Sequence[ColumnVerdict]
+    ) -> dict[str, Any]:
+        """What the decision stands on, for ``verdict.json``."""
+        return {
             "threshold": self.threshold,
             "alpha": self.alpha,
             "min_columns": self.min_columns,
@@ -144,29 +172,6 @@ class CheckDrift(Stage):
             "report_rows": min(rows, self.sample_rows),
             "columns": [asdict(v) for v in verdicts],
         }
-        distances = [v.distance for v in verdicts if v.distance is not None]
-        return Result(
-            summary=reason,
-            artifacts={
-                "verdict": run.save(
-                    "verdict.json", json.dumps(verdict, indent=1, ensure_ascii=False, allow_nan=False)
-                ),
-                "report": run.save("report.html", page),
-            },
-            values={
-                "drifted": drifted,
-                "retrain": retrain,
-                "columns": [_cut(v.name, 100) for v in moved[:_NAMED]],
-                "reason": reason,
-            },
-            metrics={
-                "rows": float(rows),
-                "columns": float(len(verdicts)),
-                "drifted_columns": float(len(moved)),
-                "drifted_share": len(moved) / len(verdicts),
-                "largest_distance": max(distances, default=None),
-            },
-        )
 
     def _check_parameters(self) -> None:
         if (self.name is None) == (self.reference is None):
@@ -246,8 +251,7 @@ class CheckDrift(Stage):
             raise BadConfiguration(
                 f"cluster_column {cluster!r} is not among the columns; {did_you_mean(cluster, there)}"
             )
-        found = con.execute("SELECT count(*) FROM current_rows").fetchone()
-        rows = int(found[0]) if found else 0
+        (rows,) = fetch_row(con, "SELECT count(*) FROM current_rows")
         if not rows:
             raise BadInput(
                 f"{split_pin(self.dataset)[0]} has no rows: check that the data of this window have arrived."
@@ -319,10 +323,9 @@ class CheckDrift(Stage):
     def _reason(self, verdicts: Sequence[ColumnVerdict], rows: int, reference: _Reference) -> str:
         moved = [v for v in verdicts if v.drifted]
         worst = "; ".join(f"{v.name}: {v.reason}" for v in (moved or verdicts)[:3])
-        drifted = len(moved) >= self.min_columns
         needed = f" ({self.min_columns} needed)" if self.min_columns > 1 else ""
         return _cut(
-            f"{'Drifted' if drifted else 'Not drifted'}: {len(moved)} of {len(verdicts)} columns{needed} moved away from "
+            f"{'Drifted' if self._drifted(verdicts) else 'Not drifted'}: {len(moved)} of {len(verdicts)} columns{needed} moved away from "
             f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}.",
             _REASON_BYTES,
         )

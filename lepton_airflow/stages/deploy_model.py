@@ -18,7 +18,6 @@ from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, requi
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry, check_model_name, is_newer
 from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
-from lepton_airflow.store import cache
 from lepton_airflow.store.files import now
 
 if TYPE_CHECKING:
@@ -272,6 +271,8 @@ class _Wanted:
 
         The stage as a whole is never taken from the cache, as the endpoint may serve something else by now.
         """
+        from lepton_airflow.store import cache
+
         run = self.run
         key = run.cache_key and digest_of([run.cache_key, split_pin(package)[1]])
         if key and not run.refresh:

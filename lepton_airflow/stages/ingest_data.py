@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.data.dataset import (
+from lepton_airflow.data.sql import (
     PARQUET,
     SCRATCH,
     bind,
     column_types,
     connect,
-    first_line,
     interruptible,
     literal,
     select_statement,
 )
-from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, require
+from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, first_line, require
 from lepton_airflow.sdk.stage import Result, RunInfo, Stage
 from lepton_airflow.store.files import Store, total_bytes
 

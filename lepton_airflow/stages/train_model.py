@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,15 +24,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lepton_airflow.packaging.export.fitted import Fitted
+    from lepton_airflow.packaging.package import ModelCard
     from lepton_airflow.packaging.touched import Touched
+    from lepton_airflow.training.curves import Curves
     from lepton_airflow.training.rows import Rows
-    from lepton_airflow.training.trainer import Curves, Trainer
+    from lepton_airflow.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-_PARITY_ROWS = 4000  # spread evenly over train and valid
-_MOST_PANELS = 4  # of the curves
-_PROBE_ROWS = 200  # rows whose values are made missing, or unseen, column by column
 
 
 @dataclass(kw_only=True)
@@ -94,18 +93,13 @@ class TrainModel(Stage):
         for library in ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "pandas", "pyarrow"):
             require(library, "TrainModel", self.extra)
         from lepton_airflow import models
-        from lepton_airflow.packaging.package import ModelCard, write_package
-        from lepton_airflow.packaging.schema import OUTPUTS
-        from lepton_airflow.packaging.touched import row_fingerprints
-        from lepton_airflow.training.fit import score
+        from lepton_airflow.packaging.package import write_package
+        from lepton_airflow.training.curves import draw
         from lepton_airflow.training.gpu import Readings
+        from lepton_airflow.training.parity import check_parity
         from lepton_airflow.training.rows import Rows
-        from lepton_airflow.training.trainer import Curves
 
-        if self.threads < 1:
-            raise BadConfiguration(f"threads={self.threads}: expected at least 1.")
-        if not self.checkpoint_s >= 0:
-            raise BadConfiguration(f"checkpoint_s={self.checkpoint_s}: expected 0 or more seconds.")
+        self._check_parameters()
         path = run.fetch(self.dataset)
         valid_path = run.fetch(self.valid) if self.valid else None
         rows = Rows.load(path, "train")
@@ -116,29 +110,10 @@ class TrainModel(Stage):
         trainer = models.find(self.trainer, rows.schema.task)
         hyperparameters = trainer.complete(self.hyperparameters)
         touched = self._touched(run, rows, valid)
-        data = {t.role: t.sha256 for t in touched if t.role in ("train", "valid")}
-        same_fit = digest_of(
-            [
-                trainer.name,
-                trainer.code,
-                hyperparameters,
-                self.seed,
-                self.threads,
-                data,
-                self.folds,
-                self.fold_by,
-                versions(type(self)),
-                package_digest("lepton_airflow.training.fit"),
-            ]
-        )
-        kept = f"checkpoints/{run.run_key}"
-        curves = Curves()
-        fitting = _Fitting(
-            self, run, trainer, rows, valid, hyperparameters, f"{kept}/{same_fit[:16]}", curves
-        )
+        fits = _Fits(self, run, trainer, rows, valid, hyperparameters, touched)
         with Readings() as readings:
-            out_of_fold = fitting.out_of_fold() if self.folds else None
-            model = fitting.final()
+            out_of_fold = fits.out_of_fold() if self.folds else None
+            model = fits.final()
 
         onnx_model = model.to_onnx().SerializeToString(deterministic=True)
         parity = check_parity(model, onnx_model, rows, valid, self.parity_tolerance)
@@ -147,60 +122,36 @@ class TrainModel(Stage):
             parity["difference"],
             parity["rows"],
         )
-        metrics = {"train": score(rows.schema, rows.y, model.predict(rows.frame))}
-        if valid is not None:
-            metrics["valid"] = score(rows.schema, valid.y, model.predict(valid.frame))
+        metrics = _metrics(model, rows, valid, out_of_fold)
         artifacts = {}
         if out_of_fold is not None:
-            held_out = out_of_fold["row"].to_numpy()
-            predicted = out_of_fold.iloc[:, 3:].to_numpy()
-            metrics["out_of_fold"] = score(
-                rows.schema,
-                rows.y[held_out],
-                predicted if rows.schema.task == "classification" else predicted[:, 0],
-            )
             out_of_fold.to_parquet(run.workdir / "out_of_fold.parquet", index=False)
             artifacts["out_of_fold"] = run.save("out_of_fold.parquet", run.workdir / "out_of_fold.parquet")
-        card = ModelCard(
-            task=rows.schema.task,
-            target=rows.target,
-            classes=rows.schema.classes,
-            features=rows.schema.features,
-            outputs=OUTPUTS[rows.schema.task],
-            trainer=trainer.name,
-            framework=model.framework,
-            hyperparameters=hyperparameters,
-            seed=self.seed,
-            window={"start": run.window.start, "end": run.window.end} if run.window else None,
-            touched=touched,
-            cluster_column=rows.info.cluster_column,
-            code=trainer.code,
-            data=data,
-            metrics=metrics,
-            parity=parity,
-            nondeterministic=getattr(trainer.fit, "nondeterministic", None),
-            versions=versions(type(self)),
-        )
-        paths = [p for p in (path, valid_path) if p]
+        # Rows without a time can only be told by their content.
         timed = all(t.time_range for t in touched)
+        paths = [path, *([valid_path] if valid_path else [])]
         write_package(
             run.workdir / "model",
             onnx_model,
-            card,
+            fits.card(model, metrics, parity),
             profile=profile,
-            rows=None
-            if timed
-            else _all_rows(row_fingerprints, [*paths, *map(run.fetch, self.also_touched)], rows),
+            rows=None if timed else _all_rows([*paths, *map(run.fetch, self.also_touched)], rows),
         )
         artifacts["model"] = run.save("model", run.workdir / "model")
-        if curves.points and (picture := _plot(curves, run.workdir / "curves.png", trainer.name)):
+        if fits.curves.points and (picture := draw(fits.curves, run.workdir / "curves.png", trainer.name)):
             artifacts["curves"] = run.save("curves.png", picture)
-        run.store.delete(kept)  # of this fit, and of others that this task instance gave up
+        fits.forget()
         flat = {f"{part}_{name}": value for part, values in metrics.items() for name, value in values.items()}
         flat |= readings.metrics()
         return Result(
             _summary(self, rows, valid, metrics, parity, artifacts["model"].bytes), artifacts, metrics=flat
         )
+
+    def _check_parameters(self) -> None:
+        if self.threads < 1:
+            raise BadConfiguration(f"threads={self.threads}: expected at least 1.")
+        if not self.checkpoint_s >= 0:
+            raise BadConfiguration(f"checkpoint_s={self.checkpoint_s}: expected 0 or more seconds.")
 
     def _profile(self, run: RunInfo) -> Path | None:
         if self.profile is None:
@@ -232,8 +183,8 @@ class TrainModel(Stage):
 
 
 @dataclass
-class _Fitting:
-    """The fits of one stage run, all with the same data and seed; what is done of them lies in the store under ``key``."""
+class _Fits:
+    """The fits of one run of the stage, all with the same data and seed; an earlier try's are taken from the store."""
 
     stage: TrainModel
     run: RunInfo
@@ -241,8 +192,42 @@ class _Fitting:
     rows: Rows
     valid: Rows | None
     hyperparameters: dict[str, Any]
-    key: str
-    curves: Curves
+    touched: list[Touched]
+    curves: Curves = field(init=False)  # of the model of all rows
+
+    def __post_init__(self) -> None:
+        from lepton_airflow.training.curves import Curves
+
+        self.curves = Curves()
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Digests of the rows that the fits see."""
+        return {t.role: t.sha256 for t in self.touched if t.role in ("train", "valid")}
+
+    @cached_property
+    def key(self) -> str:
+        """Where in the store an earlier try may have left checkpoints and folds: it names all that a fit depends on."""
+        stage = self.stage
+        same_fit = digest_of(
+            [
+                self.trainer.name,
+                self.trainer.code,
+                self.hyperparameters,
+                stage.seed,
+                stage.threads,
+                self.data,
+                stage.folds,
+                stage.fold_by,
+                versions(type(stage)),
+                package_digest("lepton_airflow.training.fit"),
+            ]
+        )
+        return f"checkpoints/{self.run.run_key}/{same_fit[:16]}"
+
+    def forget(self) -> None:
+        """Delete what was kept for a later try, also of other fits that this task instance gave up."""
+        self.run.store.delete(f"checkpoints/{self.run.run_key}")
 
     def final(self) -> Fitted:
         """The model of all rows."""
@@ -271,6 +256,35 @@ class _Fitting:
                 columns |= {f"p_{k}": predicted[:, k] for k in range(predicted.shape[1])}
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts).sort_values("row", ignore_index=True)
+
+    def card(
+        self, model: Fitted, metrics: dict[str, dict[str, float | None]], parity: dict[str, Any]
+    ) -> ModelCard:
+        """What the package says of the model."""
+        from lepton_airflow.packaging.package import ModelCard
+        from lepton_airflow.packaging.schema import OUTPUTS
+
+        rows, window = self.rows, self.run.window
+        return ModelCard(
+            task=rows.schema.task,
+            target=rows.target,
+            classes=rows.schema.classes,
+            features=rows.schema.features,
+            outputs=OUTPUTS[rows.schema.task],
+            trainer=self.trainer.name,
+            framework=model.framework,
+            hyperparameters=self.hyperparameters,
+            seed=self.stage.seed,
+            window={"start": window.start, "end": window.end} if window else None,
+            touched=self.touched,
+            cluster_column=rows.info.cluster_column,
+            code=self.trainer.code,
+            data=self.data,
+            metrics=metrics,
+            parity=parity,
+            nondeterministic=getattr(self.trainer.fit, "nondeterministic", None),
+            versions=versions(type(self.stage)),
+        )
 
     def _predicted(self, number: int, train: NDArray[np.intp], held_out: NDArray[np.intp]) -> NDArray[Any]:
         """The predictions of a fold's held-out rows."""
@@ -320,89 +334,6 @@ class _Fitting:
             raise
 
 
-def check_parity(
-    model: Fitted, onnx_model: bytes, rows: Rows, valid: Rows | None, tolerance: float
-) -> dict[str, Any]:
-    """Compare native and ONNX predictions; raises BadInput where they differ by more than the tolerance.
-
-    Regression is measured in standard deviations of the training target. Missing values and unseen categories are tried
-    where the native model takes them.
-    """
-    import numpy as np
-
-    from lepton_airflow.packaging.session import open_session, predict_onnx
-
-    session = open_session(onnx_model)
-    schema = rows.schema
-    unit = 1.0 if schema.task == "classification" else float(np.std(rows.y)) or 1.0
-    worst, compared, tried = 0.0, 0, []
-    for probe, frame in _probes(rows, valid):
-        try:
-            native = model.predict(frame)
-        except Exception:
-            if probe in ("train", "valid"):
-                raise
-            log.info("parity: the native model does not take %s, so that is not compared", probe)
-            continue
-        onnx = predict_onnx(session, schema, frame).astype(np.float64)
-        equal = (native == onnx) | (np.isnan(native) & np.isnan(onnx))
-        difference = np.where(equal, 0.0, np.abs(native - onnx) / unit)
-        difference = np.where(np.isnan(difference), np.inf, difference).reshape(len(frame), -1).max(axis=1)
-        row = int(np.argmax(difference))
-        if difference[row] > tolerance:
-            raise BadInput(
-                f"ONNX and native predictions differ by {difference[row]:.3g} ({_unit(schema.task)}) on rows with {probe}, "
-                f"more than parity_tolerance={tolerance:g}, in {int((difference > tolerance).sum()):,} of {len(frame):,} "
-                f"rows; worst: native {np.round(native[row], 5).tolist()}, ONNX {np.round(onnx[row], 5).tolist()} at "
-                f"{_few_values(frame[schema.names].iloc[row])}. Use an estimator that converts exactly, or raise the "
-                "tolerance if you can live with it."
-            )
-        worst, compared = max(worst, float(difference[row])), compared + len(frame)
-        tried.append(probe)
-    return {
-        "difference": worst,
-        "tolerance": tolerance,
-        "unit": _unit(schema.task),
-        "rows": compared,
-        "tried": tried,
-    }
-
-
-def _probes(rows: Rows, valid: Rows | None) -> list[tuple[str, pd.DataFrame]]:
-    import numpy as np
-
-    def spread(frame: pd.DataFrame, count: int) -> pd.DataFrame:
-        return frame.iloc[np.unique(np.linspace(0, len(frame) - 1, count).astype(int))].reset_index(drop=True)
-
-    probes = [("train", spread(rows.frame, _PARITY_ROWS))]
-    if valid is not None:
-        probes.append(("valid", spread(valid.frame, _PARITY_ROWS)))
-    for kind, label, value in (
-        ("number", "missing numbers", np.nan),
-        ("category", "missing categories", ""),
-        ("category", "unseen categories", "a value that no row had"),
-    ):
-        names = [f.name for f in rows.schema.features if f.kind == kind]
-        if names:
-            frame = spread(rows.frame, _PROBE_ROWS)
-            for index, name in enumerate(names):  # each row loses one value; the last rows lose all
-                frame.loc[frame.index % (len(names) + 1) == index, name] = value
-            frame.loc[frame.index % (len(names) + 1) == len(names), names] = value
-            probes.append((label, frame))
-    return probes
-
-
-def _unit(task: str) -> str:
-    return "probability" if task == "classification" else "standard deviations of the target"
-
-
-def _few_values(row: pd.Series[Any]) -> str:
-    shown = ", ".join(
-        f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.6g}" for k, v in list(row.items())[:4]
-    )
-    return shown + (", …" if len(row) > 4 else "")
-
-
 def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
     """Raise BadInput when rows to stop early on, and to be judged by, are among the rows to learn from.
 
@@ -432,52 +363,30 @@ def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
         )
 
 
-def _all_rows(fingerprints: Any, paths: list[Path], rows: Rows) -> NDArray[np.uint64]:
+def _all_rows(paths: list[Path], rows: Rows) -> NDArray[np.uint64]:
+    """Fingerprints of the distinct rows of some datasets."""
     import numpy as np
 
-    return np.unique(np.concatenate([fingerprints(p, rows.schema.features, rows.target) for p in paths]))
+    from lepton_airflow.packaging.touched import row_fingerprints
+
+    features, target = rows.schema.features, rows.target
+    return np.unique(np.concatenate([row_fingerprints(path, features, target) for path in paths]))
 
 
-def _plot(curves: Curves, path: Path, title: str) -> Path | None:
-    """Draw what was reported, the same measure of train and valid in one panel; None when there is nothing to draw with."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:  # after hours of training, no picture is a reason to fail
-        log.warning("curves.png is not drawn: matplotlib is not installed where the stage ran")
-        return None
-    panels: dict[str, list[str]] = {}
-    for name in sorted({name for point in curves.points for name in point} - {"step"}):
-        panels.setdefault(name.removeprefix("train_").removeprefix("valid_"), []).append(name)
-    shown = dict(list(panels.items())[:_MOST_PANELS])
-    if not shown:
-        return None
-    figure = Figure(figsize=(7, 1 + 3 * len(shown)), layout="constrained")
-    for axes, (measure, names) in zip(
-        figure.subplots(len(shown), squeeze=False, sharex=True)[:, 0], shown.items(), strict=True
-    ):
-        for name in names:
-            steps, values = zip(*((p["step"], p[name]) for p in curves.points if name in p), strict=True)
-            axes.plot(steps, values, marker="." if len(steps) < 50 else None, label=name)
-            if name == "valid_loss":
-                best = min(range(len(values)), key=lambda i: values[i])
-                axes.plot(
-                    steps[best],
-                    values[best],
-                    "o",
-                    color="0.2",
-                    fillstyle="none",
-                    markersize=10,
-                    label="smallest",
-                )
-        for number, step in enumerate(curves.resumed):
-            label = "resumed" if number == 0 else None
-            axes.axvline(step, color="0.6", linestyle=":", label=label)
-        axes.set(ylabel=measure)
-        axes.legend()
-    axes.set(xlabel=curves.unit)
-    figure.suptitle(title)
-    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
-    return path
+def _metrics(
+    model: Fitted, rows: Rows, valid: Rows | None, out_of_fold: pd.DataFrame | None
+) -> dict[str, dict[str, float | None]]:
+    """The metrics of the task on the rows trained on, on ``valid``, and out of fold."""
+    from lepton_airflow.training.fit import score
+
+    found = {"train": score(rows.schema, rows.y, model.predict(rows.frame))}
+    if valid is not None:
+        found["valid"] = score(rows.schema, valid.y, model.predict(valid.frame))
+    if out_of_fold is not None:
+        predicted = out_of_fold.iloc[:, 3:].to_numpy()
+        predicted = predicted if rows.schema.task == "classification" else predicted[:, 0]
+        found["out_of_fold"] = score(rows.schema, rows.y[out_of_fold["row"].to_numpy()], predicted)
+    return found
 
 
 def _summary(

@@ -7,14 +7,11 @@ import hashlib
 import json
 import logging
 import math
-import shutil
-import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, digest_of, split_pin
@@ -25,14 +22,13 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-    from lepton_airflow.connections import Connection
-    from lepton_airflow.store.checkpoints import Checkpoints
-    from lepton_airflow.training.search import Workers
+    from lepton_airflow.training.search import Scorer, Workers
+    from lepton_airflow.training.study import StudyFile
+    from lepton_airflow.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 _HOPELESS_TRIALS = 3
-_STARTUP_TRIALS = 5  # trials before the pruner compares; a median of fewer says little
 
 
 @dataclass(kw_only=True)
@@ -98,14 +94,50 @@ class TuneModel(Stage):
         import optuna
 
         from lepton_airflow import models
-        from lepton_airflow.training.search import Scorer, Workers, distributions
+        from lepton_airflow.statistics.catalogue import METRICS
+        from lepton_airflow.training.search import Workers
+        from lepton_airflow.training.study import StudyFile, open_study
 
+        self._check_parameters()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        scorer = self._scorer(run)
+        trainer = models.find(self.trainer, scorer.rows.schema.task)
+        space = self._space(trainer)
+        name = f"{run.run_key}-{self._tuned(run, trainer, scorer.metric, space)[:12]}"
+        in_store = not self.storage and not self.storage_connection
+        with StudyFile.of(run, name) if in_store else nullcontext() as file:
+            url = file.url if file else self._storage_url(run)
+            study = open_study(
+                url,
+                name,
+                maximize=METRICS[scorer.metric].higher_is_better,
+                prune=self.pruner == "median",
+                anew=run.refresh,
+            )
+            with Workers(scorer, self.workers, run.should_stop) as workers:
+                search = _Search(self, run, study, space, workers, scorer.metric, file)
+                search.take_up()
+                search.go()
+            study.set_user_attr("finished", True)
+            if file and not file.keep(search.done):
+                raise StoreError(
+                    f"the finished study could not be brought to the store {run.store.root}, see the warning above: the next try "
+                    "goes on from what is there."
+                )
+        return self._result(run, study, scorer.metric, list(space))
+
+    def _check_parameters(self) -> None:
         for name in ("trials", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise BadConfiguration(f"{name}={getattr(self, name)}: expected at least 1.")
         if self.max_rows is not None and self.max_rows < 1:
             raise BadConfiguration(f"max_rows={self.max_rows}: expected at least 1, or null for all rows.")
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def _scorer(self, run: RunInfo) -> Scorer:
+        """What scores a trial, its rows read and its folds made: those that cannot be are refused before a study is made."""
+        from lepton_airflow import models
+        from lepton_airflow.training.search import Scorer
+
         scorer = Scorer(
             path=run.fetch(self.dataset),
             trainer=self.trainer,
@@ -117,10 +149,14 @@ class TuneModel(Stage):
             threads=self.threads,
             max_rows=self.max_rows,
         )
-        task = scorer.rows.schema.task
-        scorer.metric = metric = self._metric(task)
-        _ = scorer.fold_rows  # folds that cannot be made are refused before a study is
-        trainer = models.find(self.trainer, task)
+        scorer.metric = self._metric(scorer.rows.schema.task)
+        _ = scorer.fold_rows
+        return scorer
+
+    def _space(self, trainer: Trainer) -> dict[str, BaseDistribution]:
+        """What is searched; raises where it overlaps with what is fixed, or the trainer does not know it."""
+        from lepton_airflow.training.search import distributions
+
         trainer.complete(self.hyperparameters)
         space = distributions(self.search_space or trainer.search_space, trainer)
         for name in space:
@@ -128,30 +164,23 @@ class TuneModel(Stage):
                 raise BadConfiguration(
                     f"{name!r} is fixed in hyperparameters and searched in search_space; keep one."
                 )
-        tuned = [
+        return space
+
+    def _tuned(
+        self, run: RunInfo, trainer: Trainer, metric: str, space: Mapping[str, BaseDistribution]
+    ) -> str:
+        """A digest of what is tuned: a study of anything else is another one."""
+        return digest_of(
             [
-                split_pin(self.dataset)[1] or run.store.digest(self.dataset),
-                trainer.code,
-                self.hyperparameters,
-            ],
-            [metric, self.folds, self.fold_by, self.max_rows, self.seed],
-            {k: [type(d).__name__, vars(d)] for k, d in space.items()},
-        ]
-        name = f"{run.run_key}-{digest_of(tuned)[:12]}"
-        in_store = not self.storage and not self.storage_connection
-        with _StudyFile.of(run, name) if in_store else nullcontext() as file:
-            study = self._study(run, file.url if file else self._storage_url(run), name, metric)
-            with Workers(scorer, self.workers, run.should_stop) as workers:
-                search = _Search(self, run, study, space, workers, metric, file)
-                search.take_up()
-                search.go()
-            study.set_user_attr("finished", True)
-            if file and not file.keep(search.done):
-                raise StoreError(
-                    f"the finished study could not be brought to the store {run.store.root}, see the warning above: the next try "
-                    "goes on from what is there."
-                )
-        return self._result(run, study, metric, list(space))
+                [
+                    split_pin(self.dataset)[1] or run.store.digest(self.dataset),
+                    trainer.code,
+                    self.hyperparameters,
+                ],
+                [metric, self.folds, self.fold_by, self.max_rows, self.seed],
+                {k: [type(d).__name__, vars(d)] for k, d in space.items()},
+            ]
+        )
 
     def _metric(self, task: str) -> str:
         from lepton_airflow.statistics.catalogue import TUNED_BY, check_metric_names, metrics_of
@@ -163,67 +192,18 @@ class TuneModel(Stage):
             raise BadConfiguration(f"metric={name!r} does not fit {task}: use one of {', '.join(fitting)}.")
         return name
 
-    def _study(self, run: RunInfo, url: str, name: str, metric: str) -> optuna.Study:
-        """The study of this run, made anew when a finished one is to be refreshed."""
-        import optuna
-        from sqlalchemy.exc import SQLAlchemyError
-
-        from lepton_airflow.statistics.catalogue import METRICS
-
-        shown = url.partition("@")[2] or url  # what follows the password, if there is one
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
-        arguments: dict[str, Any] = {
-            "study_name": name,
-            "direction": "maximize" if METRICS[metric].higher_is_better else "minimize",
-            "pruner": pruner if self.pruner == "median" else optuna.pruners.NopPruner(),
-            "load_if_exists": True,
-        }
-        try:
-            options = (
-                {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-            )
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
-            study = optuna.create_study(storage=storage, **arguments)
-            if run.refresh and study.user_attrs.get("finished"):
-                log.info("a new result was asked for: the finished study %s is made anew", name)
-                optuna.delete_study(study_name=name, storage=storage)
-                study = optuna.create_study(storage=storage, **arguments)
-        except SQLAlchemyError as error:
-            raise StoreError(
-                f"the study's storage {shown} cannot be used: {str(error.__cause__ or error).splitlines()[0]}. Check that "
-                "the database is reachable and may be written to."
-            ) from error
-        except (ImportError, ValueError) as error:
-            raise BadConfiguration(
-                f"storage {shown}: {error}. Expected a URL such as postgresql+psycopg2://user@host/database."
-            ) from error
-        return study
-
     def _storage_url(self, run: RunInfo) -> str:
-        from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import ArgumentError
+        from lepton_airflow.training.study import checked_url, connection_url
 
         if self.storage and self.storage_connection:
             raise BadConfiguration("storage and storage_connection both name a storage; keep one.")
         if self.storage_connection:
-            return _connection_url(run.connection(self.storage_connection))
-        storage = self.storage or ""
-        try:
-            url = make_url(storage)
-            url.get_dialect()
-        except ArgumentError:
-            raise BadConfiguration(
-                f"storage={storage!r} is no database URL; expected one such as "
-                "postgresql+psycopg2://user@host/database or sqlite:////absolute/path.db."
-            ) from None
-        if url.password:
-            raise BadConfiguration(
-                "storage holds a password, which would be kept in the DAG and the receipt: make an Airflow Connection "
-                "of it and name that in storage_connection."
-            )
-        return storage
+            return connection_url(run.connection(self.storage_connection))
+        return checked_url(self.storage or "")
 
     def _result(self, run: RunInfo, study: optuna.Study, metric: str, names: list[str]) -> Result:
+        from lepton_airflow.training.study_plots import importances, plot_history, plot_importance
+
         trials = study.get_trials(deepcopy=False)
         counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "PRUNED")}
         failed = sum("error" in t.user_attrs for t in trials)
@@ -249,11 +229,11 @@ class TuneModel(Stage):
         }
         artifacts: dict[str, Artifact] = {
             "trials": run.save("trials.json", json.dumps(report, indent=1, ensure_ascii=False)),
-            "history": run.save("history.png", _plot_history(study, metric, run.workdir / "history.png")),
+            "history": run.save("history.png", plot_history(study, metric, run.workdir / "history.png")),
         }
-        importance = _importance(study, self.seed) if len(names) > 1 else {}
+        importance = importances(study, self.seed) if len(names) > 1 else {}
         if importance:
-            path = _plot_importance(importance, metric, run.workdir / "importance.png")
+            path = plot_importance(importance, metric, run.workdir / "importance.png")
             artifacts["importance"] = run.save("importance.png", path)
         else:
             log.info(
@@ -271,65 +251,6 @@ class TuneModel(Stage):
                 "trials_failed": float(failed),
             },
         )
-
-
-@dataclass
-class _StudyFile:
-    """The study as a file in the store; of a store that is no local directory, a copy that goes there after every trial.
-
-    The process of the search alone writes it.
-    """
-
-    path: Path
-    copies: Checkpoints | None = None
-
-    @classmethod
-    @contextmanager
-    def of(cls, run: RunInfo, name: str) -> Iterator[_StudyFile]:
-        """The file of the study of that name, as the last try left it."""
-        if run.store.root.startswith("file://"):
-            folder = Path(run.store.root.removeprefix("file://")) / "studies"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StoreError(
-                    f"{folder} cannot be made: {error.strerror}; check that the store is writable."
-                ) from error
-            yield cls(folder / f"{name}.db")
-            return
-        from lepton_airflow.store.checkpoints import Checkpoints
-
-        scratch = run.workdir / "study"
-        copies = Checkpoints(run.store, f"checkpoints/{run.run_key}/{name}", scratch, 0.0)
-        try:
-            scratch.mkdir(exist_ok=True)
-            file = cls(run.workdir / "study.db", copies)
-            file.path.unlink(missing_ok=True)  # of another run in the same folder: what counts is the store
-            if found := copies.latest():
-                shutil.copyfile(found.path / "study.db", file.path)
-            yield file
-        finally:
-            copies.close()
-
-    @property
-    def url(self) -> str:
-        """The URL for Optuna."""
-        from sqlalchemy.engine import URL
-
-        return URL.create(
-            "sqlite", database=str(self.path)
-        ).render_as_string()  # which a path may need quoted
-
-    def keep(self, done: int) -> bool:
-        """Bring the study to the store as it is now; in vain it costs a warning, and the next trial brings it along."""
-        return self.copies is None or self.copies.save(done, self._write, {}, wait=True)
-
-    def _write(self, folder: Path) -> None:
-        with (
-            closing(sqlite3.connect(self.path)) as study,
-            closing(sqlite3.connect(folder / "study.db")) as copy,
-        ):
-            study.backup(copy)
 
 
 @dataclass
@@ -351,7 +272,7 @@ class _Search:
     space: dict[str, BaseDistribution]
     workers: Workers
     metric: str
-    file: _StudyFile | None = None
+    file: StudyFile | None = None
     running: dict[Future[float], _Running] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     spent_before: float = 0.0
@@ -501,75 +422,3 @@ class _Search:
 
 def _finished(trial: optuna.trial.FrozenTrial) -> bool:
     return trial.state.name in ("COMPLETE", "PRUNED") or "error" in trial.user_attrs
-
-
-_DRIVERS = {"postgres": "postgresql+psycopg2", "postgresql": "postgresql+psycopg2", "mysql": "mysql+mysqldb"}
-
-
-def _connection_url(connection: Connection) -> str:
-    """SQLAlchemy's URL of an Airflow Connection to a database."""
-    from sqlalchemy.engine import URL
-
-    if connection.type == "sqlite":
-        return f"sqlite:///{connection.host or connection.schema}"
-    if connection.type not in _DRIVERS:
-        raise BadConfiguration(
-            f"Connection {connection.id!r} is of type {connection.type!r}, which holds no study; expected one of "
-            f"{', '.join(_DRIVERS)}, sqlite."
-        )
-    url = URL.create(
-        _DRIVERS[connection.type],
-        username=connection.login,
-        password=connection.password,
-        host=connection.host,
-        port=connection.port,
-        database=connection.schema,
-    )
-    return url.render_as_string(hide_password=False)
-
-
-# -- pictures ----------------------------------------------------------------------------------------------------------
-
-
-def _plot_history(study: optuna.Study, metric: str, path: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    complete = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    pruned = [
-        t for t in study.get_trials(deepcopy=False) if t.state.name == "PRUNED" and t.intermediate_values
-    ]
-    better = max if study.direction.name == "MAXIMIZE" else min
-    best = [better(t.value for t in complete[: i + 1] if t.value is not None) for i in range(len(complete))]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([t.number for t in complete], [t.value for t in complete], "o", label="complete")
-    last = [t.intermediate_values[max(t.intermediate_values)] for t in pruned]
-    axes.plot([t.number for t in pruned], last, "x", color="0.6", label="pruned (mean of the folds run)")
-    axes.step([t.number for t in complete], best, where="post", label="best so far")
-    axes.set(xlabel="trial", ylabel=f"{metric}, mean over folds", title=f"{len(complete)} complete trials")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=100)
-    return path
-
-
-def _importance(study: optuna.Study, seed: int) -> dict[str, float]:
-    """Share of the variance of the value that each parameter explains (fANOVA, Hutter et al. 2014); empty if too few."""
-    import optuna
-
-    values = {t.value for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"}
-    if len(values) < 4:
-        return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
-
-
-def _plot_importance(importance: dict[str, float], metric: str, path: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    names = sorted(importance, key=lambda name: importance[name])
-    figure = Figure(figsize=(7, 1 + 0.4 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(names, [importance[n] for n in names])
-    axes.set(xlabel=f"share of the variance of {metric} (fANOVA)", xlim=(0, 1))
-    figure.savefig(path, format="png", dpi=100)
-    return path

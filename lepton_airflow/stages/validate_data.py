@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
-from lepton_airflow.data.dataset import connect, quote
+from lepton_airflow.data.sql import connect, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 

@@ -14,11 +14,13 @@ from lepton_airflow.errors import BadConfiguration, LeptonError, OutOfMemory
 from lepton_airflow.packaging.export.fitted import Fitted, as_fitted
 from lepton_airflow.packaging.schema import Schema
 from lepton_airflow.store.checkpoints import Checkpoints
+from lepton_airflow.training.curves import Curves
 from lepton_airflow.training.rows import Rows
-from lepton_airflow.training.trainer import Curves, Trainer, TrainerRun, silent
+from lepton_airflow.training.trainer import Trainer, TrainerRun, silent
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
 # OpenMP threads that wait by spinning fight over a busy CPU: boosting 400 rows with two threads took 8.4 s beside other
@@ -45,8 +47,6 @@ def fit_model(
 
     :raises LeptonError: the user's trainer failed; the message names it and the line, the cause is its error.
     """
-    from sklearn.utils._param_validation import InvalidParameterError
-
     run = TrainerRun(
         info=rows.info,
         features=rows.schema.names,
@@ -62,31 +62,44 @@ def fit_model(
         say=say,
     )
     train = rows.frame.copy() if subset is None else rows.take(subset)
+    held_out = valid.frame.copy() if valid is not None else None
     with deterministic(seed, threads):
         try:
-            returned = trainer.fit(
-                train, valid.frame.copy() if valid is not None else None, dict(hyperparameters), run
-            )
-        except (LeptonError, MemoryError):
-            raise
-        except InvalidParameterError as error:
-            raise BadConfiguration(f"hyperparameters of {trainer.name}: {error}") from None
-        except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
-                raise OutOfMemory(
-                    f"trainer {trainer.name}: the GPU's memory is full: {str(error).splitlines()[0]} Lower the batch size, "
-                    "or accumulate gradients over parts of a batch."
-                ) from error
-            if trainer.defaults is not None:  # a standard model: no code of the user's
-                raise
-            raise LeptonError(
-                f"trainer {trainer.name}, which is your code, failed{_where(error, trainer.fit)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            returned = _call(trainer, train, held_out, hyperparameters, run)
         finally:
             if checkpoints is not None:
                 checkpoints.close()
     return as_fitted(returned, rows.schema, trainer.name)
+
+
+def _call(
+    trainer: Trainer,
+    train: pd.DataFrame,
+    valid: pd.DataFrame | None,
+    hyperparameters: dict[str, Any],
+    run: TrainerRun,
+) -> Any:
+    """What the trainer's ``fit`` returns, its errors in our words where they are the user's to mend."""
+    from sklearn.utils._param_validation import InvalidParameterError
+
+    try:
+        return trainer.fit(train, valid, dict(hyperparameters), run)
+    except (LeptonError, MemoryError):
+        raise
+    except InvalidParameterError as error:
+        raise BadConfiguration(f"hyperparameters of {trainer.name}: {error}") from None
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+            raise OutOfMemory(
+                f"trainer {trainer.name}: the GPU's memory is full: {str(error).splitlines()[0]} Lower the batch size, "
+                "or accumulate gradients over parts of a batch."
+            ) from error
+        if trainer.defaults is not None:  # a standard model: no code of the user's
+            raise
+        raise LeptonError(
+            f"trainer {trainer.name}, which is your code, failed{_where(error, trainer.fit)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _where(error: BaseException, fit: Callable[..., Any]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+import warnings
+from typing import TYPE_CHECKING, Literal
 
 from lepton_airflow.errors import BadConfiguration, BadInput
 from lepton_airflow.training.rows import Rows
@@ -27,55 +26,43 @@ def make_folds(rows: Rows, folds: int, fold_by: FoldBy, seed: int) -> list[Fold]
     not trained on. The first block is never held out.
     """
     import numpy as np
-    from sklearn import model_selection as ms
 
-    n, classified = len(rows.frame), rows.schema.task == "classification"
     if folds < 2:
         raise BadConfiguration(f"folds={folds}: expected at least 2.")
-    if fold_by == "time":
-        made = _time_folds(rows, folds)
-    else:
-        units = n if rows.clusters is None else int(rows.clusters.max()) + 1
-        if units < folds:
-            what = (
-                "rows" if rows.clusters is None else f"values of cluster column {rows.info.cluster_column!r}"
-            )
-            raise BadInput(
-                f"{rows.name}: {units} {what} cannot be split into folds={folds}; set fewer folds."
-            )
-        kinds = {
-            (True, True): ms.StratifiedGroupKFold,
-            (True, False): ms.StratifiedKFold,
-            (False, True): ms.GroupKFold,
-            (False, False): ms.KFold,
-        }
-        splitter = kinds[classified, rows.clusters is not None](folds, shuffle=True, random_state=seed)
-        labels = rows.y
-        if (
-            classified and rows.clusters is None
-        ):  # sklearn refuses when every class has fewer rows than there are folds
-            labels = labels if np.bincount(labels).max() >= folds else np.zeros(n, dtype=np.int64)
-        with contextlib.suppress(Warning):
-            made = _quietly(lambda: list(splitter.split(np.zeros(n), labels, rows.clusters)))
-    for number, (train, held_out) in enumerate(made):
+    made = _time_folds(rows, folds) if fold_by == "time" else _random_folds(rows, folds, seed)
+    for number, (train, held_out) in enumerate(made, 1):
         if not len(train) or not len(held_out):
-            raise BadInput(f"{rows.name}: fold {number + 1} of {folds} is empty; set fewer folds.")
-        if classified and len(np.unique(rows.y[train])) < 2:
+            raise BadInput(f"{rows.name}: fold {number} of {folds} is empty; set fewer folds.")
+        if rows.schema.task == "classification" and len(np.unique(rows.y[train])) < 2:
             raise BadInput(
-                f"{rows.name}: fold {number + 1} of {folds} leaves one class only to train on; set fewer folds"
+                f"{rows.name}: fold {number} of {folds} leaves one class only to train on; set fewer folds"
                 + (" or fold_by='row'." if fold_by == "time" else ".")
             )
     return made
 
 
-def _quietly(call: Callable[[], Any]) -> Any:
-    import warnings
+def _random_folds(rows: Rows, folds: int, seed: int) -> list[Fold]:
+    import numpy as np
+    from sklearn import model_selection as ms
 
-    with (
-        warnings.catch_warnings()
-    ):  # a class with fewer rows than folds is handled: it gets probability 0 where unseen
+    n, labels = len(rows.frame), rows.y
+    classified, clustered = rows.schema.task == "classification", rows.clusters is not None
+    units = n if rows.clusters is None else int(rows.clusters.max()) + 1
+    if units < folds:
+        what = f"values of cluster column {rows.info.cluster_column!r}" if clustered else "rows"
+        raise BadInput(f"{rows.name}: {units} {what} cannot be split into folds={folds}; set fewer folds.")
+    if classified and not clustered and np.bincount(labels).max() < folds:
+        labels = np.zeros(n, dtype=np.int64)  # sklearn refuses when every class has fewer rows than folds
+    splitter = {
+        (True, True): ms.StratifiedGroupKFold,
+        (True, False): ms.StratifiedKFold,
+        (False, True): ms.GroupKFold,
+        (False, False): ms.KFold,
+    }[classified, clustered](folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # It warns of a class with fewer rows than folds; where a fold does not see one, its probability is 0.
         warnings.simplefilter("ignore")
-        return call()
+        return list(splitter.split(np.zeros(n), labels, rows.clusters))
 
 
 def _time_folds(rows: Rows, folds: int) -> list[Fold]:

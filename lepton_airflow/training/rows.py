@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
-from lepton_airflow.data.features import KINDS, feature_frame
+from lepton_airflow.data.features import KINDS, Feature, feature_frame
 from lepton_airflow.errors import BadInput
 from lepton_airflow.packaging.schema import Schema, features_of
 
@@ -19,14 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """A dataset in memory, checked: raw features and target as trainers get them."""
+    """A dataset in memory, checked: raw features and target as trainers get them.
+
+    :ivar name: what messages call it.
+    :ivar frame: features and target.
+    :ivar clusters: number of each row's cluster, where the dataset has clusters.
+    :ivar moments: values of the time column, where it has one.
+    """
 
     name: str
     info: DatasetInfo
     schema: Schema
-    frame: pd.DataFrame  # features and target
+    frame: pd.DataFrame
     clusters: NDArray[np.int64] | None = None
-    moments: NDArray[Any] | None = None  # values of the time column
+    moments: NDArray[Any] | None = None
 
     @property
     def target(self) -> str:
@@ -52,21 +59,10 @@ class Rows:
         import pandas as pd
 
         info = read_info(path)
-        if info.target is None or info.task not in ("classification", "regression"):
-            raise BadInput(
-                f"{name}: the dataset's target is {info.target!r} and its task {info.task!r}, expected a target column and "
-                "classification or regression; set them in PrepareData."
-            )
-        if not info.features:
-            raise BadInput(f"{name}: the dataset has no features; list them in PrepareData.")
-        reference = like.info if like else info
-        if info.target != reference.target or info.task != reference.task:
-            raise BadInput(
-                f"{name}: its target is {info.target!r} ({info.task}), that of train is {reference.target!r} "
-                f"({reference.task}); take both from one PrepareData."
-            )
-        extra = [c for c in (info.cluster_column, info.time_column) if c]
-        frame = load_frame(path, list(dict.fromkeys([*reference.features, info.target, *extra])))
+        target = _checked_target(info, name, like)
+        others = [c for c in (info.cluster_column, info.time_column) if c]
+        wanted = (like.info if like else info).features
+        frame = load_frame(path, list(dict.fromkeys([*wanted, target, *others])))
         if not len(frame):
             raise BadInput(f"{name}: 0 rows, expected some; check the window and the filters of the data.")
         if max_rows is not None and len(frame) > max_rows:
@@ -78,37 +74,65 @@ class Rows:
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from None
         if like is None:
-            for f in features:
-                if KINDS[f.kind].is_missing(raw[f.name]).all():
-                    raise BadInput(
-                        f"{name}: feature {f.name!r} is missing in all {len(raw):,} rows, so nothing can be learned "
-                        "from it; take it out of the features or mend its source."
-                    )
+            _check_not_empty(raw, features, name)
         raw = raw.astype({f.name: KINDS[f.kind].trainer_dtype for f in features})
         classes = like.schema.classes if like else list(info.classes)
         if info.task == "classification":
-            classes, raw[info.target] = _class_numbers(frame[info.target], classes, name, info.target)
-            present = np.unique(raw[info.target])
-            if like is None and len(present) < max(2, len(classes)):
-                absent = [c for i, c in enumerate(classes) if i not in present]
-                raise BadInput(
-                    f"{name}: target {info.target!r} "
-                    + (
-                        f"has no row of {absent[0]!r}"
-                        if len(present) > 1
-                        else f"is {classes[present[0]]!r} in all rows"
-                    )
-                    + f" ({len(raw):,} rows), expected every class at least once; widen the window or mend the target."
-                )
+            classes, raw[target] = _class_numbers(frame[target], classes, name, target)
+            if like is None:
+                _check_every_class(raw[target], classes, name, target)
         else:
-            raw[info.target] = _numbers_to_predict(frame[info.target], name, info.target)
+            raw[target] = _numbers_to_predict(frame[target], name, target)
         clusters = pd.factorize(frame[info.cluster_column])[0] if info.cluster_column else None
         moments = frame[info.time_column].to_numpy() if info.time_column else None
-        return cls(name, info, Schema(features, info.task, classes), raw, clusters, moments)
+        return cls(name, info, Schema(features, str(info.task), classes), raw, clusters, moments)
 
     def take(self, rows: NDArray[np.intp]) -> pd.DataFrame:
         """Some rows, as a trainer gets them."""
         return self.frame.iloc[rows].reset_index(drop=True)
+
+
+def _checked_target(info: DatasetInfo, name: str, like: Rows | None) -> str:
+    """The target; raises when there is nothing to learn, or something else than from the training rows."""
+    if info.target is None or info.task not in ("classification", "regression"):
+        raise BadInput(
+            f"{name}: the dataset's target is {info.target!r} and its task {info.task!r}, expected a target column and "
+            "classification or regression; set them in PrepareData."
+        )
+    if not info.features:
+        raise BadInput(f"{name}: the dataset has no features; list them in PrepareData.")
+    reference = like.info if like else info
+    if info.target != reference.target or info.task != reference.task:
+        raise BadInput(
+            f"{name}: its target is {info.target!r} ({info.task}), that of train is {reference.target!r} "
+            f"({reference.task}); take both from one PrepareData."
+        )
+    return info.target
+
+
+def _check_not_empty(raw: pd.DataFrame, features: Sequence[Feature], name: str) -> None:
+    for f in features:
+        if KINDS[f.kind].is_missing(raw[f.name]).all():
+            raise BadInput(
+                f"{name}: feature {f.name!r} is missing in all {len(raw):,} rows, so nothing can be learned "
+                "from it; take it out of the features or mend its source."
+            )
+
+
+def _check_every_class(numbers: pd.Series[Any], classes: list[Any], name: str, column: str) -> None:
+    """Raise unless there are two classes or more, and a row of each."""
+    import numpy as np
+
+    present = np.unique(numbers)
+    if len(present) < max(2, len(classes)):
+        absent = [c for i, c in enumerate(classes) if i not in present]
+        found = (
+            f"has no row of {absent[0]!r}" if len(present) > 1 else f"is {classes[present[0]]!r} in all rows"
+        )
+        raise BadInput(
+            f"{name}: target {column!r} {found} ({len(numbers):,} rows), expected every class at least once; "
+            "widen the window or mend the target."
+        )
 
 
 def _class_numbers(

@@ -12,32 +12,10 @@ from typing import Any
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, Preempted, did_you_mean
 from lepton_airflow.store.checkpoints import Checkpoint, Checkpoints
+from lepton_airflow.training.curves import Curves
 
-
-@dataclass
-class Curves:
-    """What a trainer reported, over all tries.
-
-    :ivar unit: what a step is: ``epoch``, ``step``, …
-    :ivar points: one dict a report: ``step`` and the metrics.
-    :ivar resumed: the steps at which a later try went on.
-    """
-
-    unit: str = "step"
-    points: list[dict[str, float]] = field(default_factory=list)
-    resumed: list[float] = field(default_factory=list)
-
-    def add(self, step: float, metrics: Mapping[str, float]) -> None:
-        """Take up a report. Of very many, every second is let go: no picture shows thousands."""
-        self.points.append({"step": float(step), **{name: float(value) for name, value in metrics.items()}})
-        if len(self.points) >= _MOST_POINTS:
-            del self.points[1:-1:2]
-
-
-_MOST_POINTS = 4000
-_PACE_REPORTS = (
-    20  # so many count for the rate: the beginning, and what else the machine did, are soon forgotten
-)
+# So many reports count for the rate: the beginning, and what else the machine did, are soon forgotten.
+_PACE_REPORTS = 20
 
 
 def silent(_text: str) -> None:

@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[2]
 PINS = ROOT / "constraints.txt"
 CACHE = ROOT / ".cache"
 
-pytestmark = pytest.mark.timeout(900)  # the first run installs an Airflow, and an environment for the stage
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.timeout(900),
+]  # the first run installs an Airflow, and an environment for the stage
 
 
 @pytest.fixture(scope="session")

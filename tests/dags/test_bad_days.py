@@ -1,7 +1,6 @@
 """Bad days on a real Airflow: what is killed, away, full, altered or asked for twice; and what that costs.
 
-All of it in one file, so that it shares one Airflow when the tests run on several cores. A second one, with the same
-store, is started for the last test.
+A second Airflow, with the same store, is started for the last test.
 """
 
 from __future__ import annotations
@@ -124,9 +123,11 @@ def _aliases(mlflow: LocalMlflow, model: str) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def airflow(make_airflow: Callable[..., LocalAirflow], proxy: str) -> Iterator[LocalAirflow]:
-    """An Airflow of this file's own, which reaches MLflow through the proxy."""
-    env = {
+def airflow(airflow: LocalAirflow, proxy: str) -> Iterator[LocalAirflow]:
+    """The Airflow of all files, with a scheduler, and so with workers, that bear more and reach MLflow through the proxy."""
+    usual = airflow.env
+    airflow.env = {
+        **usual,
         "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps({"conn_type": "http", "host": proxy}),
         "AIRFLOW__LEPTON__DEPLOYMENT": "here",
         # With Airflow's own 5 attempts a task gives the API server up after some 7 s; these are 4 minutes.
@@ -134,10 +135,15 @@ def airflow(make_airflow: Callable[..., LocalAirflow], proxy: str) -> Iterator[L
         "AIRFLOW__WORKERS__EXECUTION_API_RETRY_WAIT_MAX": "15",
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "300",  # Airflow's own
     }
-    with make_airflow("drills", env=env) as running:
-        for dag_id in ("wait", "count", "keep", "monthly"):
-            running.wait_for_dag(dag_id)
-        yield running
+    _restart_scheduler(airflow)
+    yield airflow
+    airflow.env = usual
+    _restart_scheduler(airflow)
+
+
+def _restart_scheduler(airflow: LocalAirflow) -> None:
+    airflow.stop_component("scheduler", signal.SIGKILL)
+    airflow.start_component("scheduler")
 
 
 @pytest.fixture

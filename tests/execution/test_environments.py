@@ -61,6 +61,7 @@ def command(name: str, *arguments: str, root: Path, **env: str) -> subprocess.Po
 _NO_PINS = {"build": ["--constraints="], "ls": [], "prune": []}
 
 
+@pytest.mark.network
 def test_many_ask_and_one_builds(built: tuple[Path, str]) -> None:
     root, python = built
     code = (
@@ -145,6 +146,7 @@ def test_an_extra_brings_its_lines_and_those_of_the_entry_point_without_airflow(
     assert {line.split(">")[0] for line in extra_lines([])} == {"fsspec", "psutil"}
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
 def test_a_half_built_one_is_built_again(tmp_path: Path, silent_index: str, killed: signal.Signals) -> None:
     task = command("build", "--requirement=toolz", "--installer=uv", root=tmp_path, UV_INDEX_URL=silent_index)
@@ -176,6 +178,7 @@ def test_an_interpreter_that_was_removed_takes_its_environments_along(tmp_path: 
         assert interpreter is None
 
 
+@pytest.mark.network
 def test_pip_builds_too_and_without_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "_uv", lambda: None)
     environment = Environment.of([], SMALL)
@@ -184,6 +187,7 @@ def test_pip_builds_too_and_without_uv(tmp_path: Path, monkeypatch: pytest.Monke
     subprocess.run([python, "-c", "import fsspec, psutil, toolz"], check=True)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     ("requirements", "installer", "kind", "sentence"),
     [
@@ -289,6 +293,7 @@ def test_prune_takes_what_is_old_or_half_built_and_nothing_in_use(tmp_path: Path
     }
 
 
+@pytest.mark.network
 def test_ls_and_prune_on_the_command_line(built: tuple[Path, str]) -> None:
     root, python = built
     out, err = command("ls", root=root).communicate(timeout=60)

@@ -34,6 +34,7 @@ class TestGivenInterpreter(LocalRunnerConformance):
         return Venv(python=sys.executable, **settings)
 
 
+@pytest.mark.network
 class TestBuiltEnvironment(WorkerRunnerConformance):
     def make_runner(self, **settings: Any) -> Runner:
         return Venv(requirements=["toolz"], **settings)
@@ -76,6 +77,7 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+@pytest.mark.network
 def test_a_built_one_has_what_was_asked_for_and_the_workers_own_code(root: Path, look: Any) -> None:
     home = str(root / Environment.of([], ["toolz"]).name)
     # As where this package lies beside Airflow and on PYTHONPATH: none of it may be seen there.
@@ -89,6 +91,7 @@ def test_a_built_one_has_what_was_asked_for_and_the_workers_own_code(root: Path,
     assert (prefix, first, venv) == (home, f"{home}/bin", home)
 
 
+@pytest.mark.network
 def test_another_version_of_python(root: Path, look: Any) -> None:
     # On PATH, or beside this one, as version managers lay them out.
     named = [path for minor in range(11, 15) if (path := shutil.which(f"python3.{minor}"))]
@@ -113,6 +116,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Environment.of([]).build(root, lambda _: None)
 
 
+@pytest.mark.network
 def test_a_given_interpreter_without_lepton_airflow(bare: Path, tmp_path: Path) -> None:
     with pytest.raises(
         BadConfiguration, match=r"python has no lepton_airflow: .*--no-deps lepton-airflow==.*Venv"
@@ -120,6 +124,7 @@ def test_a_given_interpreter_without_lepton_airflow(bare: Path, tmp_path: Path) 
         Venv(python=str(bare)).run(probe("Copy", tmp_path), [], {})
 
 
+@pytest.mark.network
 def test_a_given_interpreter_with_an_older_lepton_airflow(bare: Path, tmp_path: Path) -> None:
     libraries = next(bare.parents[1].glob("lib/python*/site-packages"))
     older = libraries / "lepton_airflow"
@@ -141,6 +146,7 @@ def test_a_given_interpreter_that_is_none(tmp_path: Path) -> None:
         Venv(python=str(tmp_path / "python")).run(probe("Copy", tmp_path), [], {})
 
 
+@pytest.mark.network
 def test_a_version_that_does_not_exist_is_not_retried(root: Path, tmp_path: Path) -> None:
     with pytest.raises(
         BadConfiguration, match=r"^environment own-\w+ could not be built: .*toolz==99"

@@ -331,3 +331,12 @@ def test_a_row_holds_no_secret_and_makes_the_same_trigger(trigger: Any) -> None:
     assert path == "lepton_airflow.triggers.pod.PodTrigger"
     assert "token" not in json.dumps(values)
     assert PodTrigger(**values).serialize() == (path, values)
+
+
+def test_a_password_in_a_connection_s_url_is_kept_out_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = {"conn_type": "http", "host": "https://me:correct-horse@proxy.example"}
+    monkeypatch.setenv("AIRFLOW_CONN_BY_URL", json.dumps(address))
+    hide = asyncio.run(triggers._redactor(["by_url"]))
+    assert hide("cannot reach https://me:correct-horse@proxy.example") == (
+        "cannot reach https://me:***@proxy.example"
+    )

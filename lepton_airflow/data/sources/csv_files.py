@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from lepton_airflow.data.dataset import SCRATCH, literal, quote
 from lepton_airflow.data.sources.files import Reader, check_no_doubles, parquet_scan
+from lepton_airflow.data.sql import SCRATCH, literal, quote
 from lepton_airflow.errors import BadInput, did_you_mean
 
 log = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote as percent, urlencode
 
 from lepton_airflow.connections import Connection
-from lepton_airflow.data.dataset import first_line
 from lepton_airflow.data.sources.spec import Source
 from lepton_airflow.errors import (
     BadConfiguration,
     BadInput,
     LeptonError,
     did_you_mean,
+    first_line,
     is_transient,
     require,
 )

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.data.dataset import SCRATCH, first_line, literal
 from lepton_airflow.data.sources.spec import Source
-from lepton_airflow.errors import BadConfiguration, BadInput
+from lepton_airflow.data.sql import SCRATCH, literal
+from lepton_airflow.errors import BadConfiguration, BadInput, first_line
 from lepton_airflow.store.files import Store, total_bytes
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.contract import digest_of
-from lepton_airflow.data.dataset import SCRATCH, first_line, literal, quote
 from lepton_airflow.data.sources.csv_files import CsvFiles
 from lepton_airflow.data.sources.database import query_database
 from lepton_airflow.data.sources.files import (
@@ -28,7 +27,8 @@ from lepton_airflow.data.sources.files import (
 )
 from lepton_airflow.data.sources.lakes import lake_digest, open_lake
 from lepton_airflow.data.sources.spec import Source
-from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean
+from lepton_airflow.data.sql import SCRATCH, literal, quote
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, first_line
 from lepton_airflow.store.files import digest_path
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lepton_airflow.data.dataset import first_line
 from lepton_airflow.data.features import KINDS, Feature
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, first_line
 from lepton_airflow.packaging.export import graph, network
 from lepton_airflow.packaging.schema import Schema
 from lepton_airflow.packaging.session import open_session
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-OLDEST_OPSET = 13  # since then there are all operators that graph.finish adds
+OLDEST_OPSET = 13  # the first that has all operators which graph.finish adds
 
 
 @dataclass

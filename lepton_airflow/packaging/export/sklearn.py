@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import first_line
 from lepton_airflow.data.features import KINDS, Feature
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, first_line
 from lepton_airflow.packaging.export import graph
 from lepton_airflow.packaging.schema import Schema
 
@@ -38,7 +37,7 @@ class SklearnModel:
             )
 
     def predict(self, frame: pd.DataFrame) -> NDArray[np.float64]:
-        """Predict natively; a class that a fold did not hold gets probability 0."""
+        """Predict with scikit-learn; a class that a fold did not hold gets probability 0."""
         import numpy as np
 
         raw = frame[self.schema.names]
@@ -135,6 +134,7 @@ def _with_float32_thresholds(estimator: Any) -> Any:
 
 
 def _selects_columns(estimator: Any) -> bool:
+    """Whether an estimator takes columns by name, so that they may be of different kinds."""
     from sklearn.compose import ColumnTransformer
     from sklearn.pipeline import Pipeline
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import first_line
 from lepton_airflow.data.features import BATCH_ROWS
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, first_line
 from lepton_airflow.packaging.export import graph, network
 from lepton_airflow.packaging.export.sklearn import convert_sklearn
 from lepton_airflow.packaging.schema import Schema

@@ -1,0 +1,190 @@
+"""Which rows train, which validate and which test, so that no split sees another's future, group or row.
+
+The rows are those of a view ``known``, which has the column ``ROW``, a row's place in its file, and ``TIME``, its time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+from lepton_airflow.data.duckdb_types import has_zone
+from lepton_airflow.data.sql import fetch_row, quote
+from lepton_airflow.errors import BadConfiguration, BadInput
+
+if TYPE_CHECKING:
+    import duckdb
+
+SPLIT, TIME, ROW = "__split", "__time", "__row"
+_START, _PLACE = "__start", "place"
+RESERVED = (
+    SPLIT,
+    TIME,
+    ROW,
+    "file_row_number",
+    _START,
+    _PLACE,
+)  # names that no column of the user's may have
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its rows, and the smallest and largest of their times, both inclusive."""
+
+    rows: int
+    time_range: list[str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How rows are divided into train, valid and test.
+
+    :ivar by: ``time``: train lies before valid, and valid before test; ``group``: whole clusters at random; ``random``.
+    :ivar cluster_column: rows with an equal value stay together.
+    :ivar strata: column whose values have equal shares in all splits of a random division.
+    :ivar valid_fraction: share of the rows outside test that validate; 0: no such split.
+    :ivar valid_start: time at which valid starts, ISO 8601; replaces ``valid_fraction``.
+    """
+
+    by: Literal["time", "group", "random"]
+    time_column: str | None
+    cluster_column: str | None
+    strata: str | None
+    valid_fraction: float
+    test_fraction: float
+    valid_start: str | None
+    test_start: str | None
+    seed: int
+
+    @property
+    def names(self) -> list[str]:
+        """The splits that there must be, in order of time."""
+        wanted = ["train"]
+        wanted += ["valid"] if self.valid_start or self.valid_fraction else []
+        wanted += ["test"] if self.test_start or self.test_fraction else []
+        return wanted
+
+    def query(self, con: duckdb.DuckDBPyConnection) -> str:
+        """SQL of the rows of ``known``, each with the name of its split."""
+        return {"time": self._by_time, "group": self._by_group, "random": self._by_chance}[self.by](con)
+
+    def _by_time(self, con: duckdb.DuckDBPyConnection) -> str:
+        key, start = TIME, ""
+        if self.cluster_column:
+            # A cluster goes as a whole to where it begins, so a cut inside a day moves to the day's end.
+            key = _START
+            start = f", min({TIME}) OVER (PARTITION BY {quote(self.cluster_column)}) AS {_START}"
+        con.execute(f"CREATE TEMP VIEW placed AS SELECT *{start} FROM known")
+        test = self._cut(con, "test", key, None)
+        valid = self._cut(con, "valid", key, test)
+        cases = [f"WHEN {key} >= {timestamp(test)} THEN 'test'"] if test else []
+        cases += [f"WHEN {key} >= {timestamp(valid)} THEN 'valid'"] if valid else []
+        name = f"CASE {' '.join(cases)} ELSE 'train' END" if cases else "'train'"
+        return f"SELECT * {f'EXCLUDE ({_START})' if start else ''}, {name} AS {SPLIT} FROM placed"
+
+    def _cut(
+        self, con: duckdb.DuckDBPyConnection, name: str, key: str, end: datetime | None
+    ) -> datetime | None:
+        """The time at which a split begins: as stated, or such that the rows from it on are about its share."""
+        stated, fraction = getattr(self, f"{name}_start"), getattr(self, f"{name}_fraction")
+        if stated:
+            try:
+                moment = datetime.fromisoformat(stated)
+            except ValueError:
+                raise BadConfiguration(
+                    f"{name}_start={stated!r} is not a time: expected ISO 8601 or window_start."
+                ) from None
+            moment = moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+            if end is not None and moment >= end:
+                raise BadConfiguration(
+                    f"{name}_start={stated!r} does not lie before the start of test, {end.isoformat()}."
+                )
+            return moment
+        if not fraction:
+            return None
+        before = f"WHERE {key} < {timestamp(end)}" if end else ""
+        (rows,) = fetch_row(con, f"SELECT count(*) FROM placed {before}")
+        found = con.execute(
+            f"SELECT {key} FROM (SELECT {key}, row_number() OVER (ORDER BY {key}) AS n FROM placed {before}) WHERE n = $1",
+            [math.floor(rows * (1 - fraction)) + 1],
+        ).fetchone()
+        return found[0] if found else None
+
+    def _by_group(self, con: duckdb.DuckDBPyConnection) -> str:
+        group = quote(str(self.cluster_column))
+        return (
+            f"WITH groups AS (SELECT {group} AS g, count(*) AS n, md5('{self.seed}:' || {group}::TEXT) AS h FROM known GROUP BY ALL), "
+            f"placed AS (SELECT g, (sum(n) OVER (ORDER BY h, g) - n) / sum(n) OVER () AS {_PLACE} FROM groups) "
+            f"SELECT known.*, {self._shares()} AS {SPLIT} FROM known JOIN placed ON known.{group} = placed.g"
+        )
+
+    def _by_chance(self, con: duckdb.DuckDBPyConnection) -> str:
+        strata = f"PARTITION BY {quote(self.strata)}" if self.strata else ""
+        return (
+            f"SELECT * EXCLUDE ({_PLACE}), {self._shares()} AS {SPLIT} FROM (SELECT *, (row_number() OVER ({strata} "
+            f"ORDER BY md5('{self.seed}:' || {ROW}), {ROW}) - 1) / count(*) OVER ({strata}) AS {_PLACE} FROM known)"
+        )
+
+    def _shares(self) -> str:
+        """Which split a place from 0 to below 1 belongs to; train comes first, so it gets what cannot be divided."""
+        # Rounded, since 0.8 * 0.75 is a little more than 0.6, and so one row more.
+        outside = round(1 - self.test_fraction, 9)
+        train = round(outside * (1 - self.valid_fraction), 9)
+        return f"CASE WHEN {_PLACE} < {train!r} THEN 'train' WHEN {_PLACE} < {outside!r} THEN 'valid' ELSE 'test' END"
+
+    def measure(self, con: duckdb.DuckDBPyConnection, table: str, time_type: str | None) -> dict[str, Split]:
+        """Rows and time range of each split of a table, train first.
+
+        :param time_type: DuckDB's type of the time column, which decides how its times are written.
+        :raises BadInput: a split has no row, or splits overlap in time.
+        """
+        found = {
+            name: (rows, low, high)
+            for name, rows, low, high in con.execute(
+                f"SELECT {SPLIT}, count(*), min({TIME}), max({TIME}) FROM {table} GROUP BY {SPLIT}"
+            ).fetchall()
+        }
+        for name in self.names:
+            if name not in found:
+                rows = sum(rows for rows, *_ in found.values())
+                raise BadInput(
+                    f"split {name!r} has no row: {rows} rows{self._extent(con, table)} went to {', '.join(sorted(found))}. "
+                    "Change its start or fraction, or bring more data."
+                )
+        if self.by == "time":
+            for earlier, later in itertools.pairwise(self.names):
+                if not found[earlier][2] < found[later][1]:
+                    raise BadInput(
+                        f"clusters of {self.cluster_column!r} overlap in time: {earlier} would reach to {found[earlier][2]} and "
+                        f"{later} begin at {found[later][1]}. Cluster by something shorter, or use split='group'."
+                    )
+
+        def text(moment: datetime) -> str:
+            if time_type == "DATE":  # as the last time of a range it means the whole day
+                return moment.date().isoformat()
+            return moment.replace(tzinfo=UTC if has_zone(time_type or "") else None).isoformat()
+
+        return {
+            name: Split(rows, [text(low), text(high)] if low else None)
+            for name, (rows, low, high) in ((name, found[name]) for name in self.names)
+        }
+
+    def _extent(self, con: duckdb.DuckDBPyConnection, table: str) -> str:
+        """In how many clusters and at which times the rows of a table are, for a message."""
+        text = ""
+        if self.cluster_column:
+            (clusters,) = fetch_row(con, f"SELECT count(DISTINCT {quote(self.cluster_column)}) FROM {table}")
+            text += f" in {clusters} clusters"
+        if self.time_column:
+            low, high = fetch_row(con, f"SELECT min({TIME}), max({TIME}) FROM {table}")
+            text += f" (times {low} to {high})"
+        return text
+
+
+def timestamp(moment: datetime | None) -> str:
+    """A time as SQL."""
+    assert moment is not None
+    return f"TIMESTAMP '{moment.isoformat(sep=' ')}'"
