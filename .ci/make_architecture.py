@@ -42,7 +42,7 @@ def _layers() -> Iterator[str]:
             folder = PACKAGE / name
             file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
             shown = f"{name}/" if folder.is_dir() else file.name
-            about = re.split(r"[:.](?= |$)", _about(file).replace("`", ""), maxsplit=1)[0]
+            about = re.split(r"(?<=\?) |[:.](?= |$)", _about(file).replace("`", ""), maxsplit=1)[0]
             yield f"{shown:<17}{about}"
     yield "```"
 
@@ -57,10 +57,10 @@ def _files() -> Iterator[str]:
 
 
 def _about(file: Path) -> str:
-    """The first sentence of a file's docstring, as Markdown."""
+    """The first paragraph of a file's docstring, as Markdown."""
     doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    sentence = re.split(r"(?<=[.?!])\s", " ".join(doc.split("\n\n")[0].split()), maxsplit=1)[0]
-    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", sentence).replace("``", "`")
+    paragraph = " ".join(doc.split("\n\n")[0].split())
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", paragraph).replace("``", "`")
 
 
 if __name__ == "__main__":

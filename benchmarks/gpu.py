@@ -117,7 +117,7 @@ def measure(device: str = "cuda", scale: float = 1.0) -> dict[str, Any]:
             numbers["streamed_ratio"] = round(statistics.median(ours) / statistics.median(streamed), 4)
             numbers["checkpoint_stall_s"] = round(_checkpoint_stall(case, device), 3)
     numbers["syncs_per_step"] = _syncs_per_step(small, device)
-    return numbers | _through_the_door(
+    return numbers | _killed_and_resumed(
         device, rows=int(400_000 * scale) or 2000, epochs=30 if scale == 1 else 8
     )
 
@@ -297,7 +297,7 @@ def _syncs_per_step(case: Case, device: str) -> float:
 # -- the whole stage ---------------------------------------------------------------------------------------------------
 
 
-def _through_the_door(device: str, rows: int, epochs: int) -> dict[str, Any]:
+def _killed_and_resumed(device: str, rows: int, epochs: int) -> dict[str, Any]:
     """Train the MLP undisturbed, and once more with a SIGTERM after its first checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         _write_rows(Path(folder), rows)

@@ -1,4 +1,4 @@
-# An image in which stages run: the door, and what the extras of one stage (or of several) need. No Airflow.
+# An image in which stages run: what the entry point and the extras of one stage (or of several) need. No Airflow.
 #
 #   make images                                     localhost/lepton-stage:all
 #   EXTRAS="validate train,torch,s3" make images    localhost/lepton-stage:validate and …:train-torch-s3

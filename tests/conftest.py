@@ -6,6 +6,8 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,57 @@ def new_airflow_database(request: pytest.FixtureRequest) -> Callable[[], str | N
         return server.new_database()
 
     return make
+
+
+@dataclass
+class Element:
+    """A tag of a page with its attributes and what is in it; ``str()`` is its text."""
+
+    tag: str
+    attributes: dict[str, str | None] = field(default_factory=dict)
+    children: list[Element] = field(default_factory=list)
+    text: str = ""
+
+    def all(self, tag: str, **attributes: str) -> list[Element]:
+        """The tags of that name within this one, those right below it first."""
+        found = [e for e in self.children if e.tag == tag and attributes.items() <= e.attributes.items()]
+        return found + [e for child in self.children for e in child.all(tag, **attributes)]
+
+    def __str__(self) -> str:
+        return self.text + "".join(map(str, self.children))
+
+
+class _Tree(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Element("")
+        self.open = [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, dict(attrs))
+        self.open[-1].children.append(element)
+        if tag not in ("br", "img", "meta"):
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Element(tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(Element("#text", text=data))
+
+
+@pytest.fixture
+def read_html() -> Callable[[str], Element]:
+    """``read_html(page)``: the page as a tree of tags, each of which must be closed by its own."""
+
+    def read(page: str) -> Element:
+        tree = _Tree()
+        tree.feed(page)
+        tree.close()
+        assert [element.tag for element in tree.open[1:]] == []
+        return tree.root
+
+    return read

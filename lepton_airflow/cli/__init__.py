@@ -1,4 +1,4 @@
-"""What can be asked of ``python -m lepton_airflow``: one file is one command."""
+"""What can be asked of ``python -m lepton_airflow``? One file is one command."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where rows come from, and what they look like."""
+"""Where do rows come from, and what do they look like?"""

@@ -1,1 +1,1 @@
-"""Which version answers whom."""
+"""Which version answers whom?"""

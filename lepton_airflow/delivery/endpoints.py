@@ -22,9 +22,9 @@ from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError,
 from lepton_airflow.store.files import Store
 from lepton_airflow.store.records import ROOT, Log, parse, to_json
 
-BEAT_S = 3.0  # how often a server rewrites its status
-DEAD_S = 20.0  # a status older than this is that of a server that is gone
-_FORGET_S = 24 * 3600.0  # … and is removed when this old, by the next server that starts
+BEAT_S = 3.0  # between two writes of a server's status
+DEAD_S = 20.0  # a server whose status is older than this has ended
+_FORGET_S = 24 * 3600.0  # the next server that starts removes a status older than this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Desired:
         return split_pin(self.package)[1] or ""
 
     def asks_as(self, other: Desired) -> bool:
-        """Whether both ask for the same package under the same conditions."""
+        """Whether both ask for the same package on the same conditions."""
         return all(getattr(self, n) == getattr(other, n) for n in _CONDITIONS) and self.sha256 == other.sha256
 
 
@@ -122,12 +122,12 @@ class Status:
 
     @property
     def alive(self) -> bool:
-        """Whether the server has given a sign of life lately."""
+        """Whether the server has written its status lately."""
         return self.age_s < DEAD_S
 
 
 def check_endpoint_name(endpoint: str) -> None:
-    """Refuse a name that a URL or a path would refuse."""
+    """Raise BadConfiguration for a name that a URL or a path cannot have."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", endpoint):
         raise BadConfiguration(
             f"endpoint={endpoint!r} cannot name an endpoint: expected letters, digits, '.', '_' and '-', as in "
@@ -168,7 +168,7 @@ def read_verdict(store: Store, endpoint: str, sequence: int) -> LoadVerdict | No
 
 
 def decide(store: Store, endpoint: str, verdict: LoadVerdict) -> LoadVerdict:
-    """Give a verdict; returns the one that stands, which is an earlier one if there was one."""
+    """Record a verdict unless there is one already; returns the one that is recorded."""
     key = _verdict_key(endpoint, verdict.sequence)
     if verdict.error:
         verdict = replace(verdict, instead=not_rejected(store, endpoint, verdict.sequence - 1))
@@ -193,23 +193,23 @@ def not_rejected(store: Store, endpoint: str, sequence: int) -> int:
 
 
 def read_statuses(store: Store, endpoint: str) -> list[Status]:
-    """What all servers of an endpoint say, those that are gone included."""
+    """The status of every server of an endpoint, also of those that have ended."""
     keys = store.keys(f"{ROOT}/endpoints/{endpoint}/status")
     return [parse(key, text, Status) for key in keys if (text := store.read(key)) is not None]
 
 
 def write_status(store: Store, endpoint: str, status: Status) -> None:
-    """Say what a server does."""
+    """Record what a server does."""
     store.write(_status_key(endpoint, status.server), to_json(status))
 
 
 def remove_status(store: Store, endpoint: str, server: str) -> None:
-    """Take a server's status away: it has ended."""
+    """Remove the status of a server that has ended."""
     store.delete(_status_key(endpoint, server))
 
 
 def forget_the_dead(store: Store, endpoint: str) -> None:
-    """Remove what servers said that are long gone: containers come back under another name."""
+    """Remove the statuses of servers that ended long ago: a container that starts again has another name."""
     for status in read_statuses(store, endpoint):
         if status.age_s > _FORGET_S:
             remove_status(store, endpoint, status.server)
@@ -221,12 +221,12 @@ def precise_now() -> str:
 
 
 def error_record(error: LeptonError) -> dict[str, Any]:
-    """An error as it stands in records."""
+    """An error as records hold it."""
     return {"kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
 
 
 def error_of(record: dict[str, Any]) -> LeptonError:
-    """The error that a record tells of."""
+    """The error that a record holds."""
     return from_record(record["kind"], record["message"], record["exit_code"])
 
 

@@ -31,7 +31,7 @@ _COLOURS = (
     "#b45309",
 )
 _MOST_LINES = len(_COLOURS)
-_MOST_POINTS = 1_000  # of a curve or a cloud: more are not seen and make the picture heavy
+_MOST_POINTS = 1_000  # of a curve: more make the file larger and look the same
 
 
 def classification_plots(
@@ -146,7 +146,7 @@ def _calibration(axes: Axes, y: NDArray[np.int64], p: NDArray[Any], classes: Seq
         said = np.array([score[part].mean() for part in bins])
         came = np.array([truth[part].mean() for part in bins])
         size = np.array([len(part) for part in bins])
-        # Wilson (1927): stays inside [0, 1] where few or no events came
+        # The interval of Wilson (1927), which stays inside [0, 1] also where few or no events came.
         z = 1.96
         centre = (came + z * z / (2 * size)) / (1 + z * z / size)
         reach = z * np.sqrt(came * (1 - came) / size + z * z / (4 * size * size)) / (1 + z * z / size)
@@ -226,7 +226,7 @@ def _thin(n: int) -> NDArray[np.int64]:
 
 
 def _sample(n: int) -> NDArray[np.int64]:
-    """Positions of at most a few thousand rows, drawn the same way every time."""
+    """Positions of at most four thousand rows, the same ones every time."""
     import numpy as np
 
     most = 4 * _MOST_POINTS

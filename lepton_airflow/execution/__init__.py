@@ -1,1 +1,1 @@
-"""What happens around one run of a stage: the entry point's work, its processes, its interpreter."""
+"""What happens around one run of a stage? The entry point's work, its processes, its interpreter."""

@@ -1,4 +1,4 @@
-"""The standard models: what TrainModel and TuneModel fit when they are given a name.
+"""What can be fitted by name? The standard models of TrainModel and TuneModel.
 
 One file is one model, and a new file here is a new name. A model's file holds
 

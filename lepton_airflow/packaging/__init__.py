@@ -1,1 +1,11 @@
-"""A model as files."""
+"""What is a model as files?
+
+::
+
+    package.py     the directory, its card, and predictions from it   ModelPackage, ModelCard, write_package
+    schema.py      what goes into its graph and what comes out        Schema, features_of
+    session.py     how its graph is run                               open_session, predict_onnx
+    touched.py     which rows it has touched                          Touched, overlap
+    export/        how a fitted model becomes its graph
+    compression/   whether a smaller number format pays
+"""

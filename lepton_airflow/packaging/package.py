@@ -137,7 +137,7 @@ class ModelPackage:
 
     @cached_property
     def rows(self) -> NDArray[np.uint64] | None:
-        """Sorted fingerprints of the touched rows, or None when the time range tells them."""
+        """Sorted fingerprints of the touched rows, or None where time ranges tell which rows these are."""
         import numpy as np
 
         path = self.path / "rows.npy"

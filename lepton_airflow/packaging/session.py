@@ -31,8 +31,8 @@ def open_session(model: bytes, threads: int = 1, *, spin: bool = True) -> onnxru
     options.log_severity_level = 3  # warnings are about graph clean-up, nothing a user can act on
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # A model may keep weights in files beside it. They would be read from the current directory, and nobody has verified
-    # their digest. In this folder there are none.
+    # A model may name files that hold its weights. They would be read from the current directory, though no digest covers
+    # them. This folder has none.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Touched:
-    """Rows that shaped a model, by the file they were in. ``time_range`` is inclusive at both ends."""
+    """A dataset whose rows shaped a model.
 
-    role: str  # train, valid, tuning or calibration
+    :ivar role: ``train``, ``valid``, ``tuning`` or ``calibration``.
+    :ivar time_range: smallest and largest value of ``time_column``, both inclusive.
+    """
+
+    role: str
     sha256: str
     split: str | None
     split_id: str | None
@@ -57,8 +61,8 @@ def row_fingerprints(path: Path, features: Iterable[Feature], target: str) -> ND
 def overlap(package: ModelPackage, dataset_path: Path, info: DatasetInfo) -> str | None:
     """Say which rows of a dataset the model has touched, in one sentence; None when it has touched none.
 
-    Two splits of one PrepareData run share no row. Otherwise time ranges decide, both ends included; without a time
-    column on either side, equal rows (features and target) do. When nothing can tell, that is said, and counts as overlap.
+    Two splits of one PrepareData run share no row. Otherwise time ranges decide, both ends included, and where either side has
+    none, equal rows (features and target). When nothing can tell, the sentence says so, and it counts as overlap.
     """
     import numpy as np
 

@@ -1,1 +1,1 @@
-"""Who is registered, and who is champion."""
+"""Who is registered, and who is champion?"""

@@ -34,7 +34,7 @@ class Registration:
     :ivar package: pinned URI of the model package.
     :ivar alias: the alias that this version asked for.
     :ivar window: the data window of the run, ``{"start", "end"}``, or None.
-    :ivar supersedes: the version that this run key had before, which counts no more.
+    :ivar supersedes: the version that this run key had before and that this one replaces.
     :ivar sequence: its number among the registrations of the model.
     :ivar aliases: what each alias means from here on, as ``{"version", "sequence", "window"}`` of a registration.
     :ivar highest: the highest version up to here.
@@ -95,7 +95,7 @@ class LedgerEntry:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that MLflow or a path would refuse."""
+    """Raise BadConfiguration for a name that MLflow or a path cannot have."""
     if not name.strip() or re.search(r"[/:\\\x00-\x1f]", name) or name.startswith("."):
         raise BadConfiguration(
             f"name={name!r} cannot name a model: expected text without '/', ':' or '\\' that does not start with '.'."
@@ -113,18 +113,18 @@ class Registrations(Log[Registration]):
         found = self.find("run_key", run_key)
         return found[-1] if found else None
 
-    def append_after(self, newest: Registration | None, registration: Registration) -> bool:
-        """Register as the next one after the newest that the caller knows of; False when that is not the newest any more."""
+    def append_after(self, newest: Registration | None, registration: Registration) -> Registration | None:
+        """Register after the newest that the caller knows of; None when that is not the newest any more."""
         before = newest.sequence if newest else 0
         registration = replace(registration, sequence=before + 1)
         highest = newest.highest if newest else 0
         if registration.supersedes or registration.version < highest:
-            # What is superseded counts no more, and an alias may fall back to any version before: look through them all.
+            # An alias may fall back to any earlier version when the one it meant is replaced, so all are looked through.
             aliases = alias_targets([*self.entries()[:before], registration])
         else:
             aliases = _with(newest.aliases if newest else {}, registration)
-        highest = max(highest, registration.version)
-        return self.append(replace(registration, aliases=aliases, highest=highest))
+        registration = replace(registration, aliases=aliases, highest=max(highest, registration.version))
+        return registration if self.append(registration) else None
 
 
 def registrations(store: Store, name: str) -> list[Registration]:

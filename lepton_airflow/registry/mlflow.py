@@ -1,10 +1,10 @@
-"""MLflow as a projection: what the store decided, shown where people look for models.
+"""The model registry of MLflow: it shows what the store has decided, where people look for models.
 
-Everything here is find-or-create and may be repeated: runs and versions are found again by their tags
-``lepton.run_key`` and ``lepton.package``, which are set in the same call that creates them. Two callers must not be in
-:meth:`MlflowRegistry.publish` for one model at once (see :mod:`lepton_airflow.store.lease`), as MLflow itself cannot tell
-them apart. Needs ``mlflow-skinny``; for a database URI also SQLAlchemy and alembic. The ``MLmodel`` file is written
-here, because MLflow's own writer would load the model and wants numpy and onnx.
+Every call finds what an earlier one has made, or makes it, so it may be repeated: runs and versions carry the tags
+``lepton.run_key`` and ``lepton.package``, which are set in the same request that creates them. Two callers must not be in
+:meth:`MlflowRegistry.publish` for one model at the same time (see :mod:`lepton_airflow.store.lease`), as MLflow cannot tell
+them apart. Needs ``mlflow-skinny``, and for a database as the tracking URI SQLAlchemy and alembic. The ``MLmodel`` file is
+written here, because MLflow's own writer would load the model and needs numpy and onnx for it.
 """
 
 from __future__ import annotations
@@ -83,24 +83,26 @@ def connection_uri(connection: Connection) -> str:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What an MLflow server shows now: a version's tags, the version behind each alias, and the version's page."""
+class VersionShown:
+    """What an MLflow server shows now: a version's tags, the version that each alias means, and the version's page."""
 
     tags: dict[str, str]
     aliases: dict[str, int]
     link: str
 
     def agrees(self, *, tags: Mapping[str, str], aliases: Mapping[str, int | None]) -> bool:
-        """Whether the tags are among those shown and each alias stands for its version, or for none."""
+        """Whether all these tags are shown, and each alias means its version, or none."""
         return all(self.tags.get(k) == v for k, v in tags.items()) and all(
             self.aliases.get(k) == v for k, v in aliases.items()
         )
 
 
-def glance(tracking_uri: str | None, connection: Connection | None, name: str, version: int) -> Shown | None:
-    """See what a server shows of a version without importing MLflow, which costs two seconds of CPU.
+def glance(
+    tracking_uri: str | None, connection: Connection | None, name: str, version: int
+) -> VersionShown | None:
+    """What a server shows of a version, without importing MLflow, which costs two seconds of CPU.
 
-    None when that cannot be told (a database, special credentials, no such version, no answer); then open the registry.
+    None when that cannot be told (a database, special credentials, no such version, no answer): then open the registry.
     """
     uri = resolve_tracking(tracking_uri, connection)
     special = connection is not None and (connection.login or connection.password or connection.extra)
@@ -109,7 +111,7 @@ def glance(tracking_uri: str | None, connection: Connection | None, name: str, v
     try:
         found = _get(uri, "model-versions/get", name=name, version=str(version))["model_version"]
         aliases = _get(uri, "registered-models/get", name=name)["registered_model"].get("aliases", [])
-        return Shown(
+        return VersionShown(
             tags={tag["key"]: tag["value"] for tag in found.get("tags", [])},
             aliases={alias["alias"]: int(alias["version"]) for alias in aliases},
             link=version_link(uri, name, version) or "",
@@ -125,9 +127,9 @@ def _get(uri: str, call: str, **query: str) -> Any:
 
 
 def version_link(uri: str, name: str, version: int) -> str | None:
-    """Where a person looks at a version; None when MLflow is a database without a server."""
+    """The page of a version for a person; None when MLflow is a database without a server."""
     return (
-        f"{_shown(uri).rstrip('/')}/#/models/{quote(name)}/versions/{version}"
+        f"{_without_password(uri).rstrip('/')}/#/models/{quote(name)}/versions/{version}"
         if uri.startswith("http")
         else None
     )
@@ -150,14 +152,12 @@ def open_registry(
     with _environment(_credentials(connection)):
         from mlflow import MlflowClient
 
-        logging.getLogger("alembic").setLevel(
-            logging.WARNING
-        )  # a new database is fifty migrations, a line each
-        with _answers(f"opening {_shown(uri)}"), _first_use_of_sqlite(uri):
+        # Making a database takes fifty migrations, each of which would log a line.
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        with _errors_of_mlflow(f"opening {_without_password(uri)}"), _first_use_of_sqlite(uri):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            client.search_experiments(
-                max_results=1
-            )  # both databases are made or migrated here, under the lock
+            # The first calls make or migrate the tables of tracking and of the registry: here, under the lock.
+            client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
         yield MlflowRegistry(client, uri, scratch)
 
@@ -187,10 +187,10 @@ class MlflowRegistry:
         """Log a package as a run's artifact and make it a version; returns the version and the id of the run.
 
         Finds what an earlier call for the same run key and digest has left and goes on from there. ``check`` is called
-        before each of the two writes that must not be made twice, and raises when they are no longer ours to make.
+        before each of the two writes that must not be made twice, and raises when another process has taken them over.
         """
         mark = {RUN_KEY: run_key, PACKAGE: sha256}
-        with _answers(f"registering {name!r} in {_shown(self.uri)}"):
+        with _errors_of_mlflow(f"registering {name!r} in {_without_password(self.uri)}"):
             run = self._run(self._experiment(experiment), f"{name} {run_key}", mark | dict(tags), check)
             self.log(run.info.run_id, metrics, card)
             versions = self._versions(name, run_key, sha256)
@@ -206,7 +206,7 @@ class MlflowRegistry:
                         run_id=run.info.run_id,
                         tags=mark | dict(tags),
                         description=description,
-                        await_creation_for=0,  # databases and servers answer when it is there
+                        await_creation_for=0,  # both databases and servers answer only when it exists
                     )
                 ]
             if run.info.status != "FINISHED":
@@ -231,33 +231,36 @@ class MlflowRegistry:
         )
 
     def annotate(self, name: str, version: int, tags: Mapping[str, str]) -> None:
-        """Set the tags of a version that are absent or differ; a version deleted in MLflow is passed over."""
-        with _answers(f"tagging version {version} of {name!r}"), _if_exists(f"version {version} of {name!r}"):
+        """Set the tags of a version that are absent or differ; a version that was deleted in MLflow is skipped."""
+        with (
+            _errors_of_mlflow(f"tagging version {version} of {name!r}"),
+            _if_exists(f"version {version} of {name!r}"),
+        ):
             present = self.client.get_model_version(name, str(version)).tags
             for key, value in tags.items():
                 if present.get(key) != value:
                     self.client.set_model_version_tag(name, str(version), key, value)
 
     def has(self, name: str, version: int, run_key: str, sha256: str) -> bool:
-        """Whether MLflow still has the version that a registration names, and it is that one."""
-        with _answers(f"looking for version {version} of {name!r}"):
+        """Whether MLflow still has the version of a registration, made for the same run key and package."""
+        with _errors_of_mlflow(f"looking for version {version} of {name!r}"):
             found = self._versions(name, run_key, sha256)
             return any(int(v.version) == version for v in found)
 
     def drop_doubles(self, name: str, run_key: str, sha256: str, keep: int) -> None:
-        """Delete versions of one run key and digest other than the one that the store's record names."""
-        with _answers(f"looking for doubles of version {keep} of {name!r}"):
+        """Delete the versions of a run key and digest, except for the one that the store's record names."""
+        with _errors_of_mlflow(f"looking for doubles of version {keep} of {name!r}"):
             for version in self._versions(name, run_key, sha256):
                 if int(version.version) != keep:
                     self.client.delete_model_version(name, version.version)
 
     def point(self, name: str, aliases: Mapping[str, int | None]) -> None:
-        """Make aliases stand for versions, or for none; only those that do not yet are written.
+        """Set each alias to its version, or remove it; what is set already is not written again.
 
-        An alias of a version that somebody deleted in MLflow stays as it is, with a warning: the store decides which
-        version is meant, and nobody can show one that is gone.
+        When the version was deleted in MLflow, its alias stays as it is, with a warning: the store decides which version
+        an alias means, and MLflow cannot show one that is gone.
         """
-        with _answers(f"setting aliases of {name!r}"), _if_exists(f"model {name!r}"):
+        with _errors_of_mlflow(f"setting aliases of {name!r}"), _if_exists(f"model {name!r}"):
             present = {k: int(v) for k, v in self.client.get_registered_model(name).aliases.items()}
             for alias, version in aliases.items():
                 if version is None and alias in present:
@@ -267,7 +270,7 @@ class MlflowRegistry:
                         self.client.set_registered_model_alias(name, alias, str(version))
 
     def link(self, name: str, version: int) -> str | None:
-        """Where a person looks at a version; None when MLflow is a database without a server."""
+        """The page of a version for a person; None when MLflow is a database without a server."""
         return version_link(self.uri, name, version)
 
     # -- find or create ------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ class MlflowRegistry:
         return sorted(found, key=lambda v: int(v.version))
 
     def _upload(self, run: Run, package: Path, card: ModelCard) -> None:
-        """Upload the package with an MLmodel beside its files, and compare every file with what came to lie there."""
+        """Upload the package with an MLmodel beside its files, then read every file back and compare it."""
         staged = self.scratch / f"mlflow-{run.info.run_id}"
         shutil.copytree(package, staged, dirs_exist_ok=True)
         (staged / "MLmodel").write_text(mlmodel(card, run.info.run_id), encoding="utf-8")
@@ -383,7 +386,7 @@ def _sha256(path: Path) -> str:
 
 
 def _artifact_location(uri: str) -> str | None:
-    """Beside an sqlite database; MLflow's own default would be the working directory of whoever comes first."""
+    """Beside an sqlite database. MLflow's default is the working directory of the process that happens to be first."""
     path = _sqlite_path(uri)
     return (path.parent / "mlartifacts").as_uri() if path else None
 
@@ -395,7 +398,7 @@ def _sqlite_path(uri: str) -> Path | None:
 
 @contextmanager
 def _first_use_of_sqlite(uri: str) -> Iterator[None]:
-    """One process at a time creates or migrates the database; the kernel drops the lock of a killed one."""
+    """Let one process at a time create or migrate the database; the kernel releases the lock of a process that is killed."""
     path = _sqlite_path(uri)
     if path is None:
         yield
@@ -407,7 +410,7 @@ def _first_use_of_sqlite(uri: str) -> Iterator[None]:
 
 
 def _credentials(connection: Connection | None) -> dict[str, str]:
-    # MLflow's own seven retries with doubling pauses would hold a worker for minutes; Airflow retries better.
+    # By default MLflow makes seven retries with doubling pauses, which hold a worker for minutes. Airflow retries the task.
     found = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     found = {key: value for key, value in found.items() if key not in os.environ}
     if connection is None:
@@ -452,14 +455,16 @@ _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE")
 
 
 @contextmanager
-def _answers(doing: str) -> Iterator[None]:
-    """Say what was being done when MLflow failed, and whether a retry may help."""
+def _errors_of_mlflow(doing: str) -> Iterator[None]:
+    """Turn an error of MLflow into one that says what was being done, and whether a retry may help."""
     try:
         yield
     except LeptonError:
         raise
-    except Exception as error:  # MLflow lets through those of requests, SQLAlchemy, boto3 and more
-        reason = _shown(str(error).strip().partition("\n")[0][:400]) or type(error).__name__
+    except (
+        Exception
+    ) as error:  # also those of requests, SQLAlchemy, boto3 and others, which MLflow lets through
+        reason = _without_password(str(error).strip().partition("\n")[0][:400]) or type(error).__name__
         if getattr(error, "error_code", None) in _REFUSALS or re.search(r"error code 40[13]\b", reason):
             raise BadConfiguration(f"MLflow refused {doing}: {reason}") from error
         raise LeptonError(
@@ -467,6 +472,6 @@ def _answers(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _shown(text: str) -> str:
+def _without_password(text: str) -> str:
     """A URI, or a text with URIs in it, without user and password."""
     return re.sub(r"//[^/@\s]*@", "//", text)

@@ -1,1 +1,1 @@
-"""What you need to write a stage of your own: the contract, parameters from text, code by reference, the cache key."""
+"""What do I need to write a stage of my own? The contract, parameters from text, code by reference, the cache key."""

@@ -119,24 +119,27 @@ class RunInfo:
 
 @dataclass(kw_only=True)
 class Stage:
-    """One stage of a model's life. Fields are parameters; every field is described by a ``:param`` line."""
+    """One stage of a model's life. Fields are parameters; every field is described by a ``:param`` line.
 
-    # False for what changes the world outside the store: a registry, an endpoint.
+    :cvar cacheable: False for what changes the world outside the store: a registry, an endpoint.
+    :cvar windowed: False where the result does not depend on the run's window: then the cache key does not either.
+    :cvar measures_machine: True where something is measured on the machine: the CPU's model then enters the cache key.
+    :cvar resumable: True for a stage that asks ``run.should_stop`` itself, so that SIGTERM loses no finished work.
+    :cvar engines: distributions whose versions enter the cache key and the receipt.
+    :cvar extra: the extra of lepton-airflow that brings them.
+    :cvar links: names of the links that it returns: buttons of the task in Airflow's UI.
+    :cvar outputs: names of the artifacts and values that it returns: its XCom keys.
+    :cvar emits: name of the boolean value on which the task's ``AssetAlias`` outlets get an event.
+    """
+
     cacheable: ClassVar[bool] = True
-    # False where the result does not depend on the run's window: then the cache key does not either.
     windowed: ClassVar[bool] = True
-    # True where something is measured on the machine: the CPU's model then enters the cache key.
     measures_machine: ClassVar[bool] = False
-    # True for a stage that asks run.should_stop itself, so that SIGTERM loses no finished work.
     resumable: ClassVar[bool] = False
-    # Distributions whose versions enter the cache key and the receipt, and the extra of lepton-airflow that brings them.
     engines: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
-    # Names of the links that it returns: buttons of the task in Airflow's UI.
     links: ClassVar[tuple[str, ...]] = ()
-    # Names of the artifacts and values that it returns: its XCom keys.
     outputs: ClassVar[tuple[str, ...]] = ()
-    # Name of the boolean value on which the task's AssetAlias outlets get an event.
     emits: ClassVar[str] = ""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""One version of a model in memory: made of exactly the bytes that were verified, and checked before it is let in."""
+"""One version of a model in memory: made of exactly the bytes that were verified, and checked before it serves."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from lepton_airflow.store.files import Store
 if TYPE_CHECKING:
     import onnxruntime
 
-_WARM_UP = 20  # one-row requests before any is timed
-_TIMED = 200
-_TIMED_S = 10.0  # … or as many as fit into this
+_WARM_UP = 20  # requests of one row before any is timed
+_TIMED = 200  # requests of one row, or as many as fit into the time
+_TIMED_S = 10.0
 _MIB = 2**20
 
+# The protocol's name for each type of output that ONNX Runtime may give.
 _DATATYPES = {
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
@@ -42,7 +43,7 @@ _DATATYPES = {
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A version that can answer; safe to ask from several threads."""
+    """A version that can answer requests, from several threads at once."""
 
     desired: Desired
     card: ModelCard
@@ -65,7 +66,7 @@ class ServedModel:
 
     @cached_property
     def outputs(self) -> dict[str, Output]:
-        """The outputs that clients get, by name: those that ``model.json`` lists."""
+        """The outputs that clients get, by name: those of the graph that ``model.json`` lists."""
         found = {}
         for node in self.session.get_outputs():
             shape = [size if isinstance(size, int) else -1 for size in node.shape]
@@ -114,9 +115,9 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
 
 
 def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -> dict[str, float]:
-    """Answer the golden requests as clients' requests are answered, and measure how well and how fast.
+    """Answer the golden requests as clients' requests are answered, and measure how exactly and how fast.
 
-    Parity is looked at row by row and with all rows in one request; latency is that of requests of one row, from
+    Answers are compared for each row alone and for all rows in one request. Latency is that of requests of one row, from
     their bytes to the bytes of the answer.
 
     :raises IntegrityError: the golden requests do not have the digest asked for.
@@ -148,7 +149,7 @@ def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -
 
 
 def over_budget(desired: Desired, numbers: dict[str, float]) -> LeptonError | None:
-    """What is wrong when a version is too slow or too large here; another try, on a quieter machine, may pass."""
+    """The error that says that a version is too slow or too large here, or None. A retry on an idler machine may pass."""
     for name, what, limit, value in (
         (
             "max_latency_ms",
@@ -177,7 +178,7 @@ def _values(model: ServedModel, body: bytes) -> list[list[float | None]]:
 
 
 def _difference(found: list[list[float | None]], wanted: list[list[float | None]]) -> float:
-    """The largest absolute difference; infinite where one has a number and the other has none, or their sizes differ."""
+    """The largest absolute difference; infinite where only one of the two has a number, or their sizes differ."""
     if [len(row) for row in found] != [len(row) for row in wanted]:
         return math.inf
     pairs = [pair for rows in zip(found, wanted, strict=True) for pair in zip(*rows, strict=True)]
@@ -188,12 +189,12 @@ def _difference(found: list[list[float | None]], wanted: list[list[float | None]
 
 
 def scale_of(answers: list[list[float | None]]) -> float:
-    """The largest absolute answer; 1 when there is none but 0."""
+    """The largest absolute answer, or 1 when all are 0."""
     return max((abs(v) for answer in answers for v in answer if v is not None), default=0.0) or 1.0
 
 
 def _times(model: ServedModel, bodies: list[bytes], should_stop: Callable[[], bool]) -> Iterator[float]:
-    """Seconds that requests of one row take."""
+    """Time requests of one row [seconds], after some that are not timed."""
     until = time.perf_counter() + _TIMED_S
     for number, body in enumerate(cycle(bodies)):
         before = time.perf_counter()

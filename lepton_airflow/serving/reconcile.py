@@ -1,4 +1,4 @@
-"""Follows what the store asks an endpoint to serve: loads it, checks it, lets it in or says why not."""
+"""Follows what the store asks an endpoint to serve: loads a version, checks it, and puts it into service or rejects it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Reconciler:
     """Keeps one server at the newest desired version that was not rejected.
 
     :param status: who this server is; its ``server`` and ``url`` stay.
-    :param swap: called with each version let in; from then on new requests are its own.
+    :param swap: called with each version that is put into service; from then on it answers new requests.
     :param poll_s: how often to look for a newer desired version [seconds].
     """
 
@@ -46,15 +46,15 @@ class Reconciler:
         self._writing = threading.Lock()
 
     def run(self) -> None:
-        """Look, act and report until :meth:`stop`; what goes wrong with the store is tried again."""
+        """Look, act and report until :meth:`stop`; when the store fails, try again."""
         while True:
             try:
                 self.step()
             except LeptonError as error:
                 self.failures += 1
-                if self.status.reason != str(error):  # once, not at every look
+                if self.status.reason != str(error):  # log it once, not at every look
                     log.warning("endpoint %s: %s", self.endpoint, error)
-                self._say(reason=str(error))
+                self._set_status(reason=str(error))
             except Exception:
                 self.failures += 1
                 log.exception("endpoint %s: the reconciler tries again", self.endpoint)
@@ -66,7 +66,7 @@ class Reconciler:
         self._stop.set()
 
     def recover(self) -> None:
-        """Reject the version that this server's former process did not survive loading, so that restarts come to an end.
+        """Reject the version whose loading has killed this server's former process, so that it is not loaded again and again.
 
         A crash of ONNX Runtime or a lack of memory leaves no exception and no verdict, only a status that says "loading".
         """
@@ -87,20 +87,20 @@ class Reconciler:
         if fresh is not None:
             self._newest = fresh
             self._settled = False
-            self._say(
+            self._set_status(
                 state="loading", desired=fresh.sequence, reason=f"version {fresh.version} is being loaded."
             )
         if self._newest is None:
-            self._say(reason="")
+            self._set_status(reason="")
             return
         if not self._settled:
             self._settle(self._newest)
             self._settled = True
         newest = self._newest.sequence
         if newest in self._errors:
-            self._say(state="rejected", reason=str(self._errors[newest]))
+            self._set_status(state="rejected", reason=str(self._errors[newest]))
         elif self.status.serving == newest:
-            self._say(state="serving", reason="")
+            self._set_status(state="serving", reason="")
 
     def _look(self) -> Desired | None:
         """The newest desired version when it is not the one known: one request to the store, after the first look."""
@@ -112,29 +112,29 @@ class Reconciler:
         return fresh[-1] if fresh else None
 
     def _settle(self, newest: Desired) -> None:
-        """Let the newest version in that was not rejected and that this server can serve, unless it is in service."""
+        """Put the newest version into service that was not rejected and that this server can serve, unless it is there."""
         desired: Desired | None = newest
         while desired is not None and desired.sequence != self.status.serving and not self._stop.is_set():
-            if desired.sequence not in self._errors and self._let_in(desired):
+            if desired.sequence not in self._errors and self._put_into_service(desired):
                 return
             before = endpoints.not_rejected(self.store, self.endpoint, desired.sequence - 1)
             desired = self._log.existing(before) if before else None
 
     def report(self) -> None:
         """Write this server's status to the store, with the time."""
-        with self._writing:  # so that the last one written is the newest
+        with self._writing:  # one writer at a time, so that an older status never replaces a newer one
             if not self._left:
                 status = replace(self.status, beat=endpoints.precise_now())
                 endpoints.write_status(self.store, self.endpoint, status)
 
     def leave(self) -> None:
-        """Take this server's status out of the store: it has ended."""
+        """Remove this server's status from the store: it has ended."""
         with self._writing:
-            self._left = True  # a heartbeat may be waiting for its turn
+            self._left = True  # a heartbeat that waits for the lock must not write the status again
             endpoints.remove_status(self.store, self.endpoint, self.status.server)
 
-    def _let_in(self, desired: Desired) -> bool:
-        """Load and check a version and let it in, unless it or an earlier verdict fails it."""
+    def _put_into_service(self, desired: Desired) -> bool:
+        """Load and check a version and put it into service; False when a check or an earlier verdict rejects it."""
         verdict = endpoints.read_verdict(self.store, self.endpoint, desired.sequence)
         if verdict and verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
@@ -143,7 +143,7 @@ class Reconciler:
         try:
             model = ServedModel.load(self.store, desired)
             numbers = measure(model, self.store, self._stop.is_set)
-        except StoreError:  # it says nothing about the version
+        except StoreError:  # which says nothing about the version
             raise
         except Exception as failure:
             error = (
@@ -156,7 +156,7 @@ class Reconciler:
             if verdict is None:
                 self._decide(desired.sequence, error=endpoints.error_record(error))
             return self._reject(desired, error)
-        if self._stop.is_set():  # measured in haste
+        if self._stop.is_set():  # the measurement was cut short
             return False
         numbers = {"load_s": time.monotonic() - started} | numbers
         over = over_budget(desired, numbers)
@@ -164,13 +164,16 @@ class Reconciler:
             verdict = self._decide(desired.sequence, numbers, endpoints.error_record(over) if over else None)
         if verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
-        if over:  # a budget decides about a change; what was let in before comes back on a slow day too
+        # The budgets decide about a new version; one that was accepted before is served on a slow day too.
+        if over:
             log.warning(
                 "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
             )
         self._swap(model)
         log.info("endpoint %s: version %s is in service", self.endpoint, desired.version)
-        self._say(serving=desired.sequence, version=desired.version, sha256=desired.sha256, numbers=numbers)
+        self._set_status(
+            serving=desired.sequence, version=desired.version, sha256=desired.sha256, numbers=numbers
+        )
         return True
 
     def _decide(
@@ -193,16 +196,16 @@ class Reconciler:
         log.error("endpoint %s: version %s is rejected: %s", self.endpoint, desired.version, error)
         self._errors[desired.sequence] = error
         latest = sorted(self._errors)[-_LATEST:]
-        self._say(errors={str(n): endpoints.error_record(self._errors[n]) for n in latest})
+        self._set_status(errors={str(n): endpoints.error_record(self._errors[n]) for n in latest})
         return False
 
-    def _say(self, **changes: object) -> None:
-        """Change the status, and write it at once when it is news."""
+    def _set_status(self, **changes: object) -> None:
+        """Change the status, and write it at once if it differs."""
         status = replace(self.status, **changes)  # type: ignore[arg-type]
         if status == self.status:
             return
         self.status = status
         try:
             self.report()
-        except StoreError as error:  # the next heartbeat says it
+        except StoreError as error:  # the next heartbeat writes it
             log.warning("endpoint %s: %s", self.endpoint, error)

@@ -1,9 +1,9 @@
-"""The server process of an endpoint: its routes, its limits, its metrics, its life.
+"""The server process of an endpoint: its routes, its limits, its metrics, and how it starts and ends.
 
-Inference runs in threads, so that the event loop always answers health checks. Admission comes before the body of a
-request is read: at most ``max_in_flight`` bodies of at most ``max_bytes`` are in memory, all others are told to come
-back. A request belongs to the version that was in service when it was admitted, and a new version is one assignment,
-so no request ever falls between two versions.
+Inference runs in threads, so that the event loop always answers health checks. A request is admitted before its body is
+read: at most ``Limits.in_flight`` bodies of at most ``Limits.bytes`` are in memory, and all further clients are told to come
+back later. A request is answered by the version that was in service when it was admitted. A new version comes into service
+by one assignment, so every request has exactly one version.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import prometheus_client as prometheus
@@ -38,11 +38,10 @@ from lepton_airflow.store.files import Store
 
 log = logging.getLogger(__name__)
 
-_BODY_S = 30.0  # a client that sends slower than that gives up its place
-_DRAIN_S = 30
-_KEEP_ALIVE_S = (
-    75  # longer than load balancers keep an idle connection, so that none meets one that just closed
-)
+_BODY_S = 30.0  # for the whole body of a request; a slower client loses its place
+_DRAIN_S = 30  # for the requests that are in flight when the server is told to end
+# Longer than load balancers keep an idle connection, so that none sends a request into one that was just closed.
+_KEEP_ALIVE_S = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Limits:
 
 
 class Metrics:
-    """What ``/metrics`` tells; names end in their units."""
+    """What ``/metrics`` shows; names end in their units."""
 
     def __init__(self) -> None:
         self.registry = registry = prometheus.CollectorRegistry()
@@ -108,7 +107,7 @@ class Metrics:
         )
         self.failures = prometheus.Gauge(
             "lepton_serve_store_failures",
-            "Looks at the store that came to nothing since the start.",
+            "Failed looks at the store since the start.",
             registry=registry,
         )
 
@@ -126,7 +125,7 @@ class Metrics:
 
 
 class Endpoint:
-    """The version in service, and the way of a request to it."""
+    """The version in service, and how a request gets its answer from it."""
 
     def __init__(self, name: str, limits: Limits, metrics: Metrics) -> None:
         self.name = name
@@ -139,7 +138,7 @@ class Endpoint:
         )
 
     def swap(self, model: ServedModel) -> None:
-        """Let a version in; what was admitted before is still answered by the former one."""
+        """Put a version into service; the former one still answers the requests that it was asked."""
         self.current = model
 
     def find(self, name: str, version: str | None) -> ServedModel:
@@ -174,7 +173,7 @@ class Endpoint:
         return content
 
     async def _admit(self, request: Request, model: ServedModel) -> bytes:
-        """Read a request, unless there are too many, and have it answered in a thread."""
+        """Read a request and have it answered in a thread, unless too many are in flight."""
         if self._in_flight >= self.limits.in_flight:
             raise RequestError(
                 503, f"{self.limits.in_flight} requests are in flight, the limit: come back later.", **_LATER
@@ -220,6 +219,27 @@ _LATER = {"Retry-After": "1"}
 
 def create_app(endpoint: Endpoint, reconciler: Reconciler) -> FastAPI:
     """The routes of the protocol, and what runs beside them."""
+    app = FastAPI(
+        title="lepton_airflow",
+        lifespan=_beside(reconciler),
+        exception_handlers={RequestError: _wrong_request, HTTPException: _no_route, Exception: _own_failure},
+        # The pages that FastAPI would make load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    _add_protocol(app, endpoint)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        page = endpoint.metrics.show(reconciler.status, reconciler.failures)
+        return Response(page, media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _beside(reconciler: Reconciler) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """What runs as long as requests are answered: the thread that follows the store, and the heartbeat."""
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -237,21 +257,11 @@ def create_app(endpoint: Endpoint, reconciler: Reconciler) -> FastAPI:
             with suppress(StoreError):
                 await asyncio.to_thread(reconciler.leave)
 
-    # Its documentation pages load scripts from elsewhere.
-    app = FastAPI(title="lepton_airflow", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    return life
 
-    @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> Response:
-        return JSONResponse({"error": str(error)}, error.status, error.headers)
 
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}. See GET /v2."
-        return JSONResponse({"error": message}, error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def broken(_: Request, __: Exception) -> Response:
-        return JSONResponse({"error": "the server failed on this request; its log says why."}, 500)
+def _add_protocol(app: FastAPI, endpoint: Endpoint) -> None:
+    """Add the routes of the Open Inference Protocol."""
 
     @app.get("/v2")
     async def server() -> dict[str, object]:
@@ -283,20 +293,26 @@ def create_app(endpoint: Endpoint, reconciler: Reconciler) -> FastAPI:
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         return Response(await endpoint.infer(request, model, version), media_type="application/json")
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        page = endpoint.metrics.show(reconciler.status, reconciler.failures)
-        return Response(page, media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    return app
+async def _wrong_request(_: Request, error: RequestError) -> Response:
+    return JSONResponse({"error": str(error)}, error.status, error.headers)
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {error.detail}. See GET /v2."
+    return JSONResponse({"error": message}, error.status_code, error.headers)
+
+
+async def _own_failure(_: Request, __: Exception) -> Response:
+    return JSONResponse({"error": "the server failed on this request; its log says why."}, 500)
 
 
 async def _beat(reconciler: Reconciler) -> None:
-    """Give signs of life from the event loop itself, so that a server that hangs gives none."""
+    """Report this server's status again and again, from the event loop, so that a server whose loop hangs goes silent."""
     while True:
         try:
             await asyncio.to_thread(reconciler.report)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the next one may come through
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next report may succeed
             log.warning("no heartbeat: %s", error)
         await asyncio.sleep(endpoints.BEAT_S)
 
@@ -313,7 +329,7 @@ def serve(
     status = Status(server=f"{socket.gethostname()}-{port}", url=url or f"http://{_address(host)}:{port}")
     endpoint = Endpoint(name, limits, Metrics())
     reconciler = Reconciler(store, name, status, endpoint.swap, poll_s)
-    with suppress(StoreError):  # tidying can wait
+    with suppress(StoreError):  # the store may be away, and clearing up can wait
         endpoints.forget_the_dead(store, name)
         reconciler.recover()
     config = uvicorn.Config(
@@ -329,8 +345,8 @@ def serve(
     def end(*_: object) -> None:
         server.should_exit = True
 
-    # uvicorn ends on a signal with handlers of its own, and then raises it again, as if ending when asked to were a
-    # failure. Before and after that it comes here.
+    # uvicorn has handlers of its own while it serves, ends on a signal, and then sends itself that signal again, which would
+    # make the exit status that of a killed process. These handlers take that signal, and any that comes before uvicorn's own.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     log.info("endpoint %s listens on %s, store %s", name, status.url, store.root)
@@ -338,8 +354,8 @@ def serve(
 
 
 def _address(host: str) -> str:
-    """What others call a host that is listened on."""
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - asked for, not listened on by itself
+    """The name under which others reach a host that this server listens on."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - a comparison: it listens there only when told to
         return socket.gethostname()
     return f"[{host}]" if ":" in host else host
 

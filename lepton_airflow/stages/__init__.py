@@ -1,4 +1,4 @@
-"""What can be done to data and models: one file here is one stage of the lifecycle.
+"""What is done to data and models? One file here is one stage of the lifecycle.
 
 A stage is a keyword-only dataclass whose fields are its parameters (JSON values) and whose :meth:`Stage.run` does
 the work. It knows no Airflow and no runner, so ``TrainModel(...).run(RunInfo.local(tmp_path))`` is all a test needs.

@@ -36,12 +36,12 @@ _POLL_S = 0.25
 class DeployModel(Stage):
     """Put a model into service at a named endpoint, and wait until its servers report that it is.
 
-    The version asked for becomes a numbered record in the store. The servers of the endpoint
-    (``python -m lepton_airflow serve ENDPOINT``, started by nobody here) follow these records: each loads the package,
-    verifies its digest, answers golden requests whose answers this stage has computed, measures itself, and takes
-    traffic with it only when all is within the limits. A rejected version leaves the former one in service. What is in
-    service already is deployed at once, and a task that comes late never puts an older champion, or a package of older
-    data, in the place of a newer one.
+    The version asked for becomes a numbered record in the store. The servers of the endpoint follow these records; start
+    them yourself, with ``python -m lepton_airflow serve ENDPOINT``. Each server loads the package, verifies its digest,
+    answers golden requests whose answers this stage has computed, and measures itself. It answers clients with the
+    version only when all is within the limits; otherwise it rejects the version, and the former one stays in service.
+    When the version is in service already, the task ends at once. A task that comes late never replaces a champion by an
+    older one, nor a package by one of older data.
 
     Returns the values ``endpoint``, ``deployed`` (whether this task's version is in service), ``version``, ``sha256``
     and ``url`` (those in service after this task, or None), and the artifact ``golden`` (JSON).
@@ -92,7 +92,7 @@ class DeployModel(Stage):
                 "should be deployed, or a package."
             )
         if not backfill.may_act(run, self.on_backfill, f"endpoint {self.endpoint!r} gets no version"):
-            return self._left(run, backfill.reason(self.on_backfill))
+            return self._unchanged(run, backfill.reason(self.on_backfill))
         started = time.monotonic()
         wanted = _Wanted(self, run)
         records = DesiredLog(run.store, self.endpoint)
@@ -103,7 +103,7 @@ class DeployModel(Stage):
             desired, golden = wanted.look()
             newer = self._newer(run, newest, desired)
             if newer:
-                return self._left(run, newer)
+                return self._unchanged(run, newer)
             asked = self._asked_before(run, newest, desired) or records.append_after(newest, desired)
             if asked:
                 desired = asked
@@ -136,7 +136,7 @@ class DeployModel(Stage):
     # -- what to ask for -------------------------------------------------------------------------------------------
 
     def _asked_before(self, run: RunInfo, newest: Desired | None, wanted: Desired) -> Desired | None:
-        """The record that asks for the same already: this task's own, or else the newest one; not a rejected one."""
+        """The record that asks for the same already, this task's own or the newest one, unless it was rejected."""
         if newest is None:
             return None
         records = DesiredLog(run.store, self.endpoint)
@@ -146,14 +146,14 @@ class DeployModel(Stage):
                 verdict = endpoints.read_verdict(run.store, self.endpoint, desired.sequence)
                 if verdict and verdict.error:
                     return None
-                # A server that could not load what was accepted before, as its bytes were damaged, tries a new record only.
+                # A server that could not load an accepted version, as its bytes were damaged, tries again for a new record only.
                 statuses = endpoints.read_statuses(run.store, self.endpoint)
                 failed = any(s.alive and str(desired.sequence) in s.errors for s in statuses)
                 return None if failed else desired
         return None
 
     def _newer(self, run: RunInfo, newest: Desired | None, wanted: Desired) -> str | None:
-        """Why a package of older data stays out; a champion is never compared, its ledger is the judge."""
+        """Why a package of older data is not deployed. A champion is not compared: the ledger decides which one is newer."""
         if self.name is not None or newest is None:
             return None
         standing = endpoints.not_rejected(run.store, self.endpoint, newest.sequence)
@@ -182,11 +182,12 @@ class DeployModel(Stage):
             if living and all((status.serving or 0) >= sequence for status in living):
                 return min(living, key=lambda status: (status.serving or 0, status.server))
             if time.monotonic() > deadline:
-                raise LeptonError(self._nobody(run, statuses, sequence))
+                raise LeptonError(self._why_not_served(run, statuses, sequence))
             run.check_stop()
             time.sleep(_POLL_S)
 
-    def _nobody(self, run: RunInfo, statuses: Sequence[Status], sequence: int) -> str:
+    def _why_not_served(self, run: RunInfo, statuses: Sequence[Status], sequence: int) -> str:
+        """Why no server has served the record in time, and what to do, in a sentence."""
         start = f"python -m lepton_airflow serve {self.endpoint} --store {run.store.root}"
         within = f"within timeout_s={self.timeout_s:g}"
         if not statuses:
@@ -205,8 +206,8 @@ class DeployModel(Stage):
 
     # -- results ---------------------------------------------------------------------------------------------------
 
-    def _left(self, run: RunInfo, reason: str) -> Result:
-        """The result when nothing was asked for: what is in service all the same."""
+    def _unchanged(self, run: RunInfo, reason: str) -> Result:
+        """The result when nothing was asked for; its values are about what is in service."""
         living = [s for s in endpoints.read_statuses(run.store, self.endpoint) if s.alive and s.serving]
         values = self._values(living[0] if living else None, deployed=False)
         return Result(summary=f"endpoint {self.endpoint!r} stays as it is: {reason}", values=values)
@@ -222,7 +223,7 @@ class DeployModel(Stage):
 
 
 class _Wanted:
-    """What a stage wants an endpoint to serve; looked at again whenever another task was faster."""
+    """What a stage wants an endpoint to serve, as things are whenever it is asked."""
 
     def __init__(self, stage: DeployModel, run: RunInfo) -> None:
         self.stage = stage
@@ -230,7 +231,7 @@ class _Wanted:
         self._golden: dict[str, tuple[Artifact, dict[str, str] | None]] = {}
 
     def look(self) -> tuple[Desired, Artifact]:
-        """The record to append as things are now, and its golden requests."""
+        """The record to append now, and its golden requests."""
         stage, run = self.stage, self.run
         move: LedgerEntry | None = None
         if stage.name is not None:
@@ -260,16 +261,16 @@ class _Wanted:
         return desired, golden
 
     def _pinned(self, uri: str) -> str:
-        """The pinned URI of a package in this store, where the servers look: one from elsewhere is copied."""
+        """The pinned URI of a package in this store, which the servers read; a package from elsewhere is copied into it."""
         plain, sha256 = split_pin(uri)
         if not plain.startswith(self.run.store.root + "/"):
             return self.run.save("model", self.run.fetch(uri)).uri
         return pin(plain, sha256 or self.run.store.digest(plain))
 
     def _prepare(self, package: str) -> tuple[Artifact, dict[str, str] | None]:
-        """The golden answers of a package, and its data window; those of an equal earlier run where the cache has them.
+        """The golden answers of a package, and its data window; taken from the cache where an equal run has computed them.
 
-        The stage itself is never reused, for the endpoint may have moved on; what it computes may be.
+        The stage as a whole is never taken from the cache, as the endpoint may serve something else by now.
         """
         run = self.run
         key = run.cache_key and digest_of([run.cache_key, split_pin(package)[1]])
@@ -337,7 +338,7 @@ def _rejection(endpoint: str, status: Status, error: Mapping[str, Any]) -> Lepto
 
 
 def _spread(path: Path) -> pd.DataFrame:
-    """Rows in equal strides over a Parquet file."""
+    """Rows of a Parquet file at equal distances."""
     import pandas as pd
     import pyarrow.parquet as pq
 
@@ -356,7 +357,7 @@ def _spread(path: Path) -> pd.DataFrame:
 
 
 def _made_up(card: ModelCard, columns: Mapping[str, Any]) -> pd.DataFrame:
-    """Rows of typical values: the quantiles and the frequent categories of the profile, and a row with nothing at all."""
+    """Rows of typical values, from the quantiles and the frequent categories of the profile, and a row of missing values."""
     import pandas as pd
 
     made = {}
@@ -373,5 +374,5 @@ def _made_up(card: ModelCard, columns: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _json_cell(value: Any) -> Any:
-    """A cell as JSON has it: null for what is no number."""
+    """A value as JSON can hold it: None for NaN and infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -47,10 +47,10 @@ class PromoteModel(Stage):
     - ``hold``: neither; or the candidate is the champion; or the champion was trained on newer data; or the champion
       has touched these rows, so that the comparison would flatter it.
 
-    ``bootstrap`` and ``promote`` move the champion: a numbered entry in the store's ledger, made once however often
-    and from however many tasks at once it is asked for. The MLflow aliases ``champion`` and ``previous`` follow it. In
-    a backfill nothing moves unless ``on_backfill="full"``. A task instance that has moved the champion once does not
-    move it again for the same package, also when it is cleared after others have moved it.
+    ``bootstrap`` and ``promote`` move the champion: a numbered record in the store's ledger, made once however often
+    the task runs and however many tasks run at the same time. The MLflow aliases ``champion`` and ``previous`` follow
+    it. In a backfill nothing moves unless ``on_backfill="full"``. A task instance moves the champion to a package once:
+    not again when it is cleared, even if others have moved the champion since.
 
     Returns the artifact ``evidence`` (JSON) and the values ``decision``, ``moved``, ``reason``, and ``champion`` and
     ``previous``: the versions after this task, or None.
@@ -64,7 +64,7 @@ class PromoteModel(Stage):
     :param cluster_column: column that names dependent rows; None: the one the dataset names, if any.
     :param threshold: probability from which on the second class is predicted, for accuracy, precision, recall and F1.
     :param resamples: bootstrap resamples for the interval of each model's own metric.
-    :param seed: of these resamples; the paired test draws nothing.
+    :param seed: of these resamples; the paired test uses no random numbers.
     :param on_backfill: in a backfill, ``register_only`` judges and moves nothing, ``skip`` does nothing, ``full`` moves.
     :param tracking_uri: MLflow as a database, ``sqlite:////data/mlflow.db``, or as a server, ``http://host:5000``.
     :param mlflow: id of an Airflow Connection to an MLflow server; use it instead of ``tracking_uri`` with credentials.
@@ -130,13 +130,13 @@ class PromoteModel(Stage):
     def _decide(
         self, run: RunInfo, candidate: Registration, may_move: bool
     ) -> tuple[_Finding, Artifact, bool]:
-        """Judge, and move the champion if the decision says so; begins anew when another task moved it meanwhile."""
+        """Judge, and move the champion if the decision says so; start again when another task has moved it meanwhile."""
         ledger = Ledger(run.store, self.name)
         bench = _Bench(self, run, candidate)
         while True:
             run.check_stop()
             champion = ledger.newest()
-            # By the same task instance, running twice. Asked after the look: if it moves later, our record is not taken.
+            # The same task instance may run twice. The ledger was read before this: if it moves later, ours is not appended.
             before = _moved_before(run, candidate)
             if before:
                 return before
@@ -203,7 +203,7 @@ class _Finding:
 
 
 class _Bench:
-    """The rows and the candidate's scores on them, kept while the champion may change under our hands."""
+    """The rows and the candidate's scores on them: computed once, also when the champion changes meanwhile."""
 
     def __init__(self, stage: PromoteModel, run: RunInfo, candidate: Registration) -> None:
         from lepton_airflow.evaluation.rows import load_rows
@@ -228,50 +228,54 @@ class _Bench:
 
     def judge(self, champion: LedgerEntry | None) -> _Finding:
         """The decision about the candidate as long as this one is champion."""
-        from lepton_airflow.evaluation.rows import check_kinds
         from lepton_airflow.packaging.package import ModelPackage
-        from lepton_airflow.packaging.touched import overlap
         from lepton_airflow.statistics.catalogue import METRICS
-        from lepton_airflow.statistics.paired import paired_test, paired_verdict
 
-        stage, candidate, rows = self.stage, self.candidate, self.rows
         metrics = self._interval("candidate", self.scores)
         if champion is None:
             value, low, high = metrics.values()
-            return _Finding(
-                "bootstrap",
-                f"bootstrap: {stage.name} has no champion yet, so version {candidate.version} is the first; its "
-                f"{METRICS[self.metric].title} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(rows.y):,} rows.",
-                metrics,
+            sentence = (
+                f"bootstrap: {self.stage.name} has no champion yet, so version {self.candidate.version} is the first; its "
+                f"{METRICS[self.metric].title} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(self.rows.y):,} rows."
             )
-        if champion.sha256 == candidate.sha256:
+            return _Finding("bootstrap", sentence, metrics)
+        if champion.sha256 == self.candidate.sha256:
             same = (
                 "is"
-                if champion.version == candidate.version
+                if champion.version == self.candidate.version
                 else f"has the same package as version {champion.version},"
             )
-            return _Finding(
-                "hold", f"hold: version {candidate.version} {same} the champion already.", metrics
-            )
+            sentence = f"hold: version {self.candidate.version} {same} the champion already."
+            return _Finding("hold", sentence, metrics)
         package = ModelPackage.open(self.run.fetch(champion.package))
+        why_not = self._why_not_compared(champion, package)
+        if why_not:
+            return _Finding("hold", f"hold: champion version {champion.version} {why_not}", metrics)
+        return self._compared(package, metrics)
+
+    def _why_not_compared(self, champion: LedgerEntry, package: ModelPackage) -> str | None:
+        """Why these rows cannot decide between the two; raises when the two can never be compared."""
+        from lepton_airflow.evaluation.rows import check_kinds
+        from lepton_airflow.packaging.touched import overlap
+
         self._refuse_another_kind(package, champion)
-        check_kinds(package.card, rows.info)
-        if is_newer(champion.window, candidate.window):
-            return _Finding(
-                "hold",
-                f"hold: champion version {champion.version} was trained on newer data ({_span(champion.window)}) than "
-                f"version {candidate.version} ({_span(candidate.window)}).",
-                metrics,
+        check_kinds(package.card, self.rows.info)
+        if is_newer(champion.window, self.candidate.window):
+            return (
+                f"was trained on newer data ({_span(champion.window)}) than version {self.candidate.version} "
+                f"({_span(self.candidate.window)})."
             )
-        touched = overlap(package, self.path, rows.info)
+        touched = overlap(package, self.path, self.rows.info)
         if touched:
-            return _Finding(
-                "hold",
-                f"hold: champion version {champion.version} has touched rows of this dataset, so a comparison would "
-                f"flatter it: {touched}",
-                metrics,
-            )
-        scores = self._scores(package)
+            return f"has touched rows of this dataset, so a comparison would flatter it: {touched}"
+        return None
+
+    def _compared(self, champion: ModelPackage, metrics: dict[str, float | None]) -> _Finding:
+        """What the paired test says of both models' scores on the same rows."""
+        from lepton_airflow.statistics.paired import paired_test, paired_verdict
+
+        stage, rows = self.stage, self.rows
+        scores = self._scores(champion)
         result = paired_test(
             rows.y,
             scores,
@@ -348,9 +352,9 @@ def _moved_before(run: RunInfo, candidate: Registration) -> tuple[_Finding, Arti
 
 
 def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, int | None]:
-    """Make MLflow's aliases say what the ledger says now; returns the champion and the previous one.
+    """Set MLflow's aliases to what the ledger says now; returns the champion and the previous one.
 
-    Under the lease and after a fresh look, so that of two tasks the later writer never shows the older state.
+    The ledger is read again under the lease, so that of two tasks the one that writes last never shows the older state.
     """
     with lease(run.store, f"register/{name}", run.check_stop):
         champion, previous, aliases = _decided(run, name)

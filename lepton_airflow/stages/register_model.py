@@ -42,9 +42,9 @@ class RegisterModel(Stage):
     """Register a model package as a version in MLflow, once per task instance however often it is called.
 
     The package is logged as the artifact of an MLflow run (with ``MLmodel``, signature, metrics and hyperparameters)
-    and then becomes a version, tagged with its window, digests and origin. Which version a task instance has is decided
-    by a record in the store; MLflow shows it, and a retry repairs what a crash left undone. When a cleared task brings
-    a package with another digest, it gets a new version and the old one the tag ``lepton.superseded_by``.
+    and then becomes a version, with its window, digests and origin as tags. A record in the store decides which version
+    a task instance has; MLflow shows it, and a retry completes what a crash left undone. When a task is cleared and its
+    package has another digest now, the package gets a new version, and the old version the tag ``lepton.superseded_by``.
 
     Returns the values ``name``, ``version`` (a number) and ``model_uri`` (``models:/name/version``).
 
@@ -54,7 +54,7 @@ class RegisterModel(Stage):
     :param tracking_uri: MLflow as a database, ``sqlite:////data/mlflow.db``, or as a server, ``http://host:5000``.
     :param mlflow: id of an Airflow Connection to an MLflow server; use it instead of ``tracking_uri`` with credentials.
     :param experiment: MLflow experiment that gets the run; None: the name of the model.
-    :param alias: alias for this version, unless it stands for one of newer data; None: no alias.
+    :param alias: alias for this version, unless a version of newer data has it; None: no alias.
     :param tags: more tags for run and version.
     :param description: text shown with the version.
     :param on_backfill: in a backfill, ``skip`` registers nothing; ``register_only`` and ``full`` register as always.
@@ -86,7 +86,7 @@ class RegisterModel(Stage):
         if self.alias in ("champion", "previous"):
             raise BadConfiguration(f"alias={self.alias!r} is moved by PromoteModel alone: pass another one.")
         metrics = _numbers(self.metrics)
-        # A version is what register_only is for, so only `skip` makes a difference here.
+        # `register_only` means that a backfill does register, so only `skip` makes a difference here.
         backfill.may_act(run, self.on_backfill, f"model {self.name!r} is not registered")
         path = run.fetch(self.model)
         package = ModelPackage.open(path)
@@ -123,7 +123,7 @@ class RegisterModel(Stage):
         card: ModelCard,
         metrics: dict[str, float],
     ) -> tuple[Registration, str | None] | None:
-        """The registration of this run key and its page, when MLflow shows it as this call would leave it."""
+        """The registration of this run key and its page, when there is nothing left to do, in the store or in MLflow."""
         before = Registrations(run.store, self.name).of_run(run.run_key)
         if before is None or before.sha256 != sha256:
             return None
@@ -147,7 +147,7 @@ class RegisterModel(Stage):
         sha256 = split_pin(pinned)[1] or ""
         tags = self._tags(run, card, metrics)
         records = Registrations(run.store, self.name)
-        # Looked at before our own: when somebody registers in between, our record will not be taken.
+        # The newest is read before the one of this run key: if somebody registers in between, ours is not appended.
         newest = records.newest()
         before = records.of_run(run.run_key)
         if before and before.sha256 == sha256 and mlflow.has(self.name, before.version, run.run_key, sha256):
@@ -167,7 +167,7 @@ class RegisterModel(Stage):
             description=self.description,
             check=held.check,
         )
-        registration = Registration(
+        wanted = Registration(
             name=self.name,
             version=version,
             package=pinned,
@@ -179,9 +179,10 @@ class RegisterModel(Stage):
             identity=asdict(run.identity),
             created=now(),
         )
-        if not records.append_after(newest, registration):
-            # We were frozen past our lease, and another one has registered. If that was for our run key, its record counts and
-            # our version is a double.
+        registration = records.append_after(newest, wanted)
+        if registration is None:
+            # This process stood still until its lease expired, and another one has registered. If that was for the same run
+            # key, its record counts, and the version made here is deleted as a double.
             return self._register(run, mlflow, held, path, card, pinned, metrics)
         if before and before.sha256 != sha256:
             log.warning("version %s supersedes %s: the package changed since", version, before.version)
@@ -203,13 +204,14 @@ class RegisterModel(Stage):
             "lepton.window": f"{window['start']} to {window['end']}" if window else "",
         }
         tags |= {f"lepton.data.{role}": digest for role, digest in card.data.items()}
-        # The ends of intervals are with the MLflow run; as tags they would hide the rest in the table of versions.
+        # The bounds of intervals stand with the MLflow run. As tags they would crowd the table of versions.
         point = {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))}
         tags |= {f"metric.{name}": f"{value:.6g}" for name, value in point.items()}
         return {k: str(v) for k, v in (tags | self.tags).items() if v != ""}
 
 
 def _aliases(run: RunInfo, name: str) -> dict[str, int]:
+    """The version that each alias means now."""
     newest = Registrations(run.store, name).newest()
     return newest.alias_versions if newest else {}
 

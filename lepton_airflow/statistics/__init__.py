@@ -1,4 +1,4 @@
-"""How good, how sure, better or not, how different: pure functions on arrays, without I/O.
+"""How good, how sure, better or not, how different? Pure functions on arrays, without I/O.
 
 ::
 
@@ -9,7 +9,7 @@
     distances.py   one sample against another         population_stability_index, stability_test, ...
     clusters.py    which rows are dependent
 
-Importing this package imports no numpy; its functions do when they are called.
+Importing this package does not import numpy; its functions do when they are called.
 """
 
 from lepton_airflow.statistics.bootstrap import Interval, bootstrap_intervals

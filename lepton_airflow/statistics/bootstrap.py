@@ -1,8 +1,8 @@
 """How sure are we of a metric? Bootstrap intervals for rows or whole clusters of rows.
 
-Nothing is ever resampled row by row: a resample is a vector of weights over the clusters, most metrics are
-functions of weighted sums, and ROC AUC is one pass over scores that are sorted once. So time is about (rows x
-resamples) additions at worst, far less with few clusters, and memory stays at a few times that of the rows.
+No row is ever copied. A resample is a vector of weights over the clusters, most metrics are functions of weighted sums, and
+ROC AUC is one pass over scores that are sorted once. So the time is that of (rows x resamples) additions at worst, and far
+less with few clusters; the memory stays at a few times that of the rows.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Put a confidence interval around each named metric of these predictions.
 
-    ``y`` and ``p`` as in :mod:`lepton_airflow.statistics.metrics`; ``clusters`` (n,) names what is dependent,
-    a day or a customer. Percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over rows, or over whole
-    clusters (Field & Welsh 2007; Cameron, Gelbach & Miller 2008). The percentiles are those of Hesterberg
-    (2015, section 5.3), widened from the normal to the t distribution with G - 1 degrees of freedom, as plain
-    ones are too narrow for few clusters. A metric that these rows do not define (ROC AUC of a single class)
-    is left out. The same seed gives the same result.
+    ``y`` and ``p`` are as in :mod:`lepton_airflow.statistics.metrics`; ``clusters`` (n,) names what is dependent, such as a day
+    or a customer. It is the percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over rows, or over whole clusters (Field
+    & Welsh 2007; Cameron, Gelbach & Miller 2008). The percentiles are those of Hesterberg (2015, section 5.3), widened from the
+    normal to the t distribution with G - 1 degrees of freedom, because plain ones are too narrow for few clusters. A metric that
+    these rows do not define (ROC AUC of a single class) is left out. The same seed gives the same result.
     """
     import numpy as np
     from scipy import stats
@@ -157,8 +156,7 @@ def _from_confusion(
     codes: NDArray[np.int64],
     count: int,
 ) -> Evaluate:
-    """Accuracy, precision, recall and F1 from how often each class is true, predicted, and both, by
-    cluster."""
+    """Accuracy, precision, recall and F1, from the rows of each cluster in which a class is true, predicted, or both."""
     import numpy as np
     from scipy import sparse
 
@@ -239,8 +237,8 @@ def _binary_auc(
         won = [float(row[of_positive] @ wins(row[of_negative])) for row in weights]
         return share(np.array(won), weights)
 
-    # One pass over the rows per resample, or one per cluster: with fewer clusters than resamples, count the
-    # pairs won between each two clusters once; a resample is then a small quadratic form in the weights.
+    # With fewer clusters than resamples, the pairs won between each two clusters are counted once, in one pass over the rows
+    # for each cluster. A resample is then a small quadratic form in the weights, instead of a pass of its own.
     if count >= n_resamples:
         return by_rank
     won_between = np.stack(

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def cluster_codes(clusters: ArrayLike | None, n: int) -> tuple[NDArray[np.int64], int]:
-    """Number the clusters of n rows: codes of shape (n,) and how many there are. None: each row is its own.
+    """Number the clusters of n rows: a code for each row, shape (n,), and how many clusters there are.
 
-    Keys may be anything hashable (dates, strings, numbers); a missing key is refused, since rows without a
-    day are not one day.
+    :param clusters: (n,) keys of any hashable type (dates, strings, numbers); None makes each row its own cluster.
+    :raises BadInput: a key is missing (rows without a day are not of one day), or there are fewer than 2 clusters.
     """
     import numpy as np
 

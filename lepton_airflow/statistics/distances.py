@@ -50,9 +50,8 @@ class StabilityTest(NamedTuple):
 def population_stability_index(reference: ArrayLike, current: ArrayLike) -> float:
     """Compare counts by PSI, in nats: 0 is equal; 0.1 and 0.25 are the usual marks (Siddiqi 2006).
 
-    It is the symmetric Kullback-Leibler divergence (Jeffreys 1946). Half a count is added to every bin, so
-    that an empty one gives a finite answer which shrinks with the size of the samples rather than with an
-    arbitrary epsilon.
+    It is the symmetric Kullback-Leibler divergence (Jeffreys 1946). Half a count is added to every bin. So an empty bin gives
+    a finite answer, which depends on the size of the samples and not on an arbitrary epsilon.
     """
     import numpy as np
 
@@ -65,9 +64,9 @@ def population_stability_index(reference: ArrayLike, current: ArrayLike) -> floa
 def design_effect(counts: ArrayLike) -> DesignEffect | None:
     """Measure how dependent rows are from their counts by cluster and bin, shape (clusters, k).
 
-    The generalised design effects of Rao & Scott (1981), with the variance of the shares taken between clusters.
-    Dependence never counts as an advantage: ``mean`` is at least 1. None with less than two clusters, which tell
-    nothing.
+    These are the generalised design effects of Rao & Scott (1981), with the variance of the shares taken between clusters.
+    ``mean`` is at least 1, so that dependence never counts as an advantage. None with fewer than two clusters, which say nothing
+    about it.
     """
     import numpy as np
 
@@ -93,11 +92,11 @@ def stability_test(
 ) -> StabilityTest:
     """Ask whether a population stability index is larger than chance makes it; counts, not shares.
 
-    With equal shares the index behaves as Pearson's chi-square for two samples divided by their harmonic size: k - 1
-    degrees of freedom, times 1/n + 1/m (Yurdakul 2018). The p-value is Pearson's, which small counts upset less. ``effect``
-    says that rows depend on one another: the second-order correction of Rao & Scott (1984) with the F distribution
-    of Thomas & Rao (1987), as in survey statistics. For the test, neighbouring bins are put together until the smaller
-    sample expects an independent row in each.
+    With equal shares the index behaves as Pearson's chi-square for two samples divided by their harmonic size: k - 1 degrees of
+    freedom, times 1/n + 1/m (Yurdakul 2018). The p-value is Pearson's, because small counts disturb it less. ``effect`` says how
+    much rows depend on one another; then it is the second-order correction of Rao & Scott (1984) with the F distribution of
+    Thomas & Rao (1987), as in survey statistics. For the test, neighbouring bins are put together until each expects at least
+    one independent row of the smaller sample.
     """
     from scipy import stats
 
@@ -134,8 +133,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def jensen_shannon(reference: ArrayLike, current: ArrayLike) -> float:
-    """Compare counts by the Jensen-Shannon distance in base 2: from 0 (equal shares) to 1 (no common bin)
-    (Lin 1991)."""
+    """Compare counts by the Jensen-Shannon distance in base 2 (Lin 1991): 0 for equal shares, 1 without a common bin."""
     from scipy.spatial import distance
 
     return float(distance.jensenshannon(*_counts(reference, current), base=2))
@@ -166,8 +164,8 @@ def kolmogorov_smirnov(reference: ArrayLike, current: ArrayLike) -> KolmogorovSm
 def kolmogorov_smirnov_binned(reference: ArrayLike, current: ArrayLike) -> KolmogorovSmirnov:
     """Compare counts over the same ordered bins by the Kolmogorov-Smirnov test.
 
-    Within a bin the order is unknown, so the statistic is at most that of the raw numbers, and the p-value,
-    from the asymptotic distribution, is at least theirs: a drift that it finds is there.
+    The order within a bin is not known, so the statistic is at most that of the raw numbers, and the p-value, which comes from
+    the asymptotic distribution, at least theirs. So what it finds, the raw numbers would show too.
     """
     import numpy as np
     from scipy import stats

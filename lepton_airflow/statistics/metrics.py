@@ -1,9 +1,8 @@
 """Point estimates: how good are these predictions?
 
-Conventions of the whole folder. ``y`` has shape (n,). A binary ``y`` is 0 or 1 and its ``p`` of shape (n,) or
-(n, 1) is the probability of 1; of a (n, 2) ``p`` column 1 is taken. A multi-class ``y`` holds the column
-numbers 0..k-1 of a (n, k) ``p``. Bad values are refused with :class:`~lepton_airflow.errors.BadInput`,
-unknown names with :class:`~lepton_airflow.errors.BadConfiguration`.
+Conventions of the whole folder: ``y`` has shape (n,). A binary ``y`` is 0 or 1, and its ``p`` of shape (n,) or (n, 1) is the
+probability of 1; of a (n, 2) ``p``, column 1 is taken. A multi-class ``y`` holds the column numbers 0..k-1 of a (n, k) ``p``.
+Bad values raise :class:`~lepton_airflow.errors.BadInput`, unknown names :class:`~lepton_airflow.errors.BadConfiguration`.
 """
 
 from __future__ import annotations
@@ -17,19 +16,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-# ONNX models answer in float32, where 1 - p below this is 0: one saturated row must not make the log loss
-# infinite, and the same model must get the same log loss whether its scores arrive as float32 or as float64.
+# ONNX models answer in float32, in which a smaller 1 - p is 0. One such row must not make the log loss infinite, and a model
+# must get the same log loss whether its scores arrive as float32 or as float64.
 LOG_LOSS_CLIP = 2.0**-23
 
 
 def classification_metrics(y: ArrayLike, p: ArrayLike, threshold: float = 0.5) -> dict[str, float | None]:
-    """Score predicted probabilities: accuracy, precision, recall, F1, ROC AUC, log loss (nats) and Brier
-    score.
+    """Score predicted probabilities: accuracy, precision, recall, F1, ROC AUC, log loss (nats) and Brier score.
 
-    ``p >= threshold`` predicts 1. With more than two classes the largest column is predicted, precision,
-    recall and F1 are macro averages, ROC AUC is the macro average of one class against the rest (Hand & Till
-    2001, section 2) over the classes that occur, and the Brier score sums over the classes (Brier 1950).
-    ``roc_auc`` is None where only one class occurs; a precision or recall without a denominator is 0.
+    ``p >= threshold`` predicts 1. With more than two classes the largest column is predicted, precision, recall and F1 are
+    macro averages, ROC AUC is the macro average of one class against the rest (Hand & Till 2001, section 2) over the classes
+    that occur, and the Brier score sums over the classes (Brier 1950). ``roc_auc`` is None where only one class occurs; a
+    precision or recall without a denominator is 0.
     """
     import numpy as np
     from sklearn import metrics
@@ -72,11 +70,11 @@ def regression_metrics(y: ArrayLike, pred: ArrayLike) -> dict[str, float | None]
 def arrays_for(
     names: tuple[str, ...], y: ArrayLike, p: ArrayLike
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]] | tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Check and convert labels and predictions for these metrics."""
+    """Labels and predictions as these metrics need them, checked."""
     if names and METRICS[names[0]].task == "regression":
         return regression_arrays(y, p)
     labels, scores = classification_arrays(y, p)
-    if set(names) != {"roc_auc"}:  # a rank needs no probability
+    if set(names) != {"roc_auc"}:  # which takes any score, because it looks at ranks alone
         check_probabilities(scores)
     return labels, scores
 
@@ -139,8 +137,7 @@ def predicted_classes(scores: NDArray[np.float64], threshold: float) -> NDArray[
 def one_versus_rest(
     labels: NDArray[np.int64], scores: NDArray[np.float64]
 ) -> list[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
-    """Return the (truth, score) pairs that ROC AUC averages over: the classes that occur beside another
-    one."""
+    """The (truth, score) pairs that ROC AUC averages over: each class that occurs beside another one."""
     pairs = [(labels == 1, scores)] if scores.ndim == 1 else []
     if scores.ndim == 2:
         pairs = [(labels == k, scores[:, k]) for k in range(scores.shape[1])]
@@ -148,8 +145,7 @@ def one_versus_rest(
 
 
 def row_losses(name: str, y: NDArray[Any], p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the loss of each row, shape (n,), for the metrics that are a mean of row losses (rmse: the
-    squares)."""
+    """The loss of each row, shape (n,), of a metric that is a mean of them; of rmse the squares."""
     import numpy as np
 
     rows = np.arange(len(y))

@@ -1,4 +1,4 @@
-"""How bytes stay exact, and exist once."""
+"""How do bytes stay exact, and exist once?"""
 
 from lepton_airflow.store.files import Store
 

@@ -1,13 +1,13 @@
-"""Checkpoints in the store: what a fit is worth so far, so that a kill costs one interval of work at most.
+"""Checkpoints in the store: a fit that is killed loses at most the work since its last one.
 
-Layout under the key of a fit (run key, digest of all the fit depends on, name of the fit)::
+Layout under the key of a fit (run key, digest of all that the fit depends on, name of the fit)::
 
     <step>-<random>/…       the files of one checkpoint
     <step>-<random>.json    its step, its digest and what was reported before it; written when its files are there
     latest                  the name of the newest; written last, in one piece
 
-A kill at any moment leaves ``latest`` naming a whole checkpoint. The two newest are kept: when the bytes of one are not
-those of its digest, the one before it serves.
+So ``latest`` names a complete checkpoint whenever the fit is killed. The two newest are kept: if the bytes of one do not have
+their digest, the one before it is used.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Checkpoint:
     """A checkpoint that was read back and verified.
 
     :ivar step: the step after which it was written.
-    :ivar path: a directory with the files that were written then; only to be read.
-    :ivar notes: what the package kept with it.
+    :ivar path: a directory with the files that were written then; read-only.
+    :ivar notes: what the package stored with it.
     """
 
     step: int
@@ -48,11 +48,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one fit: written beside the work, read back by the next try.
+    """The checkpoints of one fit: uploaded while the fit goes on, read back by the next try.
 
     :param key: where they lie in the store.
-    :param directory: local scratch space; what is not yet in the store lies here.
-    :param every_s: time between two checkpoints [seconds]; 0 keeps every one that is offered.
+    :param directory: local scratch space, for what is not yet in the store.
+    :param every_s: time between two checkpoints [seconds]; 0: every one that is offered is stored.
     """
 
     def __init__(self, store: Store, key: str, directory: Path, every_s: float) -> None:
@@ -64,9 +64,9 @@ class Checkpoints:
         self._upload: Future[bool] | None = None
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint of an earlier try, verified, or None; a damaged one is passed over with a warning.
+        """The newest complete checkpoint of an earlier try, verified, or None. A damaged one is skipped with a warning.
 
-        :raises StoreError: the store does not answer; starting anew for that would throw the work away.
+        :raises StoreError: the store does not answer. Starting from the beginning instead would throw work away.
         """
         keys = [key[len(self.key) + 1 :] for key in self.store.keys(self.key)]
         whole = sorted(key.removesuffix(".json") for key in keys if "/" not in key and key.endswith(".json"))
@@ -80,7 +80,7 @@ class Checkpoints:
                 why = "its bytes are not those of its digest" if isinstance(error, IntegrityError) else error
                 log.warning("checkpoint %s is damaged, so the one before it is used: %s", name, why)
                 self._names.remove(name)
-                self._names.insert(0, name)  # the first to go
+                self._names.insert(0, name)  # so that it is removed first
                 continue
             self._written = time.monotonic()
             return found
@@ -95,22 +95,22 @@ class Checkpoints:
         return Checkpoint(int(record["step"]), path, dict(record["notes"]))
 
     def due(self) -> bool:
-        """Whether it is time for the next one; not while the last one is still on its way to the store."""
+        """Whether it is time for the next one; not while the last one is still being uploaded."""
         on_its_way = self._upload is not None and not self._upload.done()
         return not on_its_way and time.monotonic() - self._written >= self.every_s
 
     def save(
         self, step: int, write: Callable[[Path], object], notes: Mapping[str, Any], *, wait: bool = False
     ) -> bool:
-        """Have ``write(folder)`` write a checkpoint, and bring it to the store while the work goes on.
+        """Have ``write(folder)`` write a checkpoint, and upload it while the fit goes on.
 
-        A store that does not take it costs a warning only: the one before stays, and the next one is tried in its time.
+        If the upload fails, that is a warning only: the checkpoint before it stays, and the next one is uploaded when it is due.
 
-        :param wait: return when it is in the store.
-        :returns: False when waited for in vain.
+        :param wait: return only when the upload has ended.
+        :returns: False when ``wait`` was set and the upload failed.
         """
         try:
-            step = operator.index(step)  # also numpy's, which JSON does not take
+            step = operator.index(step)  # numpy's integers too, which JSON does not take
         except TypeError:
             raise BadConfiguration(
                 f"save_checkpoint: step={step!r}, expected a whole number: how many steps are done."
@@ -145,9 +145,7 @@ class Checkpoints:
         except (LeptonError, OSError) as error:
             log.warning("the checkpoint of step %d may not be kept, the one before it is: %s", step, error)
             if name not in self._names:
-                self._names.insert(
-                    0, name
-                )  # the first to go: what broke off takes room, of which there may be none
+                self._names.insert(0, name)  # so that its files are removed first: there may be no room left
             return False
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -157,14 +155,14 @@ class Checkpoints:
         return True
 
     def settle(self) -> bool:
-        """Wait until nothing is on its way to the store; False when the last one did not get there."""
+        """Wait until the upload has ended; False when it failed."""
         return self._upload is None or self._upload.result()
 
     def close(self) -> None:
-        """End the thread that uploads, when it is done."""
+        """End the thread that uploads, once its upload has ended."""
         self._uploads.shutdown(wait=True)
 
     def drop(self) -> None:
-        """Forget them all: the fit is finished."""
+        """Remove them all: the fit is finished."""
         self.settle()
         self.store.delete(self.key)

@@ -171,6 +171,8 @@ def _temporaries(listed: Iterable[Listed]) -> dict[str, float]:
     """
     newest: dict[str, float] = {}
     for e in listed:
+        if "/.tmp-" not in e.key:
+            continue
         parts = e.key.rstrip("/").split("/")
         depth = 3 if parts[0] == "artifacts" else len(parts)
         key = "/".join(parts[:depth])

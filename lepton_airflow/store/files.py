@@ -6,15 +6,16 @@ Layout under the root::
     receipts/<run key>.json                                  what the task instance last did
     cache/<stage>/<cache key>.json                           the receipt that a hit returns (cache.py)
     records/…                                                what was decided; keeps the artifacts it names (records.py)
-    checkpoints/<run key>/…                                  what a stage that was ended goes on from (checkpoints.py)
-    studies/<run key>….db                                    the same of TuneModel, where the store is a local directory
+    checkpoints/<run key>/…                                  from where the next try of a fit resumes (checkpoints.py)
+    studies/<run key>….db                                    the same for TuneModel, where the store is a local directory
     leases/<key>/…                                           whose turn it is (lease.py)
     index/names.json                                         what eviction has read before (eviction.py)
 
 The path of an artifact holds its digest, so writing it again writes the same bytes: concurrent writers do no harm,
-and a blob that was altered is healed by the next run that makes it.
+and the next run that makes an artifact repairs one that was altered.
 
-Every stage imports this module, so its text is part of every cache key: what only some need lies in the modules beside it.
+Every stage imports this module, so its text is part of every cache key. What only some stages need is in the modules
+beside it.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from lepton_airflow.errors import BadConfiguration, BadInput, ContractError, Int
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 16  # requests to a store at the same time
-_CHUNK = 1 << 20
-_MANY_FILES = 1000  # to look at them all takes longer than to start a process
-# So long does each of five tries of a request to S3 wait to connect: with s3fs' own 5 s, half a minute in which a network
-# loses all packets fails a fit. A refused connection is given up after ten seconds as before.
+AT_ONCE = 16  # calls of the store that wait for it at the same time
+_CHUNK = 1 << 20  # bytes
+_MANY_FILES = 1000  # looking at more takes longer than starting a process
+# s3fs tries a request to S3 five times. Each try waits this long for a connection. With its default of 5 s, a fit failed when
+# the network lost all packets for half a minute. A connection that is refused fails after ten seconds, as with the default.
 _CONNECT_S = 15
 # Object stores show an object only when its upload is complete, so they need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
-_TEMPORARY = ".tmp-"  # how the names of files begin that are not yet in their place
+_TEMPORARY = ".tmp-"  # begins the name of what is still being written
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -57,7 +58,7 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class Listed:
-    """A file as a listing shows it; on a local disk also a folder, whose key ends with a slash.
+    """A file in a listing; on a local disk also a folder, whose key ends with a slash.
 
     :ivar modified: when it was last written [seconds since 1970].
     :ivar etag: changes whenever the content does; None where the file system has none.
@@ -90,7 +91,8 @@ class Store:
                 f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI."
             ) from None
         self._root = self._root.rstrip("/")
-        # s3fs would ask for the size first, in order to read a large object in parts: two requests for each small record.
+        # By default s3fs asks for the size first, in order to read a large object in parts. For a small record that is a
+        # second request, so read() switches it off where s3fs has the switch.
         named = inspect.signature(self.fs.cat_file).parameters
         self._in_one_request = {"max_concurrency": 1} if "max_concurrency" in named else {}
         self.root = _file_uri(self._root) if self._local else f"{self.protocol}://{self._root}"
@@ -122,7 +124,7 @@ class Store:
         return Artifact(uri=pin(self.uri(key), sha256), sha256=sha256, bytes=size)
 
     def fetch(self, uri: str, workdir: Path) -> Path:
-        """A local path of what a URI names, its digest verified when the URI is pinned.
+        """A local path of what a URI names, with its digest verified when the URI is pinned.
 
         :raises IntegrityError: the bytes are not those of the pin.
         :raises BadInput: there is nothing at the URI.
@@ -142,17 +144,12 @@ class Store:
             if _is_local(fs):
                 local = Path(path)
             else:
-                local = (
-                    workdir
-                    / "fetched"
-                    / hashlib.sha256(uri.encode()).hexdigest()[:16]
-                    / path.rstrip("/").rpartition("/")[2]
-                )
+                folder = workdir / "fetched" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+                local = folder / path.rstrip("/").rpartition("/")[2]
                 if not local.exists():
-                    local.parent.mkdir(parents=True, exist_ok=True)
-                    part = local.with_name(
-                        f"{_TEMPORARY}{secrets.token_hex(8)}"
-                    )  # a download that broke off is none
+                    folder.mkdir(parents=True, exist_ok=True)
+                    # Under another name until it is complete, so that half a download is never taken for the whole.
+                    part = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
                     fs.get(path, str(part), recursive=fs.isdir(path))
                     part.rename(local)
         if wanted:
@@ -162,9 +159,9 @@ class Store:
         return local
 
     def load(self, uri: str) -> dict[str, bytes]:
-        """The bytes of a pinned artifact, each file read once and then verified: a directory's by name, a file's as ``""``.
+        """The verified bytes of a pinned artifact: of a directory by file name, of a file under the name ``""``.
 
-        For whoever must use exactly what was verified: what happens to the files afterwards no longer counts.
+        Each file is read once. What is returned is what was verified, even if the files are altered in between.
 
         :raises IntegrityError: the bytes are not those of the pin, or there is no pin.
         :raises BadInput: there is nothing at the URI.
@@ -190,7 +187,7 @@ class Store:
         return files
 
     def digest(self, uri: str) -> str:
-        """sha256 of what a URI names now (any pin is ignored); a directory's is that of its manifest."""
+        """The sha256 of what a URI names now, whatever its pin says; of a directory that of its manifest."""
         plain, _ = split_pin(uri)
         fs, path = self._resolve(plain)
         with self._errors(f"reading {plain}"):
@@ -205,10 +202,10 @@ class Store:
             return digest_of([[n, self._stream_digest(fs, f"{base}/{n}")] for n in names])
 
     def local_bytes(self, pattern: str) -> int | None:
-        """How large the files are that a URI or a pattern names [bytes].
+        """The size of the files that a URI or a pattern names [bytes], or None where it cannot be known quickly.
 
-        None where that is not quickly known: they are elsewhere, not there, or more than 1,000; nor where a path means another
-        file in another working directory.
+        That is so when they are not on this machine's disk, do not exist or are more than 1,000, and when the path is
+        relative, as it would name another file in another working directory.
         """
         plain, _ = split_pin(pattern)
         if not plain.startswith(("/", "~", "file://", "local://")):
@@ -224,9 +221,9 @@ class Store:
         return size if count else None
 
     def glob(self, uri: str) -> list[str]:
-        """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted; a plain URI if it exists.
+        """The URIs of the files that a pattern (``*``, ``?``, ``[…]``, ``**``) matches, sorted.
 
-        A path that exists as it is written is that file, even with such a sign in its name.
+        A path that exists exactly as written is that one file, even if its name contains such characters.
         """
         fs, path = self._resolve(uri)
         with self._errors(f"listing {uri}"):
@@ -243,7 +240,7 @@ class Store:
             return False
 
     def present(self, artifact: Artifact) -> bool:
-        """Whether an artifact is there with its size: the cheap question, for what was just written."""
+        """Whether an artifact is there with its size. Cheaper than :meth:`intact`: enough for what was just written."""
         fs, path = self._resolve(split_pin(artifact.uri)[0])
         with self._errors(f"reading {artifact.uri}"):
             return (
@@ -251,7 +248,7 @@ class Store:
                 and int(fs.du(path) if fs.isdir(path) else fs.size(path)) == artifact.bytes
             )
 
-    # -- small JSON records -----------------------------------------------------------------------------------------
+    # -- small records ----------------------------------------------------------------------------------------------
 
     def uri(self, key: str) -> str:
         """The URI of a key under the root."""
@@ -266,12 +263,12 @@ class Store:
                 return None
 
     def write(self, key: str, content: bytes | Path) -> None:
-        """Write bytes, or a file's, to a key; readers see the old ones or the new ones, never a part."""
+        """Write bytes, or the bytes of a file, to a key; readers see the old ones or the new ones, never a part."""
         with self._errors(f"writing {key}"):
             self._write(key, content)
 
     def check_writable(self) -> None:
-        """Raise StoreError unless something can be written: asked before hours of work, not after them."""
+        """Raise StoreError unless the store can be written: to be called before hours of work, not after them."""
         key = f"receipts/{_TEMPORARY}{secrets.token_hex(8)}"
         self.write(key, b"")
         self.delete(key)
@@ -286,26 +283,24 @@ class Store:
             return sorted(p[len(self._root) + 1 :] for p in found if not is_temporary(p))
 
     def children(self, key: str) -> list[str]:
-        """The names directly below a key, sorted; that of a folder ends with a slash. One request to S3 per 1,000."""
+        """The names directly below a key, sorted; a folder's name ends with a slash. S3 lists 1,000 in a request."""
         with self._errors(f"listing {key}"):
             try:
                 if self._local:
-                    with os.scandir(self._path(key)) as found:
-                        names = [f"{item.name}/" if item.is_dir() else item.name for item in found]
+                    with os.scandir(self._path(key)) as items:
+                        names = [f"{item.name}/" if item.is_dir() else item.name for item in items]
                 else:
-                    names = [
-                        info["name"].rstrip("/").rpartition("/")[2] + "/" * (info["type"] == "directory")
-                        for info in self.fs.ls(self._path(key), detail=True)
-                        if not info["name"].endswith(
-                            "/"
-                        )  # a placeholder that a console made for the folder itself
+                    # S3's consoles make an empty object named "folder/" to show an empty folder: it is no child of it.
+                    found = [
+                        i for i in self.fs.ls(self._path(key), detail=True) if not i["name"].endswith("/")
                     ]
+                    names = [i["name"].rpartition("/")[2] + "/" * (i["type"] == "directory") for i in found]
             except (FileNotFoundError, NotADirectoryError):
                 return []
             return sorted(name for name in names if not is_temporary(name))
 
     def listing(self, prefix: str) -> list[Listed]:
-        """What lies at a prefix and below it, temporary files too, with sizes and times. One request to S3 per 1,000 files."""
+        """All files at a prefix and below it, temporary ones too, with sizes and times. S3 lists 1,000 in a request."""
         with self._errors(f"listing {prefix}"):
             if self._local:
                 return list(_walk(self._path(prefix), len(self._root) + 1))
@@ -324,28 +319,31 @@ class Store:
             ]
 
     def delete(self, key: str) -> None:
-        """Remove a key, a file or a directory, if it is there."""
+        """Remove a file or a directory, if it is there."""
         with self._errors(f"deleting {key}"), suppress(FileNotFoundError):
             self.fs.rm(self._path(key), recursive=True)
 
     def delete_files(self, keys: Sequence[str]) -> None:
-        """Remove many files, of which some may be gone already. One request to S3 for each 1,000."""
+        """Remove many files, of which some may be gone already. S3 removes 1,000 in a request."""
 
         def delete(key: str) -> None:
             with suppress(FileNotFoundError):
                 self.fs.rm_file(self._path(key))
 
         with self._errors(f"deleting {len(keys)} files"):
-            if self.protocol in ("s3", "s3a") and keys:
+            if self._local:
+                for key in keys:
+                    Path(self._path(key)).unlink(missing_ok=True)
+            elif self.protocol in ("s3", "s3a") and keys:
                 self.fs.rm([self._path(key) for key in keys])
             else:
                 at_once(delete, keys)
 
     def create_exclusive(self, key: str, content: bytes) -> bool:
-        """Write a key only if nobody has; True for the one who did, False for all others.
+        """Write a key unless it exists; of several callers at once, exactly one gets True.
 
-        O_EXCL (by hard link, so that the content appears whole) on local disks, If-None-Match on S3. Other
-        backends cannot promise it and are refused.
+        On a local disk by a hard link, which fails if the name is taken and shows the content only when it is complete;
+        on S3 by If-None-Match. Other file systems cannot promise it and are refused.
         """
         path = self._path(key)
         with self._errors(f"creating {key}"):
@@ -378,7 +376,7 @@ class Store:
     # -- receipts --------------------------------------------------------------------------------------------------
 
     def record(self, receipt: Receipt) -> None:
-        """Keep a receipt as the last one of its task instance."""
+        """Store a receipt as the last one of its task instance."""
         self.write(f"receipts/{receipt.run_key}.json", receipt.to_json().encode())
 
     def receipt(self, run_key: str) -> Receipt | None:
@@ -455,7 +453,9 @@ class Store:
             shutil.copytree(directory, temporary)
             try:
                 os.rename(temporary, target)
-            except OSError:  # it is there already: keep it if it is whole, else put this one in its place
+            except (
+                OSError
+            ):  # the artifact is there already: it stays if it is intact, else this copy replaces it
                 if digest_path(target)[0] != digest_path(directory)[0]:
                     aside = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
                     os.rename(target, aside)
@@ -480,9 +480,8 @@ class Store:
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _DRIVERS:
                 raise
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if (
-                isinstance(error, PermissionError) and self._local
-            ):  # in a pod, seldom the user who made the folder
+            # A pod often runs as another user than the one who made the folder, so the message names both.
+            if isinstance(error, PermissionError) and self._local:
                 reason += f" for user {os.geteuid()}{_owner(error.filename)}"
             advice = "Check that it is reachable, writable and has space"
             if "Credentials" in type(error).__name__:
@@ -495,11 +494,11 @@ class Store:
             ) from error
 
 
-_DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # their own errors are no OSErrors
+_DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # whose errors are not OSErrors
 
 
 def _owner(path: Any) -> str:
-    """Whose the folder of a file is that could not be touched."""
+    """The user who owns the folder of a file, as the end of a message."""
     try:
         return f", in a folder of user {os.stat(os.path.dirname(path)).st_uid}"
     except (OSError, TypeError):
@@ -514,13 +513,13 @@ def _altered(uri: str, found: str, wanted: str) -> str:
 
 
 def at_once(function: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
-    """What the function returns for each item, in order; 16 calls at a time, as each waits for the store."""
+    """Call a function for each item, 16 at the same time, as each call waits for the store; the results in order."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(function, items))
 
 
 def is_temporary(path: str) -> bool:
-    """Whether a path ends in a name that a writer gives to what is not yet in its place."""
+    """Whether a path is that of something that is still being written."""
     return path.rstrip("/").rpartition("/")[2].startswith(_TEMPORARY)
 
 
@@ -540,7 +539,7 @@ def total_bytes(sizes: Iterable[int | None]) -> int | None:
 
 
 def digest_path(path: Path) -> tuple[str, int]:
-    """sha256 and size in bytes of a file, or of a directory: that of its sorted manifest of names and digests."""
+    """The sha256 and the size in bytes of a file or a directory; a directory's is that of its sorted names and digests."""
     if not path.is_dir():
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as stream:
@@ -565,7 +564,7 @@ def _digest_bytes(content: bytes) -> tuple[str, int]:
 
 
 def _file_uri(path: str) -> str:
-    """The URI of a local path as fsspec reads it: it does not undo percent-encoding, so there is none."""
+    """The URI of a local path. It is not percent-encoded, as fsspec would not decode it."""
     return f"file://{Path(path).expanduser().absolute()}"
 
 
@@ -575,21 +574,36 @@ def _is_local(fs: Any) -> bool:
 
 def _walk(path: str, cut: int) -> Iterator[Listed]:
     """A local path and all below it; the first ``cut`` characters of a path are no part of its key."""
-    todo = [path.rstrip("/")]
+    path = path.rstrip("/")
+    try:
+        top = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(top.st_mode):
+        yield Listed(path[cut:], top.st_size, top.st_mtime)
+        return
+    yield Listed(f"{path[cut:]}/", 0, top.st_mtime)
+    todo = [path]
     while todo:
-        path = todo.pop()
-        with suppress(FileNotFoundError):  # removed since it was seen
-            info = os.stat(path)
-            if not stat.S_ISDIR(info.st_mode):
-                yield Listed(path[cut:], info.st_size, info.st_mtime)
+        try:
+            with os.scandir(todo.pop()) as found:
+                items = list(found)
+        except FileNotFoundError:  # removed in the meantime
+            continue
+        for item in items:
+            try:
+                info = item.stat()
+            except FileNotFoundError:  # likewise
                 continue
-            yield Listed(f"{path[cut:]}/", 0, info.st_mtime)
-            with os.scandir(path) as found:
-                todo += [item.path for item in found]
+            if item.is_dir():
+                todo.append(item.path)
+                yield Listed(f"{item.path[cut:]}/", 0, info.st_mtime)
+            else:
+                yield Listed(item.path[cut:], info.st_size, info.st_mtime)
 
 
 def _modified(info: dict[str, Any]) -> float:
-    """When fsspec says that a file was written; now, where it does not say, so that nothing passes for old."""
+    """When a file was last written; where fsspec does not tell, now, so that the file does not pass for old."""
     for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
         stamp = info.get(name)
         if isinstance(stamp, str):
@@ -600,7 +614,7 @@ def _modified(info: dict[str, Any]) -> float:
 
 
 def _write_synced(path: str, content: bytes | Path) -> None:
-    """Write and flush to disk, so that a rename after a power cut cannot leave an empty file under the final name."""
+    """Write a file and wait until it is on the disk: after a power cut, its final name must not show an empty file."""
     with open(path, "xb") as out:
         if isinstance(content, bytes):
             out.write(content)
@@ -612,14 +626,15 @@ def _write_synced(path: str, content: bytes | Path) -> None:
 
 
 def _storage_options(protocol: str, connection: Connection | None) -> dict[str, Any]:
-    """What fsspec needs to know for a Connection; a Connection's extra may hold more under ``storage_options``."""
-    # Other processes write to the same store: a listing from a minute ago would hide what they made.
+    """The options of fsspec for a Connection, which may hold more of them in its extra, under ``storage_options``."""
+    # Other processes write to the same store: a listing that fsspec has cached would hide what they have made since.
     options: dict[str, Any] = {"use_listings_cache": False} if protocol in _ATOMIC_PUT - {"memory"} else {}
     options |= connection.extra.get("storage_options", {}) if connection else {}
     if protocol in ("s3", "s3a"):
         import fsspec
 
-        machine = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})  # an argument would hide it
+        # What is passed here replaces what this machine's configuration of fsspec says, so the two are joined.
+        machine = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         told = {"max_pool_connections": AT_ONCE} | machine | options.get("config_kwargs", {})
         options["config_kwargs"] = {"connect_timeout": _CONNECT_S} | told
     if connection and protocol in ("s3", "s3a"):

@@ -1,14 +1,15 @@
-"""One worker at a time, by the store alone, for what has no lock of its own (a registry that is not ours).
+"""A lease in the store: one worker at a time, for work on something that has no lock of its own (MLflow).
 
 A lease is a row of numbered claims, ``leases/<key>/000001.json``, ``000002.json``, …, each made once by
-:meth:`~lepton_airflow.store.files.Store.create_exclusive`; the highest one counts. Its holder rewrites it every few seconds.
-Whoever waits may make the next number as soon as the highest is released or its holder is dead: at once when it was a
-process of this machine that is gone, else when the claim did not change for :data:`EXPIRES_S` seconds *by the waiter's
-own clock*, so that clocks of different machines are never compared.
+:meth:`~lepton_airflow.store.files.Store.create_exclusive`. The highest claim counts; its holder rewrites it every few seconds.
+Whoever waits may make the next claim as soon as the highest one is released or its holder is dead. A holder on the same
+machine is dead when its process is gone. Any other is taken for dead when its claim did not change for :data:`EXPIRES_S`
+seconds by the clock of the one who waits; clocks of different machines are never compared.
 
-A holder that was frozen for longer than that and wakes up again has lost the lease without knowing. It asks
-:meth:`Lease.check` before each write outside the store; what slips through is settled by the record that only one can
-create. So a lease saves work and keeps numbering tidy, and correctness never rests on it alone.
+A holder that was suspended for longer than that has lost the lease without knowing. So it calls :meth:`Lease.check` before each
+write outside the store. It may still be suspended between the check and the write. Then the record in the store, which only
+one writer can create, decides. The lease saves double work and keeps MLflow's versions in order; correctness never depends
+on it alone.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ class Lease:
     number: int
 
     def check(self) -> None:
-        """Raise a retryable error when somebody else took the lease over in the meantime."""
+        """Raise an error that may be retried when somebody else has taken over the lease."""
         if max(_numbers(self.store, self.key), default=0) > self.number:
             raise LeptonError(
-                f"this process stood still for more than {EXPIRES_S:g} s and another one took over its work on "
-                f"{self.key!r}; a retry finds what that one did."
+                f"this process stood still for more than {EXPIRES_S:g} s, so another one took over its work on {self.key!r}; "
+                "a retry goes on from what that one did."
             )
 
 
 @contextmanager
 def lease(store: Store, key: str, wait: Callable[[], None] = lambda: None) -> Iterator[Lease]:
-    """Hold the lease ``key`` of a store; waits for its turn, calling ``wait`` (which may raise) at every look."""
+    """Hold a lease while the block runs. Until it is its turn, it looks again and again, and calls ``wait``, which may raise."""
     number = _acquire(store, key, wait)
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(store, key, number, stop), name=f"lease {key}", daemon=True)
@@ -61,7 +62,7 @@ def lease(store: Store, key: str, wait: Callable[[], None] = lambda: None) -> It
     finally:
         stop.set()
         beat.join()
-        with contextlib.suppress(StoreError):  # it expires by itself; the work under it is what matters
+        with contextlib.suppress(StoreError):  # the work is done, and a claim that is not released expires
             store.write(_claim(key, number), _content(released=True))
 
 
@@ -80,9 +81,8 @@ def _acquire(store: Store, key: str, wait: Callable[[], None]) -> int:
                 for older in numbers:
                     store.delete(_claim(key, older))
                 return last + 1
-            store.delete(
-                _claim(key, last + 1)
-            )  # we looked long ago: the row went on, and its start was cleared
+            # Others have made and deleted claims since we looked, so the number that we took was free only by that.
+            store.delete(_claim(key, last + 1))
         elif not free:
             wait()
             time.sleep(_POLL_S)
@@ -117,11 +117,11 @@ def _is_over(content: bytes) -> bool:
             return True
         return bool(holder and holder[:2] == _machine() and holder != _process(holder[2]))
     except (ValueError, KeyError, TypeError, IndexError):
-        return False  # not a claim we understand: let it expire
+        return False  # a claim that we do not understand expires
 
 
 def _machine() -> list[str] | None:
-    """Names the kernel that runs and the process table we see (a container has its own), so that pids compare."""
+    """The boot of the kernel and the process table (a container has its own): within both, a pid names one process."""
     try:
         return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     except OSError:
@@ -129,7 +129,7 @@ def _machine() -> list[str] | None:
 
 
 def _process(pid: int) -> list[Any] | None:
-    """A living process as machine, pid and start time, so that a reused pid is another process; None: not known."""
+    """A living process as machine, pid and start time, so that a reused pid is told apart; None: not known."""
     machine = _machine()
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""What a test of a DAG, a stage or a runner needs: real servers on this machine, and the runners' conformance suites."""
+"""What does a test of a DAG, a stage or a runner need? Real servers on this machine, and the runners' conformance suites."""
 
 from typing import TYPE_CHECKING, Any
 

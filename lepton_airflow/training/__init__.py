@@ -1,4 +1,4 @@
-"""How a model is fitted: the trainer contract, and what a trainer may know about its run.
+"""How is a model fitted? The trainer contract, and what a trainer may know about its run.
 
 **The trainer contract.** ``fit(train, valid, hyperparameters, run)`` returns a fitted scikit-learn estimator or Pipeline
 over the raw feature columns, a torch module with an example input, or an ``onnx.ModelProto``.

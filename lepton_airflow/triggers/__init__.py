@@ -1,1 +1,1 @@
-"""What waits without a worker slot, in Airflow's triggerer?"""
+"""What waits without a worker slot? What runs in Airflow's triggerer."""

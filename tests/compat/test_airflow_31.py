@@ -101,7 +101,7 @@ print(json.dumps([airflow.__version__, operators.__file__, installed, operators.
     assert "TrainModelOperator" in names
 
 
-def test_the_door_answers_without_an_engine(run: Run) -> None:
+def test_the_entry_point_answers_without_an_engine(run: Run) -> None:
     stages = run("-m", "lepton_airflow", "stages")
     named = {line.split()[0] for line in stages.splitlines()}
     assert {"IngestData", "TrainModel", "RegisterModel"} <= named

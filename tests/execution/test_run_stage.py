@@ -20,7 +20,7 @@ from lepton_airflow.stages import all_stages
 from lepton_airflow.store import Store
 from lepton_airflow.testing import probe
 
-# What is absent where only the door and the standard library are, besides fsspec.
+# What is absent where only the entry point and the standard library are, besides fsspec.
 ABSENT = [
     "airflow",
     "great_expectations",
@@ -48,21 +48,21 @@ ABSENT = [
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({absent!r})); from lepton_airflow.__main__ import main; sys.exit(main({argv!r}))"
 
 
-def _door(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _entry_point(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lepton_airflow", *argv]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.fixture
 def call(tmp_path: Path) -> Any:
-    """Runs a request through the real door; returns the process and the receipt, if there is one."""
+    """Runs a request through the entry point; returns the process and the receipt, if there is one."""
 
     def run(
         request: Request | str, **environment: str
     ) -> tuple[subprocess.CompletedProcess[str], Receipt | None]:
         given, left = tmp_path / "request.json", tmp_path / "receipt.json"
         given.write_text(request if isinstance(request, str) else request.to_json(), encoding="utf-8")
-        done = _door("run", str(given), str(left), **environment)
+        done = _entry_point("run", str(given), str(left), **environment)
         return done, Receipt.from_json(left.read_bytes()) if left.exists() else None
 
     return run
@@ -158,10 +158,10 @@ def test_a_stage_without_its_window_says_why_there_is_none(tmp_path: Path) -> No
 
 
 def test_files_that_cannot_be_read_or_written_are_sentences(tmp_path: Path) -> None:
-    done = _door("run", str(tmp_path / "none.json"), str(tmp_path / "receipt.json"))
+    done = _entry_point("run", str(tmp_path / "none.json"), str(tmp_path / "receipt.json"))
     assert (done.returncode, "none.json cannot be read: No such file" in done.stderr) == (80, True)
     (tmp_path / "request.json").write_text(probe("Copy", tmp_path / "store").to_json())
-    done = _door("run", str(tmp_path / "request.json"), str(tmp_path / "no" / "receipt.json"))
+    done = _entry_point("run", str(tmp_path / "request.json"), str(tmp_path / "no" / "receipt.json"))
     assert (done.returncode, "receipt.json cannot be written: No such file" in done.stderr) == (1, True)
 
 
@@ -202,9 +202,9 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         [sys.executable, "-m", "lepton_airflow", "describe", "TrainModel"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    ) as door:
-        door.stdout.close()
-        assert b"Traceback" not in door.stderr.read()
+    ) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
 
 
 # -- secrets -------------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_a_receipt_that_cannot_be_kept_is_no_success(tmp_path: Path) -> None:
     assert (receipt.status, receipt.error["kind"]) == ("failed", "StoreError")
 
 
-def test_what_a_careless_library_prints_is_redacted_at_the_door(
+def test_what_a_careless_library_prints_is_redacted_where_it_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pod's log is read by others than the worker."""
@@ -301,7 +301,7 @@ def test_what_a_careless_library_prints_is_redacted_at_the_door(
     connections = [{"id": "db", "type": "postgres", "password": "spilled-secret"}]
     (tmp_path / "connections.json").write_text(json.dumps(connections))
     files = [str(tmp_path / name) for name in ("request.json", "receipt.json")]
-    done = _door("run", *files, "--connections-file", str(tmp_path / "connections.json"))
+    done = _entry_point("run", *files, "--connections-file", str(tmp_path / "connections.json"))
     assert done.returncode == 1
     assert "connecting with ***" in done.stdout.splitlines()
     assert "INFO connecting to db://user:***@host" in done.stdout.splitlines()

@@ -81,11 +81,8 @@ def package(folder: Path, fitted: Pipeline, *touched: Touched) -> ModelPackage:
 
 def test_a_package_predicts_as_the_model_it_was_made_of(tmp_path: Path, fitted: Pipeline) -> None:
     model = package(tmp_path / "model", fitted)
-    assert [f.input for f in model.card.features] == [
-        "dep_hour",
-        "carrier",
-        "label_2",
-    ]  # "label" is an output
+    # "label" is an output, so the feature of that name has another input.
+    assert [f.input for f in model.card.features] == ["dep_hour", "carrier", "label_2"]
     new = table(500, seed=1)
     new.loc[:5, "carrier"] = "unseen"
     native = fitted.predict_proba(new[INFO.features])

@@ -123,7 +123,7 @@ def test_a_hit_is_known_before_anything_is_started(run: Bench, monkeypatch: pyte
         assert asked(text=split_pin(run.text)[0]) is None
     assert asked(cache="refresh") is None
     assert asked(stage="Announce") is None
-    assert asked(stage="Shuot") is None  # for the door to say
+    assert asked(stage="Shuot") is None  # run_stage says it
     run.blob(first).write_text("altered")
     assert asked() is None
 

@@ -34,9 +34,8 @@ class Trained:
 
 
 def _train(run: RunInfo, frame: pd.DataFrame, task: str, trainer: str, **hyperparameters: float) -> Trained:
-    frame["größe (mm)"] = frame.pop(
-        frame.columns[0]
-    )  # no plain identifier, so its ONNX input has another name
+    # No plain identifier, so its ONNX input has another name.
+    frame["größe (mm)"] = frame.pop(frame.columns[0])
     frame.loc[::9, "größe (mm)"] = np.nan
     frame["shade"] = np.where(frame["größe (mm)"] > frame["größe (mm)"].median(), "hell", "dark")
     frame.loc[::7, "shade"] = None

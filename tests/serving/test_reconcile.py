@@ -366,7 +366,7 @@ def test_a_store_that_fails_says_nothing_about_the_version(bench: Bench) -> None
         server.step()
     assert server.status.state == "loading"
     folder.unlink()
-    server._say(reason="the store failed.")  # as run does
+    server._set_status(reason="the store failed.")  # as run does
     server.step()
     assert (server.status.state, server.status.reason, server.status.errors) == ("serving", "", {})
 

@@ -297,7 +297,7 @@ def test_many_failures_leave_room_in_the_receipt_for_the_addresses(mixed: str, r
         BadInput, match=r"- and \d+ more, in the full result\.\nFull result: file:"
     ) as failure:
         ValidateData(dataset=mixed, suite=suite(*wide)).run(run)
-    assert len(json.dumps(str(failure.value))) < 3000  # what the door keeps of a message
+    assert len(json.dumps(str(failure.value))) < 3000  # what a receipt keeps of a message
 
 
 def test_the_log_says_nothing_of_the_library(january: str, tmp_path: Path) -> None:

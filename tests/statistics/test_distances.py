@@ -119,9 +119,8 @@ def test_a_drift_of_one_standard_deviation_is_found():
 
 def test_the_design_effect_is_that_of_the_intraclass_correlation():
     rng = np.random.default_rng(5)
-    assert design_effect(days(rng, 400, 1.0)).mean == pytest.approx(
-        100, rel=0.1
-    )  # 100 equal rows tell as one
+    # 100 equal rows tell no more than one.
+    assert design_effect(days(rng, 400, 1.0)).mean == pytest.approx(100, rel=0.1)
     independent = design_effect(days(rng, 400, 0.0))
     assert independent.mean == pytest.approx(1, abs=0.15)
     assert design_effect([[3, 1]]) is None

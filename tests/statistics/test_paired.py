@@ -1,5 +1,4 @@
-"""The paired test: against slow references, and by simulation (type-I error, power, and what clusters
-change)."""
+"""The paired test: against slow references, and by simulation (type-I error, power, and what clusters change)."""
 
 from __future__ import annotations
 
@@ -53,9 +52,8 @@ def test_delong_agrees_with_all_pairs(simulation):
 
 def test_clustered_auc_agrees_with_obuchowski(simulation):
     day = simulation.days(12, 40)
-    y = np.tile(
-        [1] * 10 + [0] * 30, 12
-    )  # every day has as many positives: all small-sample factors are 12 / 11
+    # Every day has as many positives, so all small-sample factors are 12 / 11.
+    y = np.tile([1] * 10 + [0] * 30, 12)
     champion, candidate = simulation.rng.normal(y[None, :] * 0.5, 1, (2, len(y)))
     candidate += simulation.rng.normal(0, 0.5, 12)[day]
     sums = {}

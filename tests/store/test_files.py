@@ -179,6 +179,19 @@ def test_children_and_listings(store: Store, tmp_path: Path) -> None:
     assert all(bool(e.etag) is (store.protocol == "s3") for e in files.values())
 
 
+def test_a_file_that_vanishes_while_a_listing_is_made_hides_no_other(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for number in range(10):
+        store.write(f"records/{number}", b"1")
+    (tmp_path / "records" / "5").unlink()
+    (tmp_path / "records" / "5").symlink_to(
+        tmp_path / "gone"
+    )  # as if it went between being seen and being looked at
+    assert {e.key for e in store.listing("records")} == {"records/"} | {
+        f"records/{n}" for n in range(10) if n != 5
+    }
+
+
 def test_many_files_are_deleted_at_once(store: Store) -> None:
     for number in range(3):
         store.write(f"cache/{number}", b"1")

@@ -1,4 +1,4 @@
-"""Fits that are killed at random times, through the real door, end as if nothing had happened."""
+"""Fits that are killed at random times, in processes of their own, end as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Door:
+class TaskInstance:
     """One task instance, tried again and again in processes of its own, as a runner does it."""
 
     def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
@@ -155,19 +155,19 @@ def test_a_users_trainer_killed_at_random_ends_as_if_undisturbed(rows: Path, cod
         "hyperparameters": hyper,
         "checkpoint_s": every_s,
     }
-    whole = Door(code / "whole", parameters).finish()
-    door = Door(code / "killed", parameters | {"hyperparameters": hyper | {"log": "killed.log"}})
-    codes = door.kill_at_random(5, 0.4, seed=int(os.environ.get("LEPTON_KILL_SEED", "1")))
+    whole = TaskInstance(code / "whole", parameters).finish()
+    killed = TaskInstance(code / "killed", parameters | {"hyperparameters": hyper | {"log": "killed.log"}})
+    codes = killed.kill_at_random(5, 0.4, seed=int(os.environ.get("LEPTON_KILL_SEED", "1")))
     assert set(codes) == {PREEMPTED, -signal.SIGKILL}
-    receipt = door.finish()
+    receipt = killed.finish()
     assert {k: v for k, v in receipt.metrics.items() if not k.startswith("gpu")} == {
         k: v for k, v in whole.metrics.items() if not k.startswith("gpu")
     }
-    assert onnx_of(door.store, receipt) == onnx_of(Store(str(code / "whole" / "store")), whole)
-    assert door.store.keys("checkpoints") == []
+    assert onnx_of(killed.store, receipt) == onnx_of(Store(str(code / "whole" / "store")), whole)
+    assert killed.store.keys("checkpoints") == []
 
     tries: dict[str, list[tuple[int, float]]] = {}
-    for line in (door.folder / "killed.log").read_text().splitlines():
+    for line in (killed.folder / "killed.log").read_text().splitlines():
         pid, step, moment = line.split()
         tries.setdefault(pid, []).append((int(step), float(moment)))
     assert len(tries) == len(codes) + 1
@@ -228,12 +228,12 @@ def test_the_mlp_killed_at_random_has_the_same_digest(rows: Path, tmp_path: Path
         "hyperparameters": hyper,
         "checkpoint_s": 0.05,
     }
-    whole = Door(tmp_path / "whole", parameters).finish()
-    door = Door(tmp_path / "killed", parameters)
-    door.kill_at_random(2, 0.3, seed=int(os.environ.get("LEPTON_KILL_SEED", "2")))
-    receipt = door.finish()
+    whole = TaskInstance(tmp_path / "whole", parameters).finish()
+    killed = TaskInstance(tmp_path / "killed", parameters)
+    killed.kill_at_random(2, 0.3, seed=int(os.environ.get("LEPTON_KILL_SEED", "2")))
+    receipt = killed.finish()
     assert receipt.artifacts["model"].sha256 == whole.artifacts["model"].sha256
-    assert "resuming after step" in door.logs[-1]
+    assert "resuming after step" in killed.logs[-1]
     assert re.search(
-        r"final: epoch \d+ of 50 train_loss=\S+ valid_loss=\S+ \(.*(per epoch|epochs per s)", door.logs[-1]
+        r"final: epoch \d+ of 50 train_loss=\S+ valid_loss=\S+ \(.*(per epoch|epochs per s)", killed.logs[-1]
     )

@@ -1,1 +1,1 @@
-"""What IngestData can read."""
+"""What can IngestData read?"""

@@ -160,7 +160,7 @@ def compare(
 
 
 def _unprepared(model: bytes, original: Candidate, methods: Sequence[str], error: Exception) -> Comparison:
-    """The answer where onnxruntime cannot even read the graph for conversion."""
+    """The answer for a graph that onnxruntime cannot prepare for conversion."""
     broken = f"onnxruntime cannot prepare the model: {first_line(error)[:200]}"
     failed = [Candidate(method, "failed", broken) for method in methods]
     return Comparison("fp32", f"kept fp32, because {broken}", [original, *failed], {"fp32": model})
@@ -174,7 +174,7 @@ def _scored(
     judge: Judge,
     original: NDArray[np.float64],
 ) -> tuple[Candidate, bytes | None]:
-    """Convert and score, without a verdict when it can still be chosen; the bytes come with it when they can be timed."""
+    """Convert and score: a candidate, which has no verdict as long as it may be chosen, and its bytes if they can be timed."""
     import numpy as np
 
     if not before.linear:
@@ -199,7 +199,7 @@ def _scored(
     difference = float(np.abs(predicted - original).max())
     try:
         quality = judge.compare(original, predicted)
-    except BadInput as error:  # the original's predictions passed, so these are no probabilities any more
+    except BadInput as error:  # the original's predictions passed, so these are no longer probabilities
         return Candidate(method, "worse", str(error), size, graph, None, [], difference), content
     return Candidate(method, "", "", size, graph, quality, [], difference), content
 
@@ -210,18 +210,16 @@ def _try_in_a_process(model: bytes, output: str, feed: Feed) -> None:
     onnxruntime 1.31 dies of a segmentation fault when it opens a transformer encoder of torch's exporter in 16 bits. In the
     stage's own process that would end the stage.
     """
-    arrays = {
-        n: (a.dtype.str if a.dtype.kind != "O" else "O", a.shape, a.ravel().tolist()) for n, a in feed.items()
-    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         path.write_bytes(model)
         try:
             done = subprocess.run(
                 [sys.executable, "-P", "-c", _TRY, str(path), output],
-                input=json.dumps(arrays).encode(),
+                input=_feed_as_json(feed),
                 check=False,
                 capture_output=True,
+                text=True,
                 timeout=_TRY_S,
             )
         except subprocess.TimeoutExpired:
@@ -230,8 +228,18 @@ def _try_in_a_process(model: bytes, output: str, feed: Feed) -> None:
         raise RuntimeError(f"onnxruntime dies of signal {-done.returncode} when it opens or runs it")
 
 
+def _feed_as_json(feed: Feed) -> str:
+    """The arrays of a call, each as its type, shape and values."""
+    arrays = {
+        name: ("O" if array.dtype.kind == "O" else array.dtype.str, array.shape, array.ravel().tolist())
+        for name, array in feed.items()
+    }
+    return json.dumps(arrays)
+
+
 _TRY_S = 120
-# It imports nothing of this package, so a non-zero exit is about the model; what raises there raises in `predict` too.
+# It imports nothing of this package, so that it runs wherever onnxruntime does. An exit status above 0 is passed over, because
+# what raises here raises again where the model is asked for predictions.
 _TRY = """
 import json, sys, numpy, onnxruntime
 options = onnxruntime.SessionOptions()
@@ -243,7 +251,7 @@ session.run([sys.argv[2]], feed)
 
 
 def _judged(found: Candidate, latency: list[Latency], original: int, judge: Judge, rules: Rules) -> Candidate:
-    """The candidate with its latencies and, unless it has one, its verdict.
+    """The candidate with its latencies, and with a verdict if it had none.
 
     :param original: size of the original [bytes].
     """

@@ -58,7 +58,7 @@ class Graph:
 
 
 def inspect(model: onnx.ModelProto) -> Graph:
-    """Count a model's operators, and those that a smaller number format can speed up or has."""
+    """Count a model's operators, those that a smaller number format can speed up, and those that have one."""
     from onnx import TensorProto
 
     def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -239,7 +239,7 @@ def _without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def cpu_flags() -> list[str]:
-    """The instruction sets of this CPU that 8-bit and 16-bit kernels use, as the kernel names them."""
+    """The instruction sets of this CPU that make 8-bit and 16-bit products fast, as Linux names them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -250,5 +250,5 @@ def cpu_flags() -> list[str]:
 
 
 def _saturates() -> bool:
-    """Whether this CPU sums products of 8-bit numbers in 16 bits, which overflow: x86 without VNNI. 7-bit weights do not."""
+    """Whether this CPU sums products of 8-bit numbers in 16 bits: x86 without VNNI. These overflow unless weights have 7 bits."""
     return platform.machine() in ("x86_64", "AMD64") and not any("vnni" in flag for flag in cpu_flags())

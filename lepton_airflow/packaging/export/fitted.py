@@ -48,7 +48,8 @@ def as_fitted(returned: Any, schema: Schema, trainer: str) -> Fitted:
                 "(fitted transformer of the raw columns, module)."
             )
         return TorchModel(modules[0], transformer, schema, trainer)
-    if len(parts) == 1 and hasattr(returned, "predict") and hasattr(returned, "get_params"):
+    estimator = hasattr(returned, "predict") and hasattr(returned, "get_params")
+    if estimator and not isinstance(returned, type):
         return SklearnModel(returned, schema, trainer)
     raise BadInput(
         f"trainer {trainer}: it returned {_type_name(returned)}; expected a fitted scikit-learn estimator over the raw "
@@ -62,4 +63,6 @@ def _is(value: Any, module: str, name: str) -> bool:
 
 
 def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    kind = value if isinstance(value, type) else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return f"the class {name} itself" if isinstance(value, type) else name

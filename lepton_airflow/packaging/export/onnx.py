@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-OLDEST_OPSET = 13  # since then there are all operators that graph.finish adds
+OLDEST_OPSET = 13  # the first that has all operators which graph.finish adds
 
 
 @dataclass

@@ -37,7 +37,7 @@ class SklearnModel:
             )
 
     def predict(self, frame: pd.DataFrame) -> NDArray[np.float64]:
-        """Predict natively; a class that a fold did not hold gets probability 0."""
+        """Predict with scikit-learn; a class that a fold did not hold gets probability 0."""
         import numpy as np
 
         raw = frame[self.schema.names]
@@ -134,6 +134,7 @@ def _with_float32_thresholds(estimator: Any) -> Any:
 
 
 def _selects_columns(estimator: Any) -> bool:
+    """Whether an estimator takes columns by name, so that they may be of different kinds."""
     from sklearn.compose import ColumnTransformer
     from sklearn.pipeline import Pipeline
 

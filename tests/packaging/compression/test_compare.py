@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +67,25 @@ def test_a_candidate_that_cannot_be_made_is_reported_beside_the_others(mlp: Any)
     assert found["dynamic_int8"].latency
 
 
+def test_the_script_that_tries_a_model_opens_and_runs_it(mlp: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(mlp.model)
+    feed = {name: values[:3] for name, values in mlp.feed.items()}
+
+    def run(output: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-c", comparing._TRY, str(tmp_path / "model.onnx"), output],
+            input=comparing._feed_as_json(feed),
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    good, bad = run("probabilities"), run("no such output")
+    assert good.returncode == 0, good.stderr
+    assert bad.returncode == 1
+    assert "no such output" in bad.stderr
+
+
 def test_a_format_that_kills_onnxruntime_is_reported(mlp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "_TRY", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     found = mlp.compare(methods=["fp16"])
@@ -87,9 +109,8 @@ def test_a_format_that_overflows_is_worse(products: Callable[[int], bytes]) -> N
 
     def predict(model: bytes) -> np.ndarray:
         predicted = open_session(model).run(["out"], feed)[0].max(axis=1)
-        with np.errstate(
-            over="ignore"
-        ):  # a machine with 16-bit products; on this one they are made of 32 bits
+        # As on a machine with 16-bit products; on this one they are made of 32 bits.
+        with np.errstate(over="ignore"):
             return predicted if model == original else predicted.astype(np.float16)
 
     work = Work(output="out", calibration=lambda: iter([feed]), predict=predict, timing={40: [feed]})
@@ -112,12 +133,8 @@ def quality(low: float) -> Quality:
     ("low", "speedups", "size", "verdict"),
     [
         (-0.005, [(1.2, 1.5), (1.0, 1.1)], 90, "better"),  # faster at one, nowhere slower
-        (
-            -0.005,
-            [(1.2, 1.5), (0.94, 1.1)],
-            25,
-            "no gain",
-        ),  # smaller and faster, but perhaps slower at the other
+        # Smaller and faster, but perhaps slower at the other batch size.
+        (-0.005, [(1.2, 1.5), (0.94, 1.1)], 25, "no gain"),
         (-0.005, [(1.2, 1.5), (0.5, 0.9)], 25, "slower"),
         (-0.005, [(0.96, 1.1), (1.0, 1.1)], 50, "better"),  # no faster, but half the size
         (-0.005, [(1.0, 1.1), (1.0, 1.1)], 51, "no gain"),
@@ -159,6 +176,24 @@ def test_what_cannot_be_judged_is_one_sentence(mlp: Any) -> None:
         mlp.compare(methods=["static_int"])
     with pytest.raises(BadConfiguration, match="rounds=2"):
         mlp.compare(rounds=2)
+
+
+def test_a_graph_that_cannot_be_prepared_stays_as_it_is(mlp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model: bytes) -> None:
+        raise ValueError("no shape for tensor 'x'\nand a page of details")
+
+    monkeypatch.setattr(comparing, "prepare", prepare)
+    found = mlp.compare()
+    assert found.chosen == "fp32"
+    assert found.models == {"fp32": mlp.model}
+    assert found.reason == "kept fp32, because onnxruntime cannot prepare the model: no shape for tensor 'x'"
+    assert [c.verdict for c in found.candidates] == ["original", "failed", "failed", "failed"]
+
+
+def test_nothing_asked_for_keeps_the_original_without_timing(mlp: Any) -> None:
+    found = mlp.compare(methods=[])
+    assert found.reason == "kept fp32, because no candidate was asked for"
+    assert not found.candidates[0].latency
 
 
 def test_it_stops_when_asked(mlp: Any) -> None:

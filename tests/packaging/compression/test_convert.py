@@ -13,7 +13,14 @@ import numpy as np
 import onnx
 import pytest
 
-from lepton_airflow.packaging.compression.convert import METHODS, convert, inspect, prepare
+from lepton_airflow.packaging.compression.convert import (
+    METHODS,
+    _saturates,
+    convert,
+    cpu_flags,
+    inspect,
+    prepare,
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,3 +86,35 @@ def test_equal_conversions_give_equal_bytes_in_every_process(mlp: Any, tmp_path:
     ]
     assert len(set(runs[0])) == 3
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "machine", "flags", "saturates"),
+    [
+        ("model name\t: some\nflags\t\t: fpu avx2 avx512f sse\n", "x86_64", ["avx2", "avx512f"], True),
+        ("flags\t\t: fpu avx2 avx512_vnni\n", "x86_64", ["avx2", "avx512_vnni"], False),
+        ("Features\t: fp asimd asimddp i8mm\n", "aarch64", ["asimddp", "i8mm"], False),
+        ("processor\t: 0\n", "x86_64", [], True),
+    ],
+)
+def test_the_flags_of_the_cpu_say_whether_8_bit_weights_overflow(
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: str, machine: str, flags: list[str], saturates: bool
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: cpuinfo if str(path) == "/proc/cpuinfo" else "")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert cpu_flags() == flags
+    assert _saturates() is saturates
+
+
+def test_without_cpuinfo_no_flags_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert cpu_flags() == []
+
+
+def test_a_tensor_of_unknown_type_gets_that_of_the_weights_it_meets(mlp: Any) -> None:
+    typed = {v.name: v.type.tensor_type.elem_type for v in prepare(mlp.model).graph.value_info}
+    first = next(n for n in prepare(mlp.model).graph.node if n.op_type in ("Gemm", "MatMul"))
+    assert typed[first.input[0]] == onnx.TensorProto.FLOAT
