@@ -1,4 +1,4 @@
-"""What an expectation found, in words that fit into a receipt."""
+"""Say in words what failed expectations found, as short as a receipt needs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _MAX_EXAMPLES_SHOWN = 5
 
 
 def call_text(kind: str, kwargs: dict[str, Any], length: int | None = None) -> str:
-    """An expectation as a call, its arguments at most so many characters long."""
+    """An expectation as it would be called.
+
+    :param length: longest text of the arguments [characters]; None: no limit.
+    """
     arguments = _arguments(kwargs)
     return f"{kind}({_shorten(arguments, length) if length else arguments})"
 
@@ -29,7 +32,7 @@ def severity(result: ExpectationValidationResult) -> str:
 
 
 def failure_text(failed: list[ExpectationValidationResult], total: int, where: str) -> str:
-    """One line per failed expectation, the critical ones first, as many as a receipt has room for."""
+    """One line for each failed expectation, critical ones first, as many as fit into a receipt."""
     ordered = sorted(failed, key=lambda r: severity(r) != "critical")
     lines = [f"{len(failed)} of {total} expectations failed: {where}."]
     room = _MAX_LIST_BYTES
@@ -76,7 +79,7 @@ def _arguments(kwargs: dict[str, Any]) -> str:
 
 
 def _as_written(value: Any) -> str:
-    """A value as it would be written by hand: numpy's and pandas' scalars without their class names."""
+    """A value as a person would write it: scalars of numpy and pandas without their class names."""
     if isinstance(value, dict):
         return "{" + _arguments(value) + "}"
     if isinstance(value, (list, tuple)):
@@ -91,7 +94,7 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _why_not_evaluated(result: ExpectationValidationResult) -> str | None:
-    """Why an expectation could not be evaluated, as one sentence, or None when it was."""
+    """Why an expectation could not be evaluated, in one sentence; None when it was."""
     info = result.exception_info or {}
     records = [info] if "raised_exception" in info else list(info.values())
     messages = [str(r.get("exception_message")) for r in records if r.get("raised_exception")]

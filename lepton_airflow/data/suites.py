@@ -1,4 +1,4 @@
-"""Suites of expectations as data: is it one, and which one would a table meet?"""
+"""Suites of expectations as data: check the form of a suite, and propose one that a table meets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SLACK = 0.1  # of the observed range, and of the share of nulls
 
 
 def checked_suite(suite: Any, what: str, name: str) -> dict[str, Any]:
-    """The suite with a name; raises BadConfiguration, with the right form, when it has no expectations."""
+    """Give the suite a name if it has none; raises BadConfiguration, with the right form, if it has no expectations."""
     if (
         not isinstance(suite, dict)
         or not isinstance(suite.get("expectations"), list)
@@ -36,7 +36,7 @@ def checked_suite(suite: Any, what: str, name: str) -> dict[str, Any]:
 def propose_suite(
     con: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, str], source: Path
 ) -> dict[str, Any]:
-    """A suite that a table meets, with some slack, for a person to review.
+    """Propose a suite that a table meets with some slack, for a person to review.
 
     :param columns: the table's columns and their types.
     :param source: the file that the suite and its notes are named after.
@@ -98,7 +98,7 @@ def _expect(kind: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def _bounds(low: float, high: float, *, whole: bool) -> tuple[float, float]:
-    """Bounds around what was observed, with slack, rounded outwards to about as many digits as the slack has."""
+    """Bounds around the observed range, with slack, rounded outwards to about as many digits as the slack has."""
     slack = _SLACK * (high - low)
     least, most = low, high
     if 1e-300 < slack < math.inf:

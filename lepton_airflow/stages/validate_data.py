@@ -35,25 +35,25 @@ class ValidateData(Stage):
 
     ``ValidateData(dataset=ingest.output["snapshot"], suite="great_expectations/flights.json")``
 
-    With the engine ``duckdb`` the expectations become SQL over the Parquet file, which is never loaded; ``pandas``
-    loads all of it and knows the few expectations that have no SQL (increasing values, strftime formats). NaN counts
-    as missing on both. An expectation of ``"severity": "warning"`` or ``"info"`` is reported and fails nothing.
+    With the engine ``duckdb`` the expectations become SQL over the Parquet file, which is never loaded. ``pandas`` loads all
+    of it, and knows the few expectations that have no SQL (increasing values, strftime formats). Both take NaN for missing.
+    A failed expectation of ``"severity": "warning"`` or ``"info"`` is reported and fails nothing.
 
     Artifacts: ``validation``, the full result as Great Expectations' JSON, and ``data_docs``, one HTML page that loads
-    nothing from anywhere; both are stored before the stage fails. Value: ``passed``. With ``suite="infer"`` the one
+    nothing from elsewhere; both are stored before the stage fails. Value: ``passed``. With ``suite="infer"`` the only
     artifact is ``suite``: expectations that the snapshot meets, to review, edit and keep beside the DAG.
 
     :param dataset: the Parquet snapshot: a file, or a directory of files.
     :param suite: a path or URI of a suite's JSON, the suite itself as a dict, or ``infer``.
-    :param suite_parameters: values of the ``{"$PARAMETER": name}`` in the suite, such as the bounds of this run's window.
+    :param suite_parameters: values for each ``{"$PARAMETER": name}`` in the suite, such as the bounds of this run's window.
     :param engine: ``duckdb`` or ``pandas``.
     :param on_failure: ``fail``, or ``warn`` to log what failed and go on.
     :param max_offending: examples of offending values kept per failed expectation [values].
     :param memory_limit_mb: memory DuckDB may use before it spills to disk [MB].
     :param threads: threads of DuckDB [threads].
-    :raises BadInput: a critical expectation failed and ``on_failure`` is ``fail``; the text names expectations,
-        columns, counts and examples.
-    :raises BadConfiguration: the suite is not there, is no suite, or names an unknown expectation.
+    :raises BadInput: a critical expectation failed and ``on_failure`` is ``fail``; the message names expectations, columns,
+        counts and examples.
+    :raises BadConfiguration: the suite does not exist, is no suite, or names an unknown expectation.
     """
 
     windowed: ClassVar[bool] = False
@@ -149,7 +149,7 @@ class ValidateData(Stage):
         return Result(text.partition("\n")[0], artifacts, {"passed": not critical}, metrics)
 
     def _suite(self, run: RunInfo) -> dict[str, Any]:
-        """The suite as a dict with a name and a list of expectations, from wherever the parameter says."""
+        """Read the suite, from wherever the parameter says, and check that it has expectations."""
         if isinstance(self.suite, dict):
             return checked_suite(self.suite, "the suite given inline", "inline")
         uri = self.suite
@@ -170,7 +170,7 @@ class ValidateData(Stage):
 
 
 def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
-    """Make the view ``dataset`` over the Parquet, with NaN as null, as pandas sees it; its columns and their types."""
+    """Make the view ``dataset`` of the Parquet, with NaN as NULL, as pandas has it; returns the columns and their types."""
     import duckdb
 
     source = str(path / "**" / "*.parquet") if path.is_dir() else str(path)
@@ -192,9 +192,9 @@ def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's own notices out of the task log; what matters of them is in the results."""
+    """Keep the library's own messages out of the task log: all that matters is in the results."""
     logger, nowhere = logging.getLogger("great_expectations"), logging.NullHandler()
-    propagate, logger.propagate = logger.propagate, False  # some of its modules set a level of their own
+    propagate, logger.propagate = logger.propagate, False  # not by level: some of its modules set their own
     logger.addHandler(nowhere)
     try:
         yield
@@ -204,7 +204,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Validator:
-    """A validator over the data, in a context that lives in memory and sends nothing."""
+    """Make a validator for the data, in a context that exists in memory only and sends nothing."""
     from great_expectations.core.batch import Batch
     from great_expectations.data_context import get_context
     from great_expectations.validator.validator import Validator
@@ -232,7 +232,7 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
 
 
 def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[ExpectationConfiguration]:
-    """The suite's expectations, each checked; raises BadConfiguration on the first that is none."""
+    """Check each expectation of the suite; raises BadConfiguration with the first that is none."""
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
     from great_expectations.expectations.registry import list_registered_expectation_implementations
 
@@ -263,7 +263,9 @@ def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[Expectati
             config.to_domain_obj()
         except Exception as error:  # noqa: BLE001 - pydantic's, the parser's and GX's own share no base
             reason = " ".join(str(error).split())
-            raise BadConfiguration(f"{where}: {call_text(str(kind), kwargs)} is not valid: {reason}") from None
+            raise BadConfiguration(
+                f"{where}: {call_text(str(kind), kwargs)} is not valid: {reason}"
+            ) from None
         checked.append(config)
     return checked
 
@@ -285,9 +287,10 @@ def _evaluate(
     parameters: dict[str, Any],
     max_offending: int,
 ) -> list[ExpectationValidationResult]:
-    """Count first, and look for examples only where something was counted.
+    """Evaluate without examples first, and look for examples only where unexpected values were counted.
 
-    GX asks for examples of every expectation, one more scan for each that holds; a limit of 0 rows costs none.
+    Great Expectations would scan once more for each expectation that is met, to look for examples; with a limit of 0
+    examples it does not.
     """
 
     def ask(wanted: list[ExpectationConfiguration], result_format: str, examples: int) -> dict[str, Any]:
@@ -308,7 +311,7 @@ def _evaluate(
 def _report(
     results: list[ExpectationValidationResult], suite: str, run_key: str, file: str
 ) -> ExpectationSuiteValidationResult:
-    """All results as Great Expectations itself would hand them over."""
+    """Make Great Expectations' own result of all expectations."""
     from great_expectations.core import ExpectationSuiteValidationResult
     from great_expectations.validator.validator import calc_validation_statistics
 
@@ -326,12 +329,12 @@ def _report(
 
 
 def _scalar(value: Any) -> Any:
-    """A numpy scalar, which GX leaves in some results, as JSON's own."""
+    """Turn numpy's scalars, which some results hold, into values for JSON."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def _html(report: ExpectationSuiteValidationResult) -> str:
-    """Great Expectations' page of the result, without the scripts, styles and images it would load from elsewhere."""
+    """Render Great Expectations' page of the result, without what it would load from elsewhere."""
     from great_expectations.render.renderer.page_renderer import ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView
 
@@ -340,7 +343,7 @@ def _html(report: ExpectationSuiteValidationResult) -> str:
     )
     page = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL | re.IGNORECASE)
     page = re.sub(r"<(?:link|img)\b[^>]*>", "", page, flags=re.IGNORECASE)
-    # The policy also keeps markup that is in the data from doing anything.
+    # The policy also stops scripts in the data.
     return page.replace("<head>", f"<head>{_HEAD}", 1)
 
 
