@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SPLIT, TIME, ROW = "__split", "__time", "__row"
 _START, _PLACE = "__start", "place"
+# Names that no column of the user's may have.
 RESERVED = (
     SPLIT,
     TIME,
@@ -27,7 +28,7 @@ RESERVED = (
     "file_row_number",
     _START,
     _PLACE,
-)  # names that no column of the user's may have
+)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,8 @@ log = logging.getLogger(__name__)
 
 _NAMED = 20  # drifted columns in the receipt; the verdict has all
 _REASON_BYTES = 1500  # a receipt of at most 8 KB holds it twice
-_DRAWN = (
-    50  # columns that the report shows, those that moved most; Evidently takes a second and 50 KB for each
-)
+# Columns that the report shows, those that moved most: Evidently takes a second and 50 KB for each.
+_DRAWN = 50
 
 
 @dataclass(kw_only=True)

@@ -54,9 +54,8 @@ def _random_folds(rows: Rows, folds: int, seed: int) -> list[Fold]:
         what = f"values of cluster column {rows.info.cluster_column!r}" if clustered else "rows"
         raise BadInput(f"{rows.name}: {units} {what} cannot be split into folds={folds}; set fewer folds.")
     if classified and not clustered and np.bincount(labels).max() < folds:
-        labels = np.zeros(
-            n, dtype=np.int64
-        )  # scikit-learn refuses to stratify if no class has a row for each fold
+        # scikit-learn refuses to stratify when no class has a row for each fold.
+        labels = np.zeros(n, dtype=np.int64)
     splitter = {
         (True, True): ms.StratifiedGroupKFold,
         (True, False): ms.StratifiedKFold,

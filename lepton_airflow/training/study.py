@@ -97,9 +97,8 @@ class StudyFile:
         try:
             scratch.mkdir(exist_ok=True)
             file = cls(run.workdir / "study.db", copies)
-            file.path.unlink(
-                missing_ok=True
-            )  # another run may have left one here; only the copy in the store counts
+            # Another run may have left one here; only the copy in the store counts.
+            file.path.unlink(missing_ok=True)
             if found := copies.latest():
                 shutil.copyfile(found.path / "study.db", file.path)
             yield file
