@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import duckdb
     import pandas as pd
 
-    from lepton_airflow.packaging.package import ModelCard
+    from lepton_airflow.packaging.card import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class CheckDrift(Stage):
     # -- the reference -----------------------------------------------------------------------------------------------
 
     def _reference(self, run: RunInfo) -> _Reference:
-        from lepton_airflow.packaging.package import ModelCard
+        from lepton_airflow.packaging.card import ModelCard
 
         uri, who = self.reference, "the reference"
         if self.name is not None:

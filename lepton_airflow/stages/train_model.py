@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from lepton_airflow.packaging.card import ModelCard, Touched
     from lepton_airflow.packaging.export.fitted import Fitted
-    from lepton_airflow.packaging.package import ModelCard
-    from lepton_airflow.packaging.touched import Touched
     from lepton_airflow.training.curves import Curves
     from lepton_airflow.training.rows import Rows
     from lepton_airflow.training.trainer import Trainer
@@ -167,7 +166,7 @@ class TrainModel(Stage):
 
     def _touched(self, run: RunInfo, rows: Rows, valid: Rows | None) -> list[Touched]:
         from lepton_airflow.data.dataset import read_info
-        from lepton_airflow.packaging.touched import Touched
+        from lepton_airflow.packaging.card import Touched
 
         def sha256(uri: str) -> str:
             return split_pin(uri)[1] or run.store.digest(uri)
@@ -264,7 +263,7 @@ class _Fits:
         self, model: Fitted, metrics: dict[str, dict[str, float | None]], parity: dict[str, Any]
     ) -> ModelCard:
         """Describe the model for its package."""
-        from lepton_airflow.packaging.package import ModelCard
+        from lepton_airflow.packaging.card import ModelCard
         from lepton_airflow.packaging.schema import OUTPUTS
 
         rows, window = self.rows, self.run.window
