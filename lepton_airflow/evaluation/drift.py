@@ -24,9 +24,8 @@ from lepton_airflow.errors import BadInput
 if TYPE_CHECKING:
     import duckdb
 
-_NUMBERS = re.compile(
-    r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN"
-)  # in DuckDB
+# DuckDB's types of numbers.
+_NUMBERS = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN")
 
 
 @dataclass(frozen=True, kw_only=True)
