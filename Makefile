@@ -23,19 +23,16 @@ demo-stop: setup ## End what make demo and make demo-cluster started
 images: ## Build the stages' image with docker or podman; EXTRAS="validate train,s3" builds one for each
 	@images/build
 
-pytest := pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+pytest := $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 test: setup ## Run all tests; those on a Kubernetes cluster when KUBECONFIG names one, for which an image is built
-	@$(python) -m $(pytest)
+	@$(pytest)
 
 test-quick: setup ## Run the tests that need no Airflow, no cluster, no browser and no network: four minutes
-	@$(python) -m $(pytest) -m "not airflow and not cluster and not network and not slow"
+	@$(pytest) -m "not airflow and not cluster and not network and not slow"
 
 coverage: setup ## Run all tests, say which lines of the package they do not reach, and fail below the floor
-	@rm -rf .cache/coverage
-	@$(python) -m coverage run -m $(pytest)
-	@$(python) -m coverage combine --quiet
-	@$(python) -m coverage report
+	@$(pytest) --cov --cov-report=term:skip-covered
 
 lint: setup ## Check style, types, the layers of the architecture, shell scripts, Dockerfiles and spelling
 	.venv/bin/ruff check
@@ -52,5 +49,5 @@ docs: setup ## Build the documentation as one site, in site/; it loads nothing f
 bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py
 
-bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, validate); its last line is one JSON object
+bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, store, validate); its last line is one JSON object
 	@$(python) benchmarks/run.py $*

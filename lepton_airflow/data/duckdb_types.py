@@ -1,4 +1,4 @@
-"""What the name of a DuckDB type says of a column's values."""
+"""What kind of values a column of a DuckDB type holds, and how others can read them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def is_time(kind: str) -> bool:
 
 
 def has_zone(kind: str) -> bool:
-    """Whether the values are moments, and no wall-clock times."""
+    """Whether the timestamps have a time zone."""
     return kind.startswith("TIMESTAMPTZ") or kind.endswith("WITH TIME ZONE")
 
 
 def in_microseconds(column: str, kind: str) -> str:
-    """SQL of a column with its timestamps in microseconds.
+    """SQL that casts timestamps in nanoseconds, as pandas writes them, to microseconds.
 
-    pandas writes nanoseconds, which DuckDB compares with no other timestamp, so not with a window either.
+    DuckDB compares nanoseconds with no other timestamp, so a query could not compare them with the run's window.
     """
     return {
         "TIMESTAMP_NS": f"CAST({column} AS TIMESTAMP)",
@@ -35,10 +35,14 @@ def in_microseconds(column: str, kind: str) -> str:
 
 
 def portable(column: str, kind: str) -> str:
-    """SQL of a column in one of the few types that every framework and ONNX know."""
+    """SQL that casts a column to one of the few types that every framework and ONNX know."""
     if kind == "BOOLEAN":
         return f"CAST({column} AS TINYINT)"
-    if kind.startswith("DECIMAL") or kind in ("HUGEINT", "UHUGEINT", '"NULL"'):  # NULL: pandas wrote no value
+    if kind.startswith("DECIMAL") or kind in (
+        "HUGEINT",
+        "UHUGEINT",
+        '"NULL"',
+    ):  # "NULL": a column without values
         return f"CAST({column} AS DOUBLE)"
     if kind.startswith("ENUM") or kind in ("UUID", "JSON"):
         return f"CAST({column} AS VARCHAR)"

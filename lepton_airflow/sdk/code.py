@@ -40,9 +40,8 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
         ) from None
     function = getattr(module, attribute, None)
     if not callable(function):
-        package = module_name.partition(".")[
-            0
-        ]  # what it re-exports is its own; what it imports from elsewhere is not
+        # What the module re-exports from its own package is a candidate; what it imports from elsewhere is not.
+        package = module_name.partition(".")[0]
         functions = {n: v for n, v in vars(module).items() if inspect.isfunction(v)}
         names = [n for n, v in functions.items() if v.__module__.partition(".")[0] == package]
         raise BadConfiguration(

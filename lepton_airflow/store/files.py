@@ -320,8 +320,14 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Remove a file or a directory, if it is there."""
+        path = self._path(key)
         with self._errors(f"deleting {key}"), suppress(FileNotFoundError):
-            self.fs.rm(self._path(key), recursive=True)
+            if not self._local:
+                self.fs.rm(path, recursive=True)
+            elif os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
 
     def delete_files(self, keys: Sequence[str]) -> None:
         """Remove many files, of which some may be gone already. S3 removes 1,000 in a request."""
