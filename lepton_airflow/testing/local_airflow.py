@@ -33,7 +33,7 @@ _ENDED = frozenset({"success", "failed"})
 
 @dataclass
 class LocalAirflow:
-    """Start a whole Airflow under ``home``, ask it, and stop it; also a context manager.
+    """Start a whole Airflow under ``home``, call its API, and stop it; also a context manager.
 
     :param home: AIRFLOW_HOME; its database, logs and process ids live there, so a later process can stop it.
     :param dags: folder of DAG files.
@@ -75,34 +75,31 @@ class LocalAirflow:
         # Nothing of another Airflow, and no measuring of coverage, which would slow down every component.
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "COVERAGE_"))}
         path = f"{Path(sys.executable).parent}{os.pathsep}{keep.get('PATH', '')}"
-        return (
-            keep
-            | {
-                "PATH": path,
-                "AIRFLOW_HOME": str(self.home),
-                "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
-                "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-                "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
-                "AIRFLOW__CORE__PARALLELISM": str(self.parallelism),
-                "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
-                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(self.password is None),
-                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin",
-                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self.home / "passwords.json"),
-                "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
-                "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",  # the default of 5 s is short for a machine that is busy
-                "AIRFLOW__API__BASE_URL": self.url,
-                "AIRFLOW__API__SECRET_KEY": self._secret("api"),
-                "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
-                "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database
-                or f"sqlite:///{self.home}/airflow.db?timeout=60",
-                "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
-                "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
-                "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-                "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
-                "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
-                **self.env,
-            }
-        )
+        return keep | {
+            "PATH": path,
+            "AIRFLOW_HOME": str(self.home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+            "AIRFLOW__CORE__PARALLELISM": str(self.parallelism),
+            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": str(self.password is None),
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self.home / "passwords.json"),
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",  # Airflow's 5 s are too short for a busy machine
+            "AIRFLOW__API__BASE_URL": self.url,
+            "AIRFLOW__API__SECRET_KEY": self._secret("api"),
+            "AIRFLOW__API_AUTH__JWT_SECRET": self._secret("jwt"),
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": self.database
+            or f"sqlite:///{self.home}/airflow.db?timeout=60",
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+            "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
+            "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
+            **self.env,
+        }
 
     def _secret(self, name: str) -> str:
         file = self.home / f"{name}.secret"
@@ -129,8 +126,8 @@ class LocalAirflow:
         self.command("db", "migrate")
         if self.database is None:
             with closing(sqlite3.connect(self.home / "airflow.db")) as database:
-                # Kept in the file. A writer then waits for no reader: with the default journal a commit can fail at once
-                # with "database is locked", which ends Airflow's scheduler.
+                # The file keeps this mode, in which readers do not block a writer. With the default journal a commit can
+                # fail at once with "database is locked", which ends Airflow's scheduler.
                 database.execute("PRAGMA journal_mode=WAL")
         for component in components:
             self.start_component(component)
@@ -179,8 +176,8 @@ class LocalAirflow:
 
     def _answers(self) -> bool:
         with suppress(OSError, ValueError):  # URLError is an OSError
-            # The API for tasks is made when it is first asked, which took 11 s here, and 40 s beside busy programs: longer
-            # than a task waits for leave to start.
+            # Airflow builds the API for tasks at its first request, which took 11 s here and 40 s on a busy machine: longer
+            # than a task waits for it. So the first request is made here.
             with urllib.request.urlopen(f"{self.url}/execution/health", timeout=_FIRST_ANSWER_S):
                 pass
             with urllib.request.urlopen(f"{self.url}/api/v2/monitor/health", timeout=5) as reply:
@@ -232,7 +229,7 @@ class LocalAirflow:
         return str(self._call(request)["access_token"])
 
     def _call(self, request: urllib.request.Request, undo: Callable[[], None] | None = None) -> Any:
-        """Make a call; again when the database was busy, after ``undo`` has removed what the failed call left."""
+        """Make a call, and repeat it while the database is busy; ``undo`` first removes what the failed call left."""
         what = f"{request.get_method()} {request.full_url}"
         deadline = time.monotonic() + _BUSY_S
         while True:

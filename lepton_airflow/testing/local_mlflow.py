@@ -61,7 +61,7 @@ class LocalMlflow:
             *("--backend-store-uri", f"sqlite:///{self.home}/mlflow.db", "--workers", "1"),
             *("--artifacts-destination", str(self.home / "artifacts")),
         ]
-        # Its background jobs, which nobody here asks for, are eight more processes.
+        # Without its background jobs, which nobody uses here: they are eight more processes.
         env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         processes.start("mlflow", command, self.home, env)
         processes.until(self._answers, "MLflow to answer", wait_s, f"{self.home}/mlflow.log")

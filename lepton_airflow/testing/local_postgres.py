@@ -1,4 +1,4 @@
-"""A PostgreSQL server on this machine, for tests, demos and benchmarks: what an Airflow that is used for real runs on."""
+"""A PostgreSQL server on this machine, for tests, demos and benchmarks: the kind of database that Airflow has in production."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LocalPostgres:
         )
 
     def __enter__(self) -> Self:
-        # Not in anybody's own temporary folder: the server's user must be able to go there.
+        # Not in pytest's temporary folder, which only its user may enter: the server runs as another one.
         self._home = Path(tempfile.mkdtemp(prefix="postgres-"))
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root; the package brings the user postgres
             shutil.chown(self._home, "postgres", "postgres")

@@ -155,10 +155,10 @@ class Look(Stage):
 
 @dataclass(kw_only=True)
 class Hang(Stage):
-    """Run for ten minutes, with company, until somebody ends it.
+    """Run for ten minutes beside processes that it starts, until somebody ends it.
 
     :param pids: a file that gets the ids of this process and of those it started, once all of them run.
-    :param stubborn: ``no``: ends when asked; ``ignore``: ignores SIGTERM; ``busy``: never gives the interpreter a chance.
+    :param stubborn: ``no``: ends when asked; ``ignore``: ignores SIGTERM; ``busy``: never releases the interpreter's lock.
     """
 
     cacheable: ClassVar[bool] = False

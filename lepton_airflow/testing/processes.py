@@ -1,4 +1,4 @@
-"""Background processes that a later process can find again and end, and no other."""
+"""Start background processes that a later process can find and end by name, without ever ending another one."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def until(condition: Callable[[], bool], what: str, wait_s: float, where: str = 
     deadline = time.monotonic() + wait_s
     while not condition():
         if time.monotonic() > deadline:
-            raise LeptonError(f"waited {wait_s:.0f} s in vain for {what}{where and f'; see {where}'}.")
+            raise LeptonError(
+                f"gave up after {wait_s:.0f} s of waiting for {what}{where and f'; see {where}'}."
+            )
         time.sleep(0.2)
 
 

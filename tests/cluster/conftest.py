@@ -189,7 +189,7 @@ def hidden(cluster: Cluster, namespace: str) -> Callable[[str], list[str]]:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What anybody says here; Airflow's own logging may keep it from pytest's."""
+    """The lines that are logged in this process; pytest's caplog misses those that Airflow's logging takes."""
     records: list[logging.LogRecord] = []
     lines: list[str] = []
 

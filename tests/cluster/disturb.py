@@ -36,8 +36,8 @@ class Outcome:
     """How a drill ended.
 
     :ivar state: of the task: ``success``, ``failed``, …
-    :ivar tries: how many of the task's tries were used, without those that Airflow gave up by mistake and keeps no record of: it
-        takes a resumed task for a dead one when its scheduler hears late that the worker had deferred it.
+    :ivar tries: how many tries the task used. Tries of which Airflow keeps no record are not counted: when its scheduler learns
+        late that a worker has deferred a task, it takes the resumed task for dead and starts it again.
     :ivar pods: how many pods were ever made for it, by uid.
     :ivar alive: how many of them still ran when the task had ended.
     :ivar starts: how often the stage itself began.
@@ -225,7 +225,7 @@ class Task:
         self.arena.airflow.until(condition, f"{self.dag} {self.drill}: {what}", wait_s)
 
     def until_it_runs(self, times: int = 1) -> str:
-        """Wait until the stage has begun so often; returns the name of its pod."""
+        """Wait until the stage has begun that many times; returns the name of its last pod."""
         self.until(
             lambda: len(self.starts) >= times or self.instance["state"] in ("success", "failed"),
             f"start {times} of the stage",
@@ -238,9 +238,9 @@ class Task:
         return str(self.instance["state"])
 
     def until_watched(self) -> None:
-        """Wait until the triggerer waits for it: of what is ended before, Airflow tells no trigger.
+        """Wait until its trigger runs: Airflow does not tell a trigger of what ended before it ran.
 
-        The first trigger of a triggerer may take a minute to begin on a busy machine, for there Airflow makes its own API.
+        The first trigger of a triggerer may take a minute to begin on a busy machine, because Airflow builds its own API there.
         """
         self.until_state("deferred")
 
@@ -253,7 +253,7 @@ class Task:
         self.until(watched, "its trigger to see it run")
 
     def until_logged(self, text: str) -> None:
-        """Wait until the task's log holds what the pod wrote: of a pod that is gone before, nobody has it."""
+        """Wait until the task's log holds what the pod wrote: the log of a pod that is gone cannot be read."""
         if self.arena.kind == "drill":  # a plain pod's log comes at its end
 
             def logged() -> bool:
@@ -295,7 +295,7 @@ class Task:
 
 
 class Proxy:
-    """The API server behind a port of our own, which can be cut: that is how a shared server goes away for one client."""
+    """The API server behind a port of our own that can be cut, so that it goes away for one client and not for others."""
 
     def __init__(self, server: str) -> None:
         host, _, port = server.removeprefix("https://").partition(":")
@@ -335,7 +335,7 @@ class Proxy:
 
     @contextmanager
     def cut(self) -> Iterator[None]:
-        """Nobody gets through, and whoever was through is thrown out."""
+        """Refuse new connections and close the open ones."""
         self._up.clear()
         try:
             yield
@@ -422,7 +422,7 @@ def unschedulable(arena: Arena, how: str) -> Outcome:
 
 
 def full_quota(arena: Arena, how: str) -> Outcome:
-    """The quota is full when the pod is made, and somebody ends his own pod later."""
+    """The quota is full when the pod is made; later another pod that fills it ends."""
     name = f"{arena.namespace}-quota"
     kubectl("create", "namespace", name)
     try:

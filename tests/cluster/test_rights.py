@@ -1,4 +1,4 @@
-"""The Role in docs/kubernetes/role.yaml: it is enough to run a stage, and what misses a right of it says which."""
+"""The Role in docs/kubernetes/role.yaml is enough to run a stage; without one of its rights, the error names that right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RIGHTS = [
     (resource, verb) for rule in ROLE["rules"] for resource in rule["resources"] for verb in rule["verbs"]
 ]
 
-# Without these no undisturbed run on a worker comes to its end.
+# A run on a worker needs these even if nothing disturbs it.
 NEEDED = {
     ("pods", "list"),
     ("pods", "create"),
@@ -38,7 +38,7 @@ NEEDED = {
 def outcomes(
     cluster: Any, namespace: str, shared: Path, make_pod: Callable[..., Runner]
 ) -> dict[tuple[str, str] | None, Receipt | Exception]:
-    """What running a stage comes to with the Role (None), and with the Role but for one right."""
+    """How a run of a stage ends with the whole Role (None), and with each right taken out of it."""
     sys.path.append(str(HERE))
     import disturb
 

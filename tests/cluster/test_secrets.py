@@ -21,7 +21,7 @@ from lepton_airflow.testing import LocalAirflow
 
 pytestmark = pytest.mark.airflow
 
-PASSWORD = 'correct h0rse/bättery "%staple'  # with all that needs quoting somewhere
+PASSWORD = 'correct h0rse/bättery "%staple'  # characters that need quoting somewhere
 
 
 def _forms(secret: str) -> list[bytes]:

@@ -68,7 +68,7 @@ def photograph(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Callable
     folder = ROOT / "docs" / "images" if wanted else tmp_path_factory.mktemp("pictures")
 
     def take(name: str) -> None:
-        page.mouse.move(0, 0)  # no bubble of what the mouse is over
+        page.mouse.move(0, 0)  # no tooltip
         page.screenshot(path=folder / f"backfill-{name}.png", animations="disabled")
 
     return take
@@ -101,7 +101,9 @@ def _fill(
         calendar.wait_for(state="hidden")
     form.get_by_text(reprocess, exact=True).click()
     form.locator("input[name=max_active_runs]").fill(str(runs))
-    form.get_by_text("Override parameters on existing runs").click()  # else the form's parameters go nowhere
+    form.get_by_text(
+        "Override parameters on existing runs"
+    ).click()  # else Airflow ignores the form's parameters
     for label, value in params.items():
         field = _field(form, label)
         field.fill(str(value))
@@ -120,9 +122,9 @@ def _start(page: Page, form: Locator) -> dict[str, Any]:
 
 
 def _watch(airflow: LocalAirflow, page: Page, within_s: float) -> None:
-    """See on the page that a backfill runs, and, when it is over, that the page says so.
+    """See on the page that a backfill runs and, later, that it is over.
 
-    Meanwhile the window is empty: the page's moving parts, drawn without a graphics card, take a sixth of two cores and more.
+    Meanwhile the window shows nothing: without a graphics card the page's animations cost a third of a core.
     """
     address, banner = page.url, page.get_by_text("Backfill in progress")
     banner.wait_for()
@@ -154,7 +156,7 @@ def _receipts(airflow: LocalAirflow) -> Receipts:
 
 
 def _computed(receipts: Receipts) -> list[tuple[str, str]]:
-    """Stage and cache key of everything that was computed, not taken from the cache, where a stage can be."""
+    """Stage and cache key of every cacheable task that was computed and not taken from the cache."""
     return [
         (receipt["stage"], receipt["cache_key"])
         for tasks in receipts.values()

@@ -37,10 +37,10 @@ pytestmark = [pytest.mark.airflow, pytest.mark.timeout(600)]
 
 @dataclass
 class Cut:
-    """What stands between Airflow and MLflow, and when it goes dead.
+    """What the proxy between Airflow and MLflow does.
 
-    :param on: the end of a path; the call of it is the last one that anybody makes, until ``away`` is False again.
-    :param forwarded: whether MLflow still gets that call, so that only the answer is lost.
+    :param on: the end of a path: with the next call of it MLflow goes away, until ``away`` is set to False.
+    :param forwarded: whether MLflow still gets that call, so that only its answer is lost.
     """
 
     upstream: str
@@ -124,7 +124,7 @@ def _aliases(mlflow: LocalMlflow, model: str) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def airflow(airflow: LocalAirflow, proxy: str) -> Iterator[LocalAirflow]:
-    """The Airflow of all files, with a scheduler, and so with workers, that bear more and reach MLflow through the proxy."""
+    """The Airflow of all files, its scheduler and workers restarted: more patient, and with MLflow behind the proxy."""
     usual = airflow.env
     airflow.env = {
         **usual,
@@ -255,7 +255,7 @@ def test_the_same_month_backfilled_twice_at_once_is_computed_once(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB; mounting one is root's, and a container may forbid it even to root."""
+    """A file system of 1 MB; only root can mount one, and in some containers not even root."""
     if (
         os.geteuid() != 0
         or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode

@@ -51,7 +51,7 @@ def test_watch_and_retraining_prepare_alike_so_that_they_share_results(task: str
 def test_drift_starts_a_retraining_over_its_month(airflow: LocalAirflow, endpoint: LocalEndpoint) -> None:
     airflow.wait_for_dag(WATCH)
     ledger = Ledger(Store(str(airflow.home / "store")), "flights_late")
-    if not ledger.entries():  # when no other test made a champion before
+    if not ledger.entries():  # when this file is run alone
         conf = {"trainer": "logistic_regression", "trials": 1, "on_backfill": "full"}
         airflow.backfill(RETRAIN, "2013-04-01", "2013-04-01", conf)
         airflow.until(lambda: bool(ledger.entries()), "a first champion", 600)

@@ -1,4 +1,4 @@
-"""The runner Venv: a given interpreter keeps the whole contract; what it builds has its libraries and none of Airflow's."""
+"""The runner Venv: with a given interpreter it keeps the whole contract; what it builds holds its libraries and no Airflow."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_an_index_that_is_away_may_be_retried(
 
 @pytest.fixture
 def silent_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package index that takes a call and never answers, as the one uv is told to ask."""
+    """A package index that accepts connections and never answers; uv is told to use it."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
