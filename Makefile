@@ -1,6 +1,6 @@
 # Every target sets up .venv first (minutes once, then nothing): see .ci/setup.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-cluster demo-stop images test test-quick lint docs bench  # bench-% cannot be listed, and no file is called so
+.PHONY: help setup demo demo-cluster demo-stop images test test-quick coverage lint docs bench  # bench-% cannot be listed, and no file is called so
 python := .venv/bin/python
 
 help: ## Show this list
@@ -30,6 +30,9 @@ test: setup ## Run all tests; those on a Kubernetes cluster when KUBECONFIG name
 
 test-quick: setup ## Run the tests that need no Airflow, no cluster, no browser and no network: four minutes
 	@$(pytest) -m "not airflow and not cluster and not network and not slow"
+
+coverage: setup ## Run all tests, say which lines of the package they do not reach, and fail below the floor
+	@$(pytest) --cov --cov-report=term:skip-covered
 
 lint: setup ## Check style, types, the layers of the architecture, shell scripts, Dockerfiles and spelling
 	.venv/bin/ruff check

@@ -43,10 +43,10 @@ class Connection:
 
 @dataclass(frozen=True)
 class AwsAccess:
-    """How a Connection opens AWS or what speaks its protocol; None for what it does not say.
+    """Keys, region and endpoint of AWS, or of a server that speaks its protocol; None for what a Connection does not say.
 
-    The one place that knows where Airflow's Amazon provider keeps these. s3fs, Delta Lake and Iceberg each have names of
-    their own for them, which stand where those are used.
+    Only this class knows where Airflow's Amazon provider keeps them. s3fs, Delta Lake and Iceberg name them differently:
+    each mapping stands where the library is called.
     """
 
     access_key_id: str | None = None
@@ -57,7 +57,7 @@ class AwsAccess:
 
     @classmethod
     def of(cls, connection: Connection) -> AwsAccess:
-        """Read a Connection of type ``aws``; keys and endpoint may also stand in login, password and host."""
+        """Read a Connection: login, password, host, and the fields of ``extra`` that the Amazon provider knows."""
         extra = connection.extra
         found = {
             "access_key_id": connection.login or extra.get("aws_access_key_id"),
@@ -73,7 +73,7 @@ def connections_from_json(text: str | bytes) -> dict[str, Connection]:
     """Read the JSON in which a runner hands Connections over: ``[{"id", "type", "host", …}]``."""
     try:
         return {item["id"]: Connection(**item) for item in json.loads(text or "[]")}
-    except (ValueError, KeyError, TypeError):  # no word of the text itself: it holds secrets
+    except (ValueError, KeyError, TypeError):  # the text itself is not shown: it holds secrets
         raise ContractError('the Connections are no JSON list of {"id", "type", "host", …}.') from None
 
 
@@ -99,12 +99,12 @@ def redactor(connections: Mapping[str, Connection]) -> Callable[[str], str]:
 
 
 def hide_logins(text: str) -> str:
-    """The text with the login of each URL taken out: ``https://token@host`` and ``https://me:password@host``."""
+    """The text without the logins in its URLs: ``https://token@host`` and ``https://me:password@host``."""
     return _URL_LOGIN.sub("://***@", text)
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Whether a setting, or one inside it, is named like a secret or is a URL with a password: no DAG may hold it."""
+    """Whether a setting is a secret, which no DAG may hold: by its name, by a name inside it, or as a URL with a password."""
     if isinstance(value, Mapping):
         return any(is_secret(inner, item) for inner, item in value.items())
     return bool(_SECRET_NAME.search(name) or _URL_PASSWORD.search(str(value)))
@@ -128,22 +128,22 @@ def _secrets_in(value: Any, *, secret: bool) -> Iterator[str]:
         if secret:
             yield value
         for password in _URL_PASSWORD.findall(value):
-            yield from (password, unquote(password))  # a driver may tell the one or the other
+            yield from (password, unquote(password))  # a driver's message may hold either form
         if value.lstrip().startswith("{"):  # Google's keyfile_dict is JSON in JSON
             with suppress(ValueError):
                 yield from _secrets_in(json.loads(value), secret=False)
 
 
 _SHORTEST_SECRET = 5  # shorter ones would blank ordinary words
-# A setting under such a name is certainly a secret, so a DAG that holds one is refused.
+# A setting with such a name is a secret: a DAG that holds it is refused.
 _CERTAIN = (
     r"pass(wd|word|phrase)|secret|token|credential|(access|account|api|private)[-_]?key|connection[-_]string"
     r"|authorization$"
 )
 _SECRET_NAME = re.compile(_CERTAIN, re.IGNORECASE)
-# What stands under one of these may be a secret and is taken out of texts, which harms little if it is none. To refuse them
-# all would forbid an Iceberg catalog its ``oauth2-server-uri``.
+# A value under one of these names may be a secret. It is taken out of log lines and messages, which does no harm if it is
+# none. In a DAG it is allowed: Iceberg's ``oauth2-server-uri`` matches, too.
 _PERHAPS_SECRET_NAME = re.compile(rf"{_CERTAIN}|key|auth|sas", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
-# A name without a password counts too, since many hosts take a token for it; the container of an Azure URL does not.
+# A login without a password counts, since many hosts take a token there. What an Azure URL has there is its container.
 _URL_LOGIN = re.compile(r"(?<!abfs)(?<!abfss)(?<!wasb)(?<!wasbs)://[^/\s@]+@")

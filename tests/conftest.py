@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 
+from lepton_airflow.runners.subprocess import ALLOWED_ENVIRONMENT
 from lepton_airflow.testing import LocalPostgres
 from lepton_airflow.testing.local_postgres import Address
 
 ROOT = Path(__file__).parent.parent
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a task: docs/decisions/0004
+
+# What tells a process to measure coverage ([tool.coverage.run] in pyproject.toml) reaches stages too, which else get few variables.
+ALLOWED_ENVIRONMENT.append("COVERAGE_PROCESS_CONFIG")
 
 
 # Which files come first, by the beginning of their names; the others follow. What takes longest is at the front, or one

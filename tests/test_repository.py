@@ -131,3 +131,17 @@ def test_a_file_that_a_page_names_is_there(page: Path) -> None:
     assert [
         file for file in named if not any((base / file).exists() for base in (ROOT, ROOT / "lepton_airflow"))
     ] == []
+
+
+def test_a_comment_stands_above_the_expression_that_it_would_break() -> None:
+    """Where a line with a comment is too long, the formatter breaks the expression and leaves the comment in its middle."""
+    broken = re.compile(
+        r"[=(\[{]\n\s+[^\n]{1,40}  # [^\n]+\n\s*[)\]}]\n|\n\s*[)\]}]  # (?!fmt|noqa|type:)[^\n]{40,}\n"
+    )
+    found = [
+        f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 2}"
+        for path in sorted((ROOT / "lepton_airflow").rglob("*.py"))
+        if (text := path.read_text())
+        for match in broken.finditer(text)
+    ]
+    assert found == []

@@ -23,19 +23,21 @@ _KEY = b"lepton"
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a dataset says of itself.
+    """What a dataset says of itself: columns and their roles, the rows it has, and where they come from.
 
-    :ivar features: columns a model may see, in order; the other columns are target, time, clusters or ids.
+    :ivar task: ``classification`` or ``regression``.
+    :ivar features: columns that a model may see, in order; the other columns are target, time, clusters or ids.
     :ivar categorical: the features that are categories (text); all others are numbers.
     :ivar time_range: smallest and largest value of ``time_column`` in this split, both inclusive, ISO 8601; or None.
     :ivar cluster_column: rows with an equal value depend on one another (one day's flights).
     :ivar split: ``train``, ``valid``, ``test``, or None before splitting.
-    :ivar split_id: equal for the disjoint splits of one PrepareData run: two splits of one id share no row.
-    :ivar classes: the distinct values of a class target in training order; empty for a number to regress on.
+    :ivar split_id: equal for the splits of one PrepareData run, which share no row.
+    :ivar classes: the distinct values of the target in the order of their numbers; empty for regression.
+    :ivar snapshot_sha256: digest of the snapshot that the rows were made from.
     """
 
     target: str | None = None
-    task: str | None = None  # classification or regression
+    task: str | None = None
     features: list[str] = field(default_factory=list)
     categorical: list[str] = field(default_factory=list)
     classes: list[Any] = field(default_factory=list)
@@ -49,7 +51,7 @@ class DatasetInfo:
 
 
 def read_info(path: Path) -> DatasetInfo:
-    """The description that a Parquet file carries; raises BadInput when it is no Parquet file or carries none."""
+    """Read the description that a Parquet file carries; raises BadInput when the file is damaged or carries none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -67,13 +69,13 @@ def read_info(path: Path) -> DatasetInfo:
 
 
 def info_sql(info: DatasetInfo) -> str:
-    """The ``KV_METADATA`` clause for DuckDB's ``COPY … TO`` that writes a dataset's description into the file."""
+    """The clause of DuckDB's ``COPY … TO`` that writes a dataset's description into the Parquet file."""
     text = json.dumps(asdict(info), sort_keys=True, ensure_ascii=False, allow_nan=False).replace("'", "''")
     return f"KV_METADATA {{lepton: '{text}'}}"
 
 
 def load_frame(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Some columns of a Parquet file in memory; raises BadInput with the columns there are when one is absent."""
+    """Load columns of a Parquet file, by default all; raises BadInput when one is absent."""
     import pyarrow.parquet as pq
 
     present = pq.read_schema(path).names

@@ -1,8 +1,8 @@
 """Great Expectations on DuckDB: an execution engine whose metrics are SQL over a view, so no row reaches Python.
 
-Great Expectations knows no DuckDB. What it asks of a database it asks through SQLAlchemy, so this module brings the
-least that is missing: a SQLAlchemy dialect over one open DuckDB connection, an engine that speaks it, and own metrics
-for the two uniqueness expectations, which are window functions and wide self-joins in the original.
+Great Expectations does not support DuckDB, but queries every database through SQLAlchemy. So this module has what is
+missing: a SQLAlchemy dialect over one open DuckDB connection, an engine that uses it, and metrics of its own for
+uniqueness, where the original has window functions and wide self-joins, and for quantiles.
 
 Import it only where ``great_expectations`` and ``duckdb`` are installed.
 """
@@ -57,18 +57,17 @@ class _TypeCompiler(GenericTypeCompiler):
         return "DOUBLE"  # FLOAT has 4 bytes in DuckDB
 
     def visit_NUMERIC(self, type_: Any, **kw: Any) -> str:
-        return (
-            "DOUBLE" if type_.precision is None else super().visit_NUMERIC(type_, **kw)
-        )  # else DECIMAL(18, 3)
+        # Without a precision, DuckDB would take it for DECIMAL(18, 3).
+        return "DOUBLE" if type_.precision is None else super().visit_NUMERIC(type_, **kw)
 
 
 class _Preparer(IdentifierPreparer):
     def _requires_quotes(self, value: str) -> bool:
-        return True  # DuckDB's reserved words are not SQLAlchemy's, and names come from other people's files
+        return True  # DuckDB's reserved words are not those of SQLAlchemy, and names come from other people's files
 
 
 class DuckDBDialect(DefaultDialect):
-    """The SQL that Great Expectations composes, as DuckDB reads it, with column types by their DuckDB names."""
+    """Writes SQL that DuckDB reads, and reports column types by their DuckDB names."""
 
     name = "duckdb"
     driver = "lepton"
@@ -108,13 +107,13 @@ _types: dict[str, type[sa.types.TypeEngine[Any]]] = {}
 
 
 def _type_class(name: str) -> type[sa.types.TypeEngine[Any]]:
-    """One class per DuckDB type name; DECIMAL(10,2) is DECIMAL, VARCHAR[] stays itself."""
+    """The class for a DuckDB type: DECIMAL(10,2) becomes DECIMAL, VARCHAR[] stays as it is."""
     plain = name if name.endswith("]") else name.partition("(")[0]
     return _types.setdefault(plain, type(plain, (sa.types.TypeEngine,), {}))
 
 
 class _TypeNames(SimpleNamespace):
-    """What GX calls a dialect module: it compares types with the attribute of the expected name, as in BIGINT."""
+    """What Great Expectations calls a dialect module: it compares types with an attribute such as ``BIGINT``."""
 
     def __getattr__(self, name: str) -> type[sa.types.TypeEngine[Any]]:
         try:
@@ -124,7 +123,7 @@ class _TypeNames(SimpleNamespace):
 
 
 class _Connection:
-    """The one connection, for SQLAlchemy: it stays open, and so keeps its views, its limits and its time zone."""
+    """The one connection, as SQLAlchemy wants it. It stays open, and so keeps its views, limits and time zone."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self.connection = connection
@@ -134,7 +133,7 @@ class _Connection:
         return _Cursor(self)
 
     def tell(self) -> None:
-        """Count a query, and say in the log from time to time that there is progress."""
+        """Count a query, and log the progress every ten seconds."""
         self._queries += 1
         if time.monotonic() - self._told > _TELL_S:
             self._told = time.monotonic()
@@ -165,7 +164,7 @@ class _Cursor:
 class DuckDBExecutionEngine(SqlAlchemyExecutionEngine):
     """Computes metrics over the tables and views of an open DuckDB connection.
 
-    Aggregates are bundled by GX into one query per domain. The caller closes the connection.
+    Great Expectations bundles aggregates into one query per domain. The caller closes the connection.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
@@ -173,7 +172,7 @@ class DuckDBExecutionEngine(SqlAlchemyExecutionEngine):
             "duckdb+lepton://", creator=lambda: _Connection(connection), poolclass=sa.pool.StaticPool
         )
         super().__init__(engine=engine, create_temp_table=False)
-        # GX picks the SQL of the regex and LIKE families by this class; the compiler above does the rest.
+        # By this class, Great Expectations chooses the SQL of regular expressions and LIKE; _Compiler does the rest.
         self.dialect_module = _TypeNames(__name__="duckdb", dialect=postgresql.dialect)
 
 
@@ -181,10 +180,10 @@ class DuckDBExecutionEngine(SqlAlchemyExecutionEngine):
 
 
 def _duplicated(table: Any, columns: list[Any]) -> Any:
-    """A condition over a source of its own: the row's values occur more than once. Nulls equal each other.
+    """A condition that is true where a row's values occur more than once; nulls equal each other. It reads its own source.
 
-    A hash aggregate and a semi-join in place of the original's window function: on 3 million distinct integers 3 times
-    as fast, and no row is wider than the key. A compound key is 2 times as fast.
+    The original has a window function. A hash aggregate and a semi-join are 3 times as fast on 3 million distinct integers
+    and twice as fast on a compound key, and no row is wider than the key.
     """
     rows = table.subquery() if isinstance(table, sa.Select) else table
     row = sa.select(*columns).select_from(rows).subquery("lepton_row")
@@ -234,7 +233,7 @@ class _ColumnQuantileValues(ColumnAggregateMetricProvider):
         metric_value_kwargs: dict[str, Any],
         **kwargs: Any,
     ) -> list[Any]:
-        """All quantiles from one copy of the column; the original's percentile_disc holds a copy for each."""
+        """Compute all quantiles from one copy of the column; the original's percentile_disc holds one copy for each."""
         selectable, _, accessor = execution_engine.get_compute_domain(
             metric_domain_kwargs, domain_type=MetricDomainTypes.COLUMN
         )

@@ -1,4 +1,4 @@
-"""Does a feature tell what it could not know: the target, or what comes later?"""
+"""Find features that know too much: the target itself, or what comes later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
-    """The features that are the target under another name: one value of theirs for one of its, or a straight line."""
+    """The features that are the target under another name: with one value for each class, or in a straight line with it."""
     target = quote(str(info.target))
     if info.task == "regression":
         numbers = _numbers(info)
@@ -36,7 +36,7 @@ def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetIn
 
 
 def perfect_separators(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
-    """The numbers that tell two classes apart alone, since all of one class lie below all of the other."""
+    """The numbers that tell two classes apart by themselves: all values of one class lie below all of the other."""
     numbers = _numbers(info)
     if info.task != "classification" or len(info.classes) != 2 or not numbers:
         return []
@@ -54,7 +54,7 @@ def perfect_separators(con: duckdb.DuckDBPyConnection, table: str, info: Dataset
 def differing_columns(
     con: duckdb.DuckDBPyConnection, one: str, other: str, types: Mapping[str, str], key: str
 ) -> list[str]:
-    """The columns in which two tables differ, whatever the order of their rows; ``*`` when they have not as many rows.
+    """The columns in which two tables differ, whatever the order of their rows; ``*`` if they differ in their number.
 
     :param types: the columns and their types.
     :param key: a column that tells the rows apart.
@@ -66,10 +66,10 @@ def differing_columns(
 def _fingerprint(
     con: duckdb.DuckDBPyConnection, table: str, types: Mapping[str, str], key: str
 ) -> dict[str, tuple[Any, ...]]:
-    """A few numbers per column that change when any of its values does, whatever the order of the rows.
+    """A few numbers for each column that change when one of its values changes, whatever the order of the rows.
 
-    Of floats these are sums, plain and weighted, rather than hashes: a sum over floats may differ in its last bits from run
-    to run, and so may a feature, which is no leak.
+    For numbers these are sums, plain and weighted, and no hashes: a feature that sums floats may differ in its last bits
+    from run to run, which is no leak.
     """
     parts = []
     for name, kind in types.items():

@@ -1,9 +1,9 @@
-"""The reference profile: what the training rows look like, small enough to travel with a model.
+"""The reference profile: what the training rows look like, in a few kilobytes that travel with the model.
 
-Drift is measured against it. Version 1 is ``{"profile": 1, "rows", "window", "time_range", "target", "columns"}``,
-where a column of numbers has ``count, nulls, mean, std, min, max, quantiles, edges, counts`` and a category
-``count, nulls, distinct, top, rest``. When rows come in clusters, each column also has ``design_effect``: ``mean,
-spread, clusters``, how much less these rows tell than independent ones would.
+Drift is measured against it. Version 1 is ``{"profile": 1, "rows", "window", "time_range", "target", "columns"}``.
+A column of numbers has ``count, nulls, mean, std, min, max, quantiles, edges, counts``, a category ``count, nulls,
+distinct, top, rest``. When rows come in clusters, each column also has a ``design_effect`` (``mean, spread, clusters``):
+how much less these rows tell than as many independent ones.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 VERSION = 1
 TOP = 100  # categories counted by name; the others are counted together
 _LABEL = 200  # characters kept of a category's name
-_GROUPS = 4096  # clusters are counted in at most so many groups, so that memory stays bounded
+_GROUPS = 4096  # clusters are counted in at most this many groups, so that memory stays bounded
 
 
 def reference_profile(
     con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo, window: Window | None
 ) -> dict[str, Any]:
-    """Profile the features and the target of a table, column by column, so that memory stays bounded.
+    """Profile the features and the target of a table, one column at a time, so that memory stays bounded.
 
     :param table: name of a table or view with the columns of ``info``.
     """
@@ -55,7 +55,10 @@ def reference_profile(
 
 
 def reference_counts(column: Mapping[str, Any]) -> list[int]:
-    """A profiled column's rows by bin: its numbers' bins, or its named categories and all others; then the missing."""
+    """The rows of a profiled column by bin; the last bin is that of missing values.
+
+    The other bins are those between the edges of numbers, or the named categories and one for all others.
+    """
     if column["kind"] == "number":
         return [*(column["counts"] or [0]), column["nulls"]]
     return [*(n for _, n in column["top"]), column["rest"], column["nulls"]]
@@ -66,8 +69,8 @@ def count_rows(
 ) -> NDArray[np.int64]:
     """Count a table's rows by cluster and by the bins of :func:`reference_counts`, shape (clusters, k).
 
-    Many clusters are counted in groups of them, which depend on one another as little as they do. Without a cluster
-    column all rows are one. Nothing is held but the counts.
+    Without a cluster column all rows are one cluster. Beyond 4,096 clusters, groups of clusters are counted, which are as
+    independent of one another as clusters are. Only the counts are held in memory.
     """
     import numpy as np
 
@@ -99,9 +102,9 @@ def count_rows(
 def unseen_categories(
     con: duckdb.DuckDBPyConnection, table: str, name: str, column: Mapping[str, Any], limit: int = 20
 ) -> dict[str, int] | None:
-    """Values of a table that a category's profile does not have, with their rows, the most frequent first.
+    """Count the values of a table that a category's profile does not have, the most frequent first.
 
-    None for numbers, and where the profile names only its most frequent values.
+    Returns None for numbers, and where the profile names only its most frequent values.
     """
     if column["kind"] == "number" or column["rest"]:
         return None
@@ -134,9 +137,9 @@ def _as_number(name: str) -> str:
 def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, Any]:
     """Moments, deciles, and counts in bins between the deciles.
 
-    ``counts[i]`` is the number of values in ``(edges[i-1], edges[i]]``; the first bin has no lower and the last no
-    upper bound, so any later value falls into one. A value that fills whole deciles at the lower end (no rain) is
-    an edge once and so has a bin of its own. Deciles are nearest-rank values of a sort, which spills to disk.
+    ``counts[i]`` is the number of values in ``(edges[i-1], edges[i]]``; the first bin has no lower and the last no upper
+    bound, so every later value falls into a bin. A value that fills whole deciles at the lower end (no rain) is one edge,
+    and so gets a bin of its own. Deciles are nearest-rank values, from a sort that spills to disk.
     """
     value = _as_number(name)
     count, nulls, mean, std, low, high = fetch_row(
@@ -193,5 +196,5 @@ def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str
 
 
 def _rounded(value: float | None) -> float | None:
-    """Nine digits: the last bits of a parallel sum vary from run to run, and equal rows give an equal profile."""
+    """Nine digits, so that equal rows give an equal profile: the last bits of a parallel sum vary from run to run."""
     return None if value is None else float(f"{value:.9g}")

@@ -1,8 +1,8 @@
 """Sort a Parquet file that may be much larger than memory, into bytes that depend on its rows only.
 
-DuckDB's own sort spills, but merging many spilled runs of wide rows needs more memory than it may hold [measured with
-DuckDB 2.0: 1 GB of 540-byte rows fail at a limit of 256 MB]. So what is too large is first cut by ranges of its sort
-key, again where a piece is still too large; the pieces are sorted one at a time and joined in order, which streams.
+DuckDB's own sort spills to disk, but to merge many spilled runs of wide rows it needs more memory than its limit (measured
+with DuckDB 2.0: 1 GB of 540-byte rows fail at 256 MB). So a large file is first cut by ranges of its sort key, and a piece
+that is still too large is cut again. Then the pieces are sorted one at a time and written one after the other.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lepton_airflow.data.sql import interruptible, literal, quote, total_order
 if TYPE_CHECKING:
     import duckdb
 
-MIN_MEMORY_MB = 128  # one thread of DuckDB, with the buffers of as many Parquet writers as there are pieces
-_PIECES = 16  # of one cut, each with an open Parquet writer; a file of more is cut again
-_CUT = "FORMAT parquet, ROW_GROUP_SIZE 24576, ROW_GROUP_SIZE_BYTES '1MB'"  # of each of those writers
+MIN_MEMORY_MB = 128  # enough for one thread of DuckDB and the buffers of 16 Parquet writers
+_PIECES = 16  # at most so many pieces are cut at a time, since each has an open Parquet writer
+_CUT = "FORMAT parquet, ROW_GROUP_SIZE 24576, ROW_GROUP_SIZE_BYTES '1MB'"
 _VECTOR = 2048  # rows that DuckDB moves at once
 _ROW_GROUP_ROWS, _ROW_GROUP_BYTES = 24576, 16 << 20
 _KEY, _PIECE = quote("lepton sort key"), "lepton piece"
@@ -40,15 +40,15 @@ def sort_parquet(
     threads: int = 2,
     check_stop: Callable[[], None] = lambda: None,
 ) -> int:
-    """Write the rows of a Parquet file in a fixed order, and say how many they are.
+    """Write the rows of a Parquet file in a fixed order; returns their number.
 
     Equal rows give equal bytes, whatever their order in ``source``, the memory and the number of threads.
 
-    :param source: is deleted once it is read, so that the disk holds the rows twice and not three times.
-    :param order_by: columns to sort by; rows equal in them are put in a fixed order; empty: by all columns.
+    :param source: deleted once it is read, so that the disk holds the rows twice and not three times.
+    :param order_by: columns to sort by; rows that are equal in them get a fixed order, too; empty: all columns.
     :param scratch: a directory for what does not fit in memory.
     :param memory_limit_mb: what DuckDB may hold, at least 128 [MB].
-    :param check_stop: is called between pieces, and ends the work by raising.
+    :param check_stop: called between pieces; it raises to end the work.
     """
     import duckdb
 
@@ -59,7 +59,8 @@ def sort_parquet(
             "threads": max(1, min(threads, memory_limit_mb // MIN_MEMORY_MB)),
             "temp_directory": str(scratch / "spill"),
             "preserve_insertion_order": False,
-            "partitioned_write_flush_threshold": _VECTOR,  # the default, 524288 rows, are too many wide ones
+            # The default, 524288 rows, takes too much memory where rows are wide.
+            "partitioned_write_flush_threshold": _VECTOR,
         }
     )
     try:
@@ -73,7 +74,7 @@ def sort_parquet(
 
 
 class _Rows:
-    """What is known of the rows: columns, total order, and how many bytes of them may be sorted at once."""
+    """The rows to sort: their columns, their total order, and how many bytes of them may be sorted at once."""
 
     def __init__(
         self,
@@ -87,20 +88,19 @@ class _Rows:
         described = con.execute(f"DESCRIBE {_scan([source])}").fetchall()
         self.columns = {str(r[0]): str(r[1]) for r in described}
         self.order = total_order(order_by, list(self.columns))
-        self.key = (
-            f"create_sort_key(row({self.order}), 'ASC NULLS LAST')"  # its bytes compare as ORDER BY does
-        )
+        # The bytes of this key compare as ORDER BY compares the rows.
+        self.key = f"create_sort_key(row({self.order}), 'ASC NULLS LAST')"
 
     def write(self, source: Path, target: Path, check_stop: Callable[[], None]) -> int:
-        """All rows in order, in row groups of exactly one size; returns their number.
+        """Write all rows in order, in row groups of exactly one size; returns their number.
 
-        PyArrow writes, since DuckDB's own writer shows in its bytes in which portions the rows came.
+        PyArrow writes them: the bytes of DuckDB's own writer depend on the portions in which the rows arrive.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         count, size = self.measure([source])
-        # From the rows alone, never from the memory limit: row groups show in the bytes too.
+        # The size depends on the rows alone, never on the memory limit: row groups show in the bytes.
         group = min(max(_ROW_GROUP_BYTES * count // max(size, 1), _VECTOR), _ROW_GROUP_ROWS)
         schema = self.con.sql(_scan([source])).limit(0).to_arrow_table().schema
         held: list[pa.RecordBatch] = []
@@ -121,7 +121,7 @@ class _Rows:
         return count
 
     def measure(self, files: Sequence[Path]) -> tuple[int, int]:
-        """The number of rows and about how many bytes they take in memory; equal for equal rows."""
+        """The number of rows, and an estimate of their bytes in memory, which is equal for equal rows."""
         texts = [
             f"sum(strlen({quote(name)}::VARCHAR))"
             for name, kind in self.columns.items()
@@ -131,7 +131,7 @@ class _Rows:
         return count, 16 * len(self.columns) * count + sum(int(length or 0) for length in lengths)
 
     def pieces(self, files: list[Path], size: int) -> Iterator[tuple[list[Path], bool]]:
-        """Smaller lots of rows, in order: each fits in memory or, and then True comes with it, has one sort key."""
+        """Yield files that fit in memory, in order; with True, files that do not but whose rows all have one sort key."""
         if size <= self.budget:
             yield files, False
             return
@@ -143,7 +143,7 @@ class _Rows:
             yield from self.pieces(lot, self.measure(lot)[1])
 
     def _cut(self, files: list[Path], size: int) -> list[list[Path]]:
-        """Files for ranges of the sort key, in order. A key that is too common for a range is a range of its own."""
+        """Cut files by ranges of the sort key, in order. A key that fills more than a range gets a range of its own."""
         count, _ = self.measure(files)
         wanted = max(3, min(_PIECES, math.ceil(1.5 * size / self.budget)))
         sample = max(100, min(10_000, self.budget // 4 * count // size))
@@ -151,7 +151,7 @@ class _Rows:
             key for (key,) in self._all(f"SELECT {self.key} FROM ({_scan(files)}) USING SAMPLE {sample} ROWS")
         )
         quantiles = [keys[len(keys) * i // wanted] for i in range(1, wanted)]
-        # key + \0 is the least key above it.
+        # key + \0 is the smallest key above it.
         above = {key + b"\0" for key in quantiles if quantiles.count(key) > 1}
         bounds = sorted({*quantiles, *above})
         cases = " ".join(f"WHEN {_KEY} < ${i + 1} THEN {i}" for i in range(len(bounds)))

@@ -1,6 +1,6 @@
-"""Which rows train, which validate and which test, so that no split sees another's future, group or row.
+"""Divide rows into train, valid and test, so that no split sees another's future, group or row.
 
-The rows are those of a view ``known``, which has the column ``ROW``, a row's place in its file, and ``TIME``, its time.
+The rows are in a view ``known``, whose column ``ROW`` is a row's place in its file and ``TIME`` its time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SPLIT, TIME, ROW = "__split", "__time", "__row"
 _START, _PLACE = "__start", "place"
+# Names that no column of the user's may have.
 RESERVED = (
     SPLIT,
     TIME,
@@ -27,12 +28,12 @@ RESERVED = (
     "file_row_number",
     _START,
     _PLACE,
-)  # names that no column of the user's may have
+)
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its rows, and the smallest and largest of their times, both inclusive."""
+    """The number of rows of a split, and their smallest and largest time, both inclusive."""
 
     rows: int
     time_range: list[str] | None
@@ -61,7 +62,7 @@ class Division:
 
     @property
     def names(self) -> list[str]:
-        """The splits that there must be, in order of time."""
+        """The splits to make, in order of time."""
         wanted = ["train"]
         wanted += ["valid"] if self.valid_start or self.valid_fraction else []
         wanted += ["test"] if self.test_start or self.test_fraction else []
@@ -74,7 +75,7 @@ class Division:
     def _by_time(self, con: duckdb.DuckDBPyConnection) -> str:
         key, start = TIME, ""
         if self.cluster_column:
-            # A cluster goes as a whole to where it begins, so a cut inside a day moves to the day's end.
+            # A whole cluster goes to the split in which it begins, so a cut inside a day moves to the day's end.
             key = _START
             start = f", min({TIME}) OVER (PARTITION BY {quote(self.cluster_column)}) AS {_START}"
         con.execute(f"CREATE TEMP VIEW placed AS SELECT *{start} FROM known")
@@ -88,7 +89,7 @@ class Division:
     def _cut(
         self, con: duckdb.DuckDBPyConnection, name: str, key: str, end: datetime | None
     ) -> datetime | None:
-        """The time at which a split begins: as stated, or such that the rows from it on are about its share."""
+        """The time at which a split begins: as stated, or such that the rows from then on are about its share."""
         stated, fraction = getattr(self, f"{name}_start"), getattr(self, f"{name}_fraction")
         if stated:
             try:
@@ -129,14 +130,14 @@ class Division:
         )
 
     def _shares(self) -> str:
-        """Which split a place from 0 to below 1 belongs to; train comes first, so it gets what cannot be divided."""
-        # Rounded, since 0.8 * 0.75 is a little more than 0.6, and so one row more.
+        """SQL of the split at a place from 0 to below 1. Train comes first, so it gets the row that cannot be divided."""
+        # Rounded, because 0.8 * 0.75 is slightly above 0.6, which would give train one row more.
         outside = round(1 - self.test_fraction, 9)
         train = round(outside * (1 - self.valid_fraction), 9)
         return f"CASE WHEN {_PLACE} < {train!r} THEN 'train' WHEN {_PLACE} < {outside!r} THEN 'valid' ELSE 'test' END"
 
     def measure(self, con: duckdb.DuckDBPyConnection, table: str, time_type: str | None) -> dict[str, Split]:
-        """Rows and time range of each split of a table, train first.
+        """Count the rows of each split of a table, train first, and find their time range.
 
         :param time_type: DuckDB's type of the time column, which decides how its times are written.
         :raises BadInput: a split has no row, or splits overlap in time.
@@ -173,7 +174,7 @@ class Division:
         }
 
     def _extent(self, con: duckdb.DuckDBPyConnection, table: str) -> str:
-        """In how many clusters and at which times the rows of a table are, for a message."""
+        """The number of clusters and the range of times of a table, for a message."""
         text = ""
         if self.cluster_column:
             (clusters,) = fetch_row(con, f"SELECT count(DISTINCT {quote(self.cluster_column)}) FROM {table}")

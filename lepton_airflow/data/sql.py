@@ -1,4 +1,4 @@
-"""SQL on a DuckDB that can read only what it is given, put together from other people's names, values and queries."""
+"""Run users' SQL on a DuckDB that can read only what it is given, and quote their names and values in SQL of ours."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from lepton_airflow.contract import Window
 
 _T = TypeVar("_T")
-# Small row groups: a writer holds one of them whole, and the memory limit must hold with wide rows too.
+# Row groups are small, because a writer holds one of them in memory and rows may be wide.
 PARQUET = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 24576"
-# For what is read once and thrown away: row groups are small in bytes too, which DuckDB allows where order is free.
+# For files that are read once and deleted. DuckDB can limit the bytes of a row group only where the order is free.
 SCRATCH = "FORMAT parquet, ROW_GROUP_SIZE 24576, ROW_GROUP_SIZE_BYTES '8MB'"
-# What DuckDB advises at least; with less, sorts and Parquet writers fail instead of spilling.
+# DuckDB advises at least this much; with less, sorts and Parquet writers fail instead of spilling.
 _MB_PER_THREAD = 125
 
 
@@ -39,16 +39,16 @@ def literal(value: Path | str | Mapping[str, Any] | Sequence[Any]) -> str:
 
 
 def nan_as_null(value: str) -> str:
-    """SQL of a float with NaN as missing: pandas, scikit-learn and ONNX models see no difference.
+    """SQL that turns NaN into NULL, since pandas, scikit-learn and ONNX models treat both as missing.
 
-    Not by nullif or isnan: DuckDB 2.0 answers these from a Parquet file's statistics, and those that Arrow writes leave NaN
-    out.
+    It uses neither nullif nor isnan: DuckDB 2.0 answers these from the statistics of a Parquet file, in which Arrow leaves
+    NaN out.
     """
     return f"CASE WHEN isfinite({value}) OR isinf({value}) THEN {value} END"
 
 
 def for_each(template: str, columns: Sequence[str]) -> str:
-    """A template once per column, which stands for ``{}`` in it, for one pass over the table."""
+    """One SQL expression for each column, whose name replaces ``{}``: many aggregates in one pass over the table."""
     return ", ".join(template.format(quote(column)) for column in columns)
 
 
@@ -59,7 +59,7 @@ def fetch_row(con: duckdb.DuckDBPyConnection, sql: str, values: Sequence[Any] = 
 
 
 def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duckdb.Statement:
-    """The one SELECT that the user's SQL must be; raises BadConfiguration otherwise. Nothing is run."""
+    """Parse the user's SQL, which must be one SELECT; raises BadConfiguration otherwise. Nothing is run."""
     import duckdb
 
     try:
@@ -69,7 +69,7 @@ def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duc
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(s.type.name for s in statements) or "nothing"
         raise BadConfiguration(f"{what} must be one SELECT, and is {found}: {' '.join(sql.split())[:80]!r}.")
-    # The text is put in parentheses later, where the semicolon that may end it would not parse.
+    # The text is put in parentheses later, so a semicolon at its end must go.
     end = next(
         (at for at, kind in duckdb.tokenize(sql) if kind.name == "operator" and _byte(sql, at) == ";"), None
     )
@@ -81,10 +81,10 @@ def _byte(sql: str, position: int) -> str:
 
 
 def total_order(first: Sequence[str], columns: Sequence[str]) -> str:
-    """What to ORDER BY so that the rows' order, and so the file's bytes, do not depend on threads or input order.
+    """What to ORDER BY so that the bytes of the file depend neither on threads nor on the order of the input.
 
-    Rows equal in ``first`` are ordered by a hash of the others, which keeps the sort's keys narrow; without ``first``
-    by all columns. Only fully equal rows are left in doubt, and those are interchangeable.
+    Rows that are equal in ``first`` are ordered by a hash of the other columns, which keeps the sort key narrow; without
+    ``first``, rows are ordered by all columns. Rows whose order is still open are equal in every column.
     """
     others = [quote(c) for c in columns if c not in first]
     if not first or not others:
@@ -98,9 +98,9 @@ def bind(
     need_window: Callable[[str], Window],
     what: str,
 ) -> dict[str, Any]:
-    """The values that a statement's ``$names`` take; raises BadConfiguration for a name without a value.
+    """Find the values of a statement's ``$names``; raises BadConfiguration for a name without a value.
 
-    :param need_window: asked for the run's window when ``$window_start`` or ``$window_end`` is used; raises if there is none.
+    :param need_window: gives the run's window, or raises; called if ``$window_start`` or ``$window_end`` is used.
     """
     wanted = sorted(statement.named_parameters)
     values = dict(parameters)
@@ -126,7 +126,7 @@ def window_values(window: Window) -> dict[str, Any]:
 def column_types(
     con: duckdb.DuckDBPyConnection, sql: str, values: Mapping[str, Any], what: str
 ) -> dict[str, str]:
-    """Columns and types that a SELECT gives; raises BadConfiguration when two of them have one name."""
+    """The columns of a SELECT and their types; raises BadConfiguration when two columns have the same name."""
     types: dict[str, str] = {}
     for name, kind, *_ in con.execute(f"DESCRIBE {sql}", values).fetchall():
         if name.lower() in (known.lower() for known in types):
@@ -140,10 +140,12 @@ def column_types(
 def connect(
     workdir: Path, *, memory_limit_mb: int = 1024, threads: int = 2, readable: Sequence[Path] = ()
 ) -> duckdb.DuckDBPyConnection:
-    """A DuckDB for the user's SQL: it spills to ``workdir``, reads only ``readable``, and cannot be reconfigured.
+    """Open a DuckDB for users' SQL: it spills to ``workdir``, reads only that and ``readable``, and cannot be reconfigured.
 
-    Paths in ``readable`` are files or directories. External access is off and the configuration locked before the
-    first user statement, because run parameters come from a form.
+    External access is off and the configuration locked before the first statement of a user, because run parameters come
+    from a form.
+
+    :param readable: files or directories.
     """
     import duckdb
 
@@ -171,16 +173,15 @@ def connect(
 
 
 def interruptible(con: duckdb.DuckDBPyConnection, work: Callable[[], _T]) -> _T:
-    """Do work with a DuckDB so that a signal is heeded at once: it raises here, and stops the statement under way.
+    """Do work with a DuckDB in another thread, so that a signal raises here at once and stops the running statement.
 
-    DuckDB does not return to Python before a statement is done, and Python handles signals in its main thread only: so
-    the work is done in another one.
+    In the main thread, which handles Python's signals, DuckDB would return only after the statement.
     """
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
         try:
             return future.result()
         finally:
-            while not future.done():  # the signal may have come between two statements
+            while not future.done():  # again and again: an interrupt between two statements stops none
                 con.interrupt()
                 wait([future], timeout=0.05)

@@ -1,14 +1,14 @@
-"""Has the data moved away from what a model learnt? The verdict on every column, from a profile and the whole window.
+"""Judge for each column whether the data have drifted away from what a model learnt, from its profile and all current rows.
 
-DuckDB counts the current rows in the bins of the reference profile, so nothing is held but counts, and every row takes
-part. A column has drifted when both hold:
+DuckDB counts the current rows in the bins of the reference profile, so only counts are held in memory, and every row
+counts. A column has drifted if both are true:
 
-- its population stability index is at least ``threshold``: the move is large enough to matter;
+- its population stability index is at least ``threshold``: the change is large enough to matter;
 - chance does not explain it: the p-value of :func:`~lepton_airflow.statistics.stability_test`, which knows that the
   rows of a cluster depend on one another, is at most ``alpha`` after Holm's correction for the number of columns.
 
-Missing values are a bin of their own, so a column that empties drifts too. A column that is gone, or whose numbers have
-become text, has drifted without any test.
+Missing values are a bin of their own, so a column that loses its values drifts, too. A column that is gone, or whose
+numbers have become text, has drifted without any test.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class ColumnVerdict:
     """Whether one column has drifted, and the numbers behind it.
 
-    :ivar distance: population stability index over the profile's bins [nats]; None when it cannot be taken.
-    :ivar by_chance: what the distance is on average when nothing has moved.
-    :ivar p_value: chance of a larger distance when nothing has moved, this column alone.
+    :ivar distance: population stability index over the profile's bins [nats]; None if it cannot be computed.
+    :ivar by_chance: the mean distance if nothing has changed.
+    :ivar p_value: probability of a larger distance if nothing has changed, for this column alone.
     :ivar p_adjusted: the same, corrected for the number of columns.
     :ivar missing: share of rows without a value, before and now.
-    :ivar unseen: values that the reference rows do not have, with their rows now, the most frequent ones; None where
-        the profile does not name all of its values.
+    :ivar unseen: the most frequent values that the reference rows do not have, with their rows now; None if the profile
+        does not name all of its values.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ColumnVerdict:
 
 
 def check_profile(profile: Mapping[str, Any], where: str) -> None:
-    """Refuse what is no reference profile, or one of a later version, or one of no rows."""
+    """Raise BadInput unless this is a reference profile of some rows, in a version that is known."""
     version = profile.get("profile") if isinstance(profile, Mapping) else None
     if not isinstance(version, int) or "columns" not in profile:
         raise BadInput(
@@ -73,10 +73,10 @@ def judge_columns(
     threshold: float = 0.25,
     alpha: float = 0.05,
 ) -> list[ColumnVerdict]:
-    """Judge every profiled column of a table, those that moved most first.
+    """Judge every profiled column of a table; the columns that changed most come first.
 
-    :param table: a table or view of the current rows; a target that it does not have yet is passed over.
-    :param cluster_column: column that names dependent rows; without one, they are as dependent as the profile says.
+    :param table: a table or view of the current rows; it need not have the target yet.
+    :param cluster_column: column that names dependent rows; without one, rows are as dependent as the profile says.
     """
     from lepton_airflow.statistics.distances import holm
 
@@ -100,7 +100,7 @@ def judge_columns(
 
 
 def _structural(column: Mapping[str, Any], kind: str | None) -> str:
-    """Why a column cannot be compared at all, or nothing."""
+    """Why a column cannot be compared at all; empty if it can."""
     if kind is None:
         return "the column is gone"
     if column["kind"] == "number" and not is_number(kind):
@@ -116,15 +116,16 @@ def _measured(
     column: Mapping[str, Any],
     cluster: str | None,
 ) -> ColumnVerdict:
-    """The distance and its p-value; ``drifted`` waits for the other columns."""
+    """Measure the distance and its p-value; ``drifted`` is decided once all columns are measured."""
     from lepton_airflow.statistics.distances import DesignEffect, design_effect, stability_test
 
     counts = count_rows(con, table, name, column, cluster)
     before, now = reference_counts(column), counts.sum(axis=0)
     known = [DesignEffect(**column["design_effect"])] if "design_effect" in column else []
     own = design_effect(counts) if cluster else None
-    # With equal distributions both sides have the same; few current clusters say little about it, and a
-    # reference of smaller clusters says too little. Rows depend on one another also where no column says so.
+    # If nothing has changed, both sides have the same design effect. The larger one counts: few current clusters give an
+    # uncertain one, and a reference of smaller clusters one that is too small. Rows also depend on one another where no
+    # column says so.
     effect = max([*known, *([own] if own else [])], key=lambda e: e.mean, default=None)
     test = stability_test(before, now, effect)
     missing = [round(float(counts[-1] / sum(counts)), 6) for counts in (before, now)]
@@ -144,7 +145,7 @@ def _measured(
 def _decided(
     verdict: ColumnVerdict, p_adjusted: float | None, threshold: float, alpha: float
 ) -> ColumnVerdict:
-    """The verdict with its reason, once the correction for all columns is known."""
+    """Decide, and give the reason, once the correction for all columns is known."""
     if p_adjusted is None or verdict.distance is None:
         return verdict
     far, sure = verdict.distance >= threshold, p_adjusted <= alpha

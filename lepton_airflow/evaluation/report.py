@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lepton_airflow.statistics.catalogue import METRICS
 
 if TYPE_CHECKING:
-    from lepton_airflow.packaging.package import ModelCard
+    from lepton_airflow.packaging.card import ModelCard
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --bar: #2563eb; --paper: #fff;

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
 from lepton_airflow.data.features import kind_of
 from lepton_airflow.errors import BadConfiguration, BadInput
-from lepton_airflow.packaging.package import ModelCard
+from lepton_airflow.packaging.card import ModelCard
 
 if TYPE_CHECKING:
     import numpy as np

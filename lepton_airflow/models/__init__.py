@@ -67,22 +67,22 @@ def find(name: str, task: str) -> Trainer:
 
 
 def code_of(name: str) -> str:
-    """sha256 of the source that a trainer is made of: a standard model's with all of ours that it uses, or the user's own."""
+    """sha256 of a trainer's source: the user's own, or a standard model's with all modules of this package that it uses."""
     return code_digest(name) if is_code(name) else package_digest(f"{__name__}.{name}")
 
 
 def _load_torch_for(fit: Callable[..., Any]) -> None:
-    """Import torch now if the user's module does so later: ``fit_model`` seeds only what is loaded."""
+    """Import torch if the user's module will: ``fit_model`` seeds only what is loaded."""
     path = getattr(sys.modules[fit.__module__], "__file__", None) or ""
     source = Path(path).read_text(errors="replace") if path.endswith(".py") else ""
     if re.search(r"^\s*(?:import|from)\s+torch\b", source, re.MULTILINE):
-        # Whoever imports it is told when it is missing.
+        # If it is missing, the user's own import says so.
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module("torch")
 
 
 def at_least(least: float, hyperparameters: Mapping[str, float]) -> None:
-    """Refuse hyperparameters below what a model can work with; raises BadConfiguration with the first of them."""
+    """Raise BadConfiguration with the first hyperparameter that is below what a model can work with."""
     for name, value in hyperparameters.items():
         if not value >= least:
             raise BadConfiguration(f"hyperparameters: {name}={value}, expected at least {least}.")

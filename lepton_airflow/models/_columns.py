@@ -1,7 +1,7 @@
-"""Preprocessing that the standard models share, and that becomes ONNX exactly.
+"""Preprocessing that the standard models share, and that converts to ONNX exactly.
 
-Rare, unknown and (where rare) missing categories are one and the same to a model: skl2onnx cannot convert scikit-learn's
-own grouping of infrequent categories, so the frequent ones are chosen here and all others are "unknown" to the encoder.
+The frequent categories are chosen here. All others, rare or never seen, are "unknown" to the encoder, and so are missing
+values where they are rare. skl2onnx cannot convert scikit-learn's own grouping of infrequent categories.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def scaled_and_one_hot(
     train: pd.DataFrame, run: TrainerRun, *, max_categories: int, min_frequency: int, sparse: bool
 ) -> ColumnTransformer:
-    """Fit: numbers get the median for missing, then mean 0 and variance 1; frequent categories become one column each.
+    """Fit a transformer that scales numbers to mean 0 and variance 1 and makes a column of each frequent category.
 
-    A row of a rare or unknown category is 0 in all of its columns.
+    A missing number becomes the median. A row with a rare or unknown category is 0 in all columns of that feature.
     """
     from sklearn.compose import ColumnTransformer
     from sklearn.impute import SimpleImputer
@@ -46,10 +46,10 @@ def scaled_and_one_hot(
 def ordinal(
     train: pd.DataFrame, run: TrainerRun, *, max_categories: int, min_frequency: int
 ) -> ColumnTransformer:
-    """Fit: numbers pass (missing stays NaN), a frequent category becomes its rank by mean target, others NaN.
+    """Fit a transformer that passes numbers on and turns a frequent category into its rank by mean target, others into NaN.
 
-    With two classes or a number to predict, the best split of a category's values is one of this order (Breiman et al.
-    1984, *Classification and Regression Trees*, section 4.2); with more classes the rank is by frequency.
+    For two classes or a regression, the best split of a category's values is a cut of this order (Breiman et al. 1984,
+    *Classification and Regression Trees*, section 4.2). With more classes the rank is by frequency.
     """
     from sklearn.compose import ColumnTransformer
     from sklearn.preprocessing import OrdinalEncoder
@@ -74,7 +74,7 @@ def ordinal(
 def _kept(
     train: pd.DataFrame, run: TrainerRun, max_categories: int, min_frequency: int
 ) -> dict[str, list[str]]:
-    """The frequent values of each category feature that has some; raises when no feature at all is left."""
+    """The frequent values of each category feature that has any; raises when no feature is left to learn from."""
     at_least(1, {"max_categories": max_categories, "min_frequency": min_frequency})
     found = {c: frequent(train[c], max_categories, min_frequency) for c in run.categorical}
     kept = {c: names for c, names in found.items() if names}
@@ -87,7 +87,7 @@ def _kept(
 
 
 def frequent(column: pd.Series[str], max_categories: int, min_frequency: int) -> list[str]:
-    """The most frequent values with at least ``min_frequency`` rows, most frequent first, equal ones by name."""
+    """The most frequent values with at least ``min_frequency`` rows, the most frequent first, ties by name."""
     counts = column.value_counts()
     counts = counts[counts >= min_frequency]
     return [

@@ -13,8 +13,8 @@ batch_size       rows per step [rows]
 epochs           passes over the rows at most
 patience         epochs without a better loss on ``valid`` before it stops
 accumulate       parts in which a batch is computed, for batches that do not fit in memory
-clip_norm        largest norm of a step's gradient; 0: whatever it is
-precision        "fp32", "bf16", or "auto": bf16 where a GPU gains by it
+clip_norm        largest norm of a step's gradient; 0: no limit
+precision        "fp32", "bf16", or "auto": bf16 on a GPU that is faster with it
 compile          true: use torch.compile
 max_categories   columns per category feature at most; further values count as unknown
 min_frequency    rows that a category needs to get its column [rows]
@@ -83,7 +83,7 @@ def fit(
         train, run, max_categories=h["max_categories"], min_frequency=h["min_frequency"], sparse=False
     )
     classified = run.task == "classification"
-    # a target in its own units could be millions; the network learns it with mean 0 and deviation 1
+    # A target may be in the millions: the network learns it scaled to mean 0 and standard deviation 1.
     y = train[run.target].to_numpy()
     shift, scale = (0.0, 1.0) if classified else (float(y.mean()), float(y.std()) or 1.0)
 
@@ -129,7 +129,7 @@ def _network(inputs: int, outputs: int, h: dict[str, Any]) -> Any:
 
 
 def _affine(scale: float, shift: float) -> Any:
-    """A layer that gives the target back its units."""
+    """A layer that scales predictions back to the units of the target."""
     import torch
     from torch import nn
 

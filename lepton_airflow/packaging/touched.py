@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,28 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lepton_airflow.packaging.package import ModelPackage
-
-
-@dataclass(frozen=True)
-class Touched:
-    """A dataset whose rows shaped a model.
-
-    :ivar role: ``train``, ``valid``, ``tuning`` or ``calibration``.
-    :ivar time_range: smallest and largest value of ``time_column``, both inclusive.
-    """
-
-    role: str
-    sha256: str
-    split: str | None
-    split_id: str | None
-    time_column: str | None
-    time_range: list[str] | None
-    rows: int
-
-    @classmethod
-    def by(cls, role: str, sha256: str, info: DatasetInfo) -> Touched:
-        """The entry for a dataset that a step has read."""
-        return cls(role, sha256, info.split, info.split_id, info.time_column, info.time_range, info.rows)
 
 
 def row_fingerprints(path: Path, features: Iterable[Feature], target: str) -> NDArray[np.uint64]:

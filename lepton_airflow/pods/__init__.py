@@ -37,12 +37,10 @@ REQUEST = "lepton-airflow/request"  # digest of what was asked for; a pod with a
 NONCE = "lepton-airflow/nonce"  # a receipt belongs to this pod only if it repeats the nonce
 SUBMISSION = "lepton-airflow/submission"  # 1, 2, …: how often the run has been submitted
 IDENTITY = "lepton-airflow/identity"  # JSON: DAG, task, run and try, for people and for `pods ls`
-ADMITTED = (
-    "lepton-airflow/admitted"  # when the gates of a held-back pod were seen gone: the schedule clock starts
-)
-SETTLED = (
-    "lepton-airflow/settled"  # set on a pod that is kept: its result has been used, no later try may use it
-)
+# When the gates of a held-back pod were seen gone: the schedule clock starts.
+ADMITTED = "lepton-airflow/admitted"
+# Set on a pod that is kept: its result has been used, no later try may use it.
+SETTLED = "lepton-airflow/settled"
 
 CONTAINER = "stage"  # the container that runs the stage
 LOCAL_TRY = "local"  # id of the try where there is no Airflow

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-    from lepton_airflow.packaging.package import ModelCard
+    from lepton_airflow.packaging.card import ModelCard
 
 log = logging.getLogger(__name__)
 

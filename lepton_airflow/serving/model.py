@@ -17,7 +17,7 @@ from lepton_airflow.contract import split_pin
 from lepton_airflow.data.features import KINDS
 from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import BadInput, LeptonError
-from lepton_airflow.packaging.package import ModelCard
+from lepton_airflow.packaging.card import ModelCard
 from lepton_airflow.packaging.session import open_session
 from lepton_airflow.serving.protocol import Output, RequestError, parse, render, request_body
 from lepton_airflow.store.files import Store

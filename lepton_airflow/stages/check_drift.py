@@ -1,4 +1,4 @@
-"""Notice that the data move away from what a model learnt, and say so to whoever retrains it."""
+"""Check whether the data have drifted away from what a model learnt, and start a retraining if so."""
 
 from __future__ import annotations
 
@@ -31,43 +31,42 @@ if TYPE_CHECKING:
     import duckdb
     import pandas as pd
 
-    from lepton_airflow.packaging.package import ModelCard
+    from lepton_airflow.packaging.card import ModelCard
 
 log = logging.getLogger(__name__)
 
-_NAMED = 20  # drifted columns that the receipt names; the verdict names all
-_REASON_BYTES = 1500  # it stands twice in a receipt of at most 8 KB
-_DRAWN = (
-    50  # columns that the report shows, those that moved most; Evidently takes a second and 50 KB for each
-)
+_NAMED = 20  # drifted columns in the receipt; the verdict has all
+_REASON_BYTES = 1500  # a receipt of at most 8 KB holds it twice
+# Columns that the report shows, those that moved most: Evidently takes a second and 50 KB for each.
+_DRAWN = 50
 
 
 @dataclass(kw_only=True)
 class CheckDrift(Stage):
     """Compare the current rows with those a model was trained on, and ask for a retraining when they have drifted.
 
-    Every column is judged on the whole window: it has drifted when its population stability index over the bins of the
-    reference profile is at least ``threshold`` and chance does not explain it, counting dependent rows for what they
-    tell and all columns together (see ``lepton_airflow/evaluation/drift.py``). The data have drifted when ``min_columns`` columns
-    have; with 1, ``alpha`` is the chance of a false alarm over all columns. Evidently draws its report of a sample and
-    decides nothing.
+    Every column is judged on all rows of the window. It has drifted if its population stability index over the bins of the
+    reference profile is at least ``threshold`` and chance does not explain that; the test allows for dependent rows and for
+    the number of columns (see ``lepton_airflow/evaluation/drift.py``). The data have drifted if ``min_columns`` columns have;
+    with 1, ``alpha`` is the chance of a false alarm over all columns. Evidently draws its report from a sample and decides
+    nothing.
 
     Returns the artifacts ``verdict`` (JSON, every column) and ``report`` (Evidently's HTML, one file), and the values
     ``drifted``, ``retrain`` (drifted, and this run may act), ``columns`` (names of those that drifted, at most 20) and
-    ``reason``. When ``retrain`` is true, each ``AssetAlias`` among the task's ``outlets`` gets an event with the run's
-    window, which starts the DAGs that are scheduled on it.
+    ``reason``. If ``retrain`` is true, each ``AssetAlias`` among the task's ``outlets`` gets an event with the run's window,
+    which starts the DAGs that are scheduled on it.
 
     :param dataset: the current rows with the model's features, ``prepare.output["test"]``.
     :param name: name of a registered model, whose champion is the reference; without a champion the task is skipped.
     :param reference: instead of ``name``: a profile, ``prepare.output["profile"]``, or a model package.
-    :param reference_rows: the rows behind the reference, for the report; None: the champion's training rows, while the
-        store has them.
-    :param threshold: smallest population stability index that matters; 0.1 and 0.25 are the usual marks [nats].
+    :param reference_rows: the rows behind the reference, for the report; None: the champion's training rows, if the store
+        still has them.
+    :param threshold: smallest population stability index that matters; 0.1 and 0.25 are usual [nats].
     :param alpha: largest p-value, corrected for the number of columns, that counts as beyond chance [0 to 1].
-    :param min_columns: how many columns must have drifted to say that the data have [1 to all of the reference's].
-    :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names; if it names
-        none, the rows count for as dependent as the reference's were.
-    :param sample_rows: how many rows of each side the report is drawn from [rows].
+    :param min_columns: number of drifted columns from which on the data have drifted [1 to all of the reference's].
+    :param cluster_column: column that names dependent rows, such as the day; None: the one that the dataset names; if it
+        names none, rows are taken to be as dependent as those of the reference.
+    :param sample_rows: number of rows that the report shows of each side [rows].
     :param seed: of these samples.
     :param on_backfill: in a backfill, ``register_only`` judges and starts nothing, ``skip`` does nothing, ``full`` acts.
     :param memory_limit_mb: what DuckDB may hold; the rest is spilled to disk [MB].
@@ -76,7 +75,7 @@ class CheckDrift(Stage):
     :raises BadInput: there are no rows, or the reference has no profile.
     """
 
-    cacheable: ClassVar[bool] = False  # it asks who is champion now, and starts other DAGs
+    cacheable: ClassVar[bool] = False  # the champion may change, and other DAGs are started
     engines: ClassVar[tuple[str, ...]] = ("duckdb", "evidently", "scipy")
     extra: ClassVar[str] = "drift"
     outputs: ClassVar[tuple[str, ...]] = ("verdict", "report", "drifted", "retrain", "columns", "reason")
@@ -156,7 +155,7 @@ class CheckDrift(Stage):
     def _evidence(
         self, run: RunInfo, reference: _Reference, rows: int, verdicts: Sequence[ColumnVerdict]
     ) -> dict[str, Any]:
-        """What the decision stands on, for ``verdict.json``."""
+        """What the decision is based on, for ``verdict.json``."""
         return {
             "threshold": self.threshold,
             "alpha": self.alpha,
@@ -194,7 +193,7 @@ class CheckDrift(Stage):
     # -- the reference -----------------------------------------------------------------------------------------------
 
     def _reference(self, run: RunInfo) -> _Reference:
-        from lepton_airflow.packaging.package import ModelCard
+        from lepton_airflow.packaging.card import ModelCard
 
         uri, who = self.reference, "the reference"
         if self.name is not None:
@@ -225,7 +224,7 @@ class CheckDrift(Stage):
         return _Reference(who, split_pin(uri)[1] or run.store.digest(uri), profile, card)
 
     def _rows_before(self, run: RunInfo, reference: _Reference) -> Path | None:
-        """The rows behind the reference, if they can be had: artifacts are found by their digest."""
+        """The rows behind the reference, if the store has them: artifacts are found by their digest."""
         if self.reference_rows is not None:
             return run.fetch(self.reference_rows)
         trained_on = [t.sha256 for t in reference.card.touched if t.role == "train"] if reference.card else []
@@ -274,8 +273,8 @@ class CheckDrift(Stage):
         rows_before: Path | None,
         verdicts: Sequence[ColumnVerdict],
     ) -> Path:
-        """Evidently's page; its own numbers are those of the sample."""
-        os.environ.setdefault("DO_NOT_TRACK", "1")  # Evidently reports its use to its makers otherwise
+        """Draw Evidently's page, whose numbers are those of a sample."""
+        os.environ.setdefault("DO_NOT_TRACK", "1")  # otherwise Evidently reports its use to its makers
         from evidently import DataDefinition, Dataset, Report
         from evidently.presets import DataDriftPreset, DataSummaryPreset
 
@@ -307,7 +306,7 @@ class CheckDrift(Stage):
         return path
 
     def _sample(self, con: duckdb.DuckDBPyConnection, path: Path, names: Sequence[str]) -> pd.DataFrame:
-        """Some rows of a file, the same ones at any number of threads; numbers as float, all else as text."""
+        """A sample of a file's rows, the same at any number of threads; numbers as float, all else as text."""
         scan = f"read_parquet({literal(path)}, file_row_number = true)"
         kinds = {n: k for n, k, *_ in con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()}
         columns = [
@@ -338,7 +337,7 @@ _NOTHING_SHOWN = (
 
 
 def _cut(text: str, most: int) -> str:
-    """The text, or as much of it as fits into so many bytes."""
+    """The text, or as much of it as fits into this many bytes."""
     return text.encode()[:most].decode(errors="ignore")
 
 

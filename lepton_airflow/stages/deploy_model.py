@@ -23,7 +23,8 @@ from lepton_airflow.store.files import now
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lepton_airflow.packaging.package import ModelCard, ModelPackage
+    from lepton_airflow.packaging.card import ModelCard
+    from lepton_airflow.packaging.package import ModelPackage
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lepton_airflow.evaluation.rows import EvaluationRows
-    from lepton_airflow.packaging.package import ModelCard
+    from lepton_airflow.packaging.card import ModelCard
 
 log = logging.getLogger(__name__)
 

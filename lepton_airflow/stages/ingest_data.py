@@ -42,27 +42,27 @@ _SCHEMA_BYTES = 3000  # of the receipt's 8 KB; the snapshot itself has the whole
 class IngestData(Stage):
     """Collect rows from files, lakes and databases into one immutable Parquet snapshot.
 
-    ``query`` is one DuckDB SELECT over the sources, which are tables of their names. Equal inputs give byte-equal
-    snapshots whatever the number of threads, as long as the query's own result is fixed: give every ``DISTINCT ON``,
-    ``first()`` and ``row_number()`` an order, and round averages, whose last bits depend on the order of adding.
+    ``query`` is one DuckDB SELECT in which each source is a table of its name. Equal inputs give byte-equal snapshots
+    whatever the number of threads, as long as the result of the query is fixed: give every ``DISTINCT ON``, ``first()`` and
+    ``row_number()`` an order, and round averages, whose last bits depend on the order of adding.
 
     ``sources={"flights": "s3://raw/flights/*.csv", "weather": {"uri": "weather.jsonl", "types": {"hour": "INTEGER"}},
     "orders": {"connection": "shop_db", "sql": "SELECT * FROM orders WHERE ordered_at >= $window_start"},
     "stock": {"format": "delta", "uri": "s3://lake/stock", "version": 12, "connection": "lake"}}``
 
-    :param sources: name to a URI, a glob, a list of them, or a dict: uri, format (csv, tsv, jsonl, parquet), types,
-        delimiter, null_values, date_format, encoding, union, connection; or format (delta), uri, version, or format
-        (iceberg), catalog, table, snapshot_id, each with columns, filters, types, connection; or connection (postgres,
-        sqlite), sql, version.
+    :param sources: by name, a URI, a glob, a list of them, or a dict. Of files: uri, format (csv, tsv, jsonl, parquet), types,
+        delimiter, null_values, date_format, encoding, union, connection. Of a lake: format (delta), uri, version, or format
+        (iceberg), catalog, table, snapshot_id, each with columns, filters, types, connection. Of a database: connection
+        (postgres, sqlite), sql, version, types.
     :param query: one SELECT; ``$window_start`` and ``$window_end`` are the run's window as TIMESTAMPTZ, and
         ``parameters`` are bound by name.
-    :param parameters: values bound to the query by name; values from a form belong here, not in the text.
-    :param order_by: columns that order the snapshot; ties are put in a fixed order; empty: all columns.
-    :param max_rejected_share: largest share of one source's rows that may be unreadable [share, 0 to 1].
-    :param on_empty: when a source's files are not there or the query gives no row: ``fail``; ``skip`` this task and those
-        after it, for a schedule with months without data; or ``keep`` a snapshot without rows, if the files are there.
-    :param memory_limit_mb: what DuckDB may hold, at least 128; the rest is spilled to disk. Give the process 300 MB more
-        for Python and Parquet writers; and more here for rows over 10 KB or 500 columns [MB].
+    :param parameters: values bound to the query by name; put values from a form here, not into the text.
+    :param order_by: columns that order the snapshot; rows that are equal in them get a fixed order, too; empty: all columns.
+    :param max_rejected_share: largest share of a source's rows that may be unreadable [share, 0 to 1].
+    :param on_empty: when files of a source do not exist or the query gives no row: ``fail``; ``skip`` this task and those
+        after it, for a schedule with months without data; or ``keep`` a snapshot without rows, if the files exist.
+    :param memory_limit_mb: what DuckDB may hold, at least 128; the rest is spilled to disk. The process needs 300 MB more,
+        for Python and Parquet writers. Rows over 10 KB or of 500 columns need a higher limit [MB].
     :param threads: threads of DuckDB; the result does not depend on it.
     :raises BadInput: a source is missing, empty, damaged or rejects too many rows, or the query gives no row.
     :raises BadConfiguration: the query is not one SELECT over the sources, or needs a window and there is none.
@@ -82,7 +82,7 @@ class IngestData(Stage):
     outputs: ClassVar[tuple[str, ...]] = ("snapshot", "rejected", "rows", "sources", "schema")
 
     def input_digests(self, run: RunInfo) -> dict[str, str] | None:
-        """Digests of every source's files, or of its table's version; None as soon as one is a live database."""
+        """A digest of each source's files or of its table's version; None if one of them is a live database."""
         from lepton_airflow.data.sources.landing import source_digest
 
         with self._if_absent():
@@ -91,7 +91,7 @@ class IngestData(Stage):
         return known if len(known) == len(digests) else None
 
     def bytes_to_digest(self, store: Store) -> int | None:
-        """The size of the sources' files; None as soon as one is a table, or not of this machine."""
+        """The size of the sources' files; None if one of them is a table, or not on this machine."""
         from lepton_airflow.data.sources.files import local_bytes
 
         return total_bytes(local_bytes(source, store) for source in self._sources())
@@ -171,7 +171,7 @@ class IngestData(Stage):
 
     @contextmanager
     def _if_absent(self) -> Iterator[None]:
-        """Skip instead of failing over files that are not there, if the user said so."""
+        """Skip instead of failing when files do not exist, if the user said so."""
         from lepton_airflow.data.sources.files import NoFiles
 
         try:
@@ -188,7 +188,7 @@ class IngestData(Stage):
         files: dict[str, dict[Path, str]],
         run: RunInfo,
     ) -> tuple[list[Landed], dict[str, str], dict[str, Artifact]]:
-        """Land the sources and run the query; its rows are in the scratch space then, in any order."""
+        """Land the sources, and write the rows of the query to the scratch space in any order."""
         from lepton_airflow.data.sources.landing import Landing
 
         landing, landed = Landing(con, run), []
@@ -293,7 +293,7 @@ def _rejected(con: duckdb.DuckDBPyConnection, workdir: Path) -> Path:
 
 
 def _bounded(schema: dict[str, str]) -> dict[str, str]:
-    """As many columns as the receipt can carry, and how many more there are."""
+    """As many columns as fit into the receipt, and how many more there are."""
     kept: dict[str, str] = {}
     for name, kind in schema.items():
         if len(json.dumps(kept | {name: kind})) > _SCHEMA_BYTES:

@@ -49,37 +49,37 @@ _ROWS_TO_ACCUSE = 20  # with fewer, a feature may follow the target by chance: t
 class PrepareData(Stage):
     """Make features from a snapshot and split the rows so that no split sees another's future, group or row.
 
-    All columns of the result are features except target, ``time_column``, ``cluster_column``, ``id_columns`` and
-    ``drop``. Text is a category and everything else a number; booleans become 0 and 1.
+    All columns of the result are features except target, ``time_column``, ``cluster_column``, ``id_columns`` and ``drop``.
+    Text is a category and everything else a number; booleans become 0 and 1.
 
-    With ``split="time"`` train lies strictly before valid, and valid strictly before test; rows of one time, and of
-    one cluster, stay together. The features of the rows before each cut are then computed a second time *without*
-    the later rows, and must come out the same (``leak_check``), for SQL and for functions.
+    With ``split="time"`` train lies strictly before valid, and valid strictly before test; rows of one time, and of one
+    cluster, stay together. The features of the rows before each cut are then computed again *without* the later rows, and
+    must be the same (``leak_check``), for SQL and for functions.
 
     :param snapshot: a Parquet snapshot, such as ``ingest.output["snapshot"]``.
     :param target: column to predict.
     :param features: one DuckDB SELECT over the table ``snapshot``, or ``module:function`` that takes the snapshot as
-        a DataFrame and returns one; null: the snapshot's own columns. A function is held in memory, SQL is not.
+        a DataFrame and returns one; null: the snapshot's own columns. A function needs all rows in memory, SQL does not.
     :param parameters: values bound to the SELECT by name, besides ``$window_start`` and ``$window_end``.
     :param task: classification or regression; null: classification for text, booleans and whole numbers of at most
         20 distinct values.
     :param split: time, group (whole ``cluster_column`` values) or random.
     :param time_column: date or timestamp of a row; one without a time zone is compared with UTC bounds digit by digit.
     :param cluster_column: rows with an equal value depend on one another (one day's flights, one patient).
-    :param id_columns: columns kept in the files that no model sees.
-    :param drop: columns of the result that are left out.
-    :param stratify: keep the classes' shares in every split of a random split.
+    :param id_columns: columns that the files keep and no model sees.
+    :param drop: columns of the result to leave out.
+    :param stratify: give every split of a random split equal shares of the classes.
     :param valid_fraction: share of the rows outside test that validate [share, 0 to 1]; 0: no such split.
     :param test_fraction: share of the rows that test [share, 0 to 1]; 0: no such split. Not used with test_start.
     :param valid_start: time at which valid starts, ISO 8601, or window_start; replaces valid_fraction.
     :param test_start: time at which test starts, ISO 8601, or window_start; replaces test_fraction.
     :param seed: of the group and random splits.
-    :param drop_missing_target: leave rows without a target out; else they are an error.
-    :param leak_check: refuse features that change when later rows are taken away, or that repeat the target.
+    :param drop_missing_target: leave out rows without a target; else such a row is an error.
+    :param leak_check: refuse features that change when later rows are left out, or that repeat the target.
     :param memory_limit_mb: what DuckDB may hold; the rest is spilled to disk [MB].
     :param threads: threads of DuckDB; the result does not depend on it.
-    :raises BadInput: the data cannot be split, learnt from, or leaks.
-    :raises BadConfiguration: a column or a combination of parameters does not exist.
+    :raises BadInput: the data cannot be split or learnt from, or a feature leaks.
+    :raises BadConfiguration: a column does not exist, or parameters do not go together.
     """
 
     snapshot: ArtifactUri
@@ -243,7 +243,7 @@ class PrepareData(Stage):
     def _info(
         self, con: duckdb.DuckDBPyConnection, run: RunInfo, table: str, types: dict[str, str], sha256: str
     ) -> DatasetInfo:
-        """What is a feature, a category, a class."""
+        """Decide the task, and which columns are features and which of these are categories."""
         others = {self.target, self.time_column, self.cluster_column, *self.id_columns}
         features = [name for name in types if name not in others]
         if not features:
@@ -271,7 +271,7 @@ class PrepareData(Stage):
                 f"target {self.target!r} is {kind}, which task='classification' does not take as a class: "
                 "cast it to INTEGER or VARCHAR in features."
             )
-        # Splits of one id share no row, so all that moves a row to another split must change the id: the window too.
+        # Splits of one id share no row, so whatever may move a row to another split must change the id, also the window.
         division = cache_key(replace(self, memory_limit_mb=0, threads=0), run)
         return DatasetInfo(
             target=self.target,
@@ -285,7 +285,7 @@ class PrepareData(Stage):
         )
 
     def _check_target(self, con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> int:
-        """The number of rows without a target; raises BadInput when what is there cannot be learnt."""
+        """Count the rows without a target; raises BadInput if the target cannot be learnt."""
         target = quote(self.target)
         rows, known = fetch_row(con, f"SELECT count(*), count({target}) FROM {table}")
         if not known:
@@ -365,7 +365,7 @@ class PrepareData(Stage):
     def _assign(
         self, con: duckdb.DuckDBPyConnection, run: RunInfo, features: Path, division: Division
     ) -> str:
-        """A view of the rows that have a target, each with the name of its split."""
+        """Make a view of the rows that have a target, each with the name of its split."""
         time = f"CAST({quote(self.time_column)} AS TIMESTAMP)" if self.time_column else "NULL::TIMESTAMP"
         con.execute(
             f"CREATE TEMP VIEW known AS SELECT * EXCLUDE (file_row_number), file_row_number AS {ROW}, {time} AS {TIME} "
@@ -414,7 +414,7 @@ class PrepareData(Stage):
     # -- leaks ------------------------------------------------------------------------------------------------------
 
     def _check_target_leaks(self, con: duckdb.DuckDBPyConnection, info: DatasetInfo, assigned: str) -> None:
-        """Refuse a feature that is the target under another name; warn of one that tells the classes apart alone."""
+        """Refuse a feature that repeats the target; warn of one that tells the classes apart by itself."""
         train = f"{assigned} WHERE {SPLIT} = 'train'"
         if copies := copies_of_target(con, train, info):
             raise BadInput(
@@ -495,7 +495,7 @@ class _Features:
         return name
 
     def _earlier(self, before: datetime) -> str:
-        """A table of the snapshot's rows before a time."""
+        """Copy the snapshot's rows before a time."""
         path = self.run.workdir / "earlier.parquet"
         time = quote(str(self.stage.time_column))
         self.con.execute(
@@ -512,7 +512,7 @@ class _Features:
         values = bind(statement, stage.parameters, self.run.need_window, "features")
         if source == "snapshot":
             return statement.query, values
-        # The user's SELECT calls every table snapshot; the WITH shadows the view of that name.
+        # The user's SELECT reads from snapshot: the WITH hides the view of that name.
         select = f"WITH snapshot AS (SELECT * FROM {source}) SELECT * FROM (\n{statement.query}\n)"
         return select, values
 
@@ -549,7 +549,7 @@ class _Features:
             raise kind(f"features: {first_line(error)}. The table is snapshot({there}).") from None
 
     def _call(self, source: str, name: str) -> Path:
-        """The user's function on the rows of a table, its result as Parquet."""
+        """Call the user's function with the rows of a table, and write its result as Parquet."""
         import pandas as pd
         import pyarrow as pa
         import pyarrow.parquet as pq

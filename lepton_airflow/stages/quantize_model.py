@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lepton_airflow.evaluation.rows import EvaluationRows
+    from lepton_airflow.packaging.card import ModelCard
     from lepton_airflow.packaging.compression.compare import Comparison
     from lepton_airflow.packaging.compression.quality import Judge
-    from lepton_airflow.packaging.package import ModelCard, ModelPackage
+    from lepton_airflow.packaging.package import ModelPackage
 
     Feeds = dict[int, list[dict[str, NDArray[Any]]]]
 
@@ -268,7 +269,7 @@ class QuantizeModel(Stage):
         """The card of the chosen candidate: the original's, with what was read and measured to make and choose it."""
         import numpy as np
 
-        from lepton_airflow.packaging.touched import Touched
+        from lepton_airflow.packaging.card import Touched
 
         original = found.candidates[0]
         chosen = next(c for c in found.candidates if c.name == found.chosen)

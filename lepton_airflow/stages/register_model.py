@@ -32,7 +32,7 @@ from lepton_airflow.store.files import now
 from lepton_airflow.store.lease import Lease, lease
 
 if TYPE_CHECKING:
-    from lepton_airflow.packaging.package import ModelCard
+    from lepton_airflow.packaging.card import ModelCard
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from lepton_airflow.packaging.card import ModelCard, Touched
     from lepton_airflow.packaging.export.fitted import Fitted
-    from lepton_airflow.packaging.package import ModelCard
-    from lepton_airflow.packaging.touched import Touched
     from lepton_airflow.training.curves import Curves
     from lepton_airflow.training.rows import Rows
     from lepton_airflow.training.trainer import Trainer
@@ -37,36 +36,36 @@ log = logging.getLogger(__name__)
 class TrainModel(Stage):
     """Fit a model and package it as ONNX with its preprocessing inside.
 
-    Returns the artifact ``model`` (a directory: see :mod:`lepton_airflow.packaging.package`), with ``folds`` also ``out_of_fold``
-    (Parquet: ``row``, ``fold``, ``target`` and ``p_0`` … ``p_{k-1}`` or ``prediction``; one line per row that was held
-    out, ``row`` counted from 0 in the dataset), and ``curves`` (PNG) when the trainer reported losses. The metrics are
-    those of the rows trained on (``train_…``), of ``valid`` and out of fold, and where there is a GPU what the fits of
-    this try made of it (``gpu_…``: see :mod:`lepton_airflow.training.gpu`).
+    Returns the artifact ``model``, a directory (see :mod:`lepton_airflow.packaging.package`); with ``folds`` also
+    ``out_of_fold`` (Parquet with a line for each row that was held out: ``row``, counted from 0 in the dataset, ``fold``,
+    ``target``, and ``p_0`` … ``p_{k-1}`` or ``prediction``); and ``curves`` (PNG) if the trainer reported losses. The metrics
+    are those of the rows trained on (``train_…``), of ``valid`` and out of fold, and how the fits of this try used the GPU, if
+    there is one (``gpu_…``: see :mod:`lepton_airflow.training.gpu`).
 
-    A try that was killed is resumed: folds that are done are read back, and a trainer that keeps checkpoints goes on from
-    the last one. Other data, code, hyperparameters or library versions start anew.
+    A try that was killed is resumed: finished folds are read back, and a trainer with checkpoints goes on from the last
+    one. With other data, code, hyperparameters or library versions it starts from the beginning.
 
-    The ONNX model is compared with the native one on some thousand rows of train and valid, on rows with each value
-    missing and on rows with unseen categories; a difference beyond ``parity_tolerance`` is refused.
+    The ONNX model is compared with the native one on some thousand rows of train and valid, on rows with missing values and
+    on rows with unseen categories; a difference beyond ``parity_tolerance`` is refused.
 
-    Equal inputs give a package with an equal digest on the same kind of CPU with the same library versions; ``model.json``
-    says ``nondeterministic`` when a trainer declares (attribute ``nondeterministic`` of the function) why it does not.
+    Equal inputs give a package with an equal digest, on the same kind of CPU and with the same library versions. A trainer
+    for which this is not so says why in the attribute ``nondeterministic`` of its function, and ``model.json`` repeats it.
 
     :param dataset: training rows, as PrepareData writes them.
-    :param valid: rows for early stopping and for the metrics ``valid_…``; without it nothing stops early.
+    :param valid: rows for early stopping and for the metrics ``valid_…``; None: no fit stops early.
     :param trainer: a name from ``lepton_airflow.models``, or ``module:function`` (contract: ``lepton_airflow.training``).
-    :param hyperparameters: by name; the model's defaults stand for those left out.
-    :param folds: also predict every row by a model that has not seen it, with so many folds; None: do not.
+    :param hyperparameters: by name; for the others the model's defaults are used.
+    :param folds: number of folds for predicting rows with models that have not seen them; None: do not.
     :param fold_by: ``row``: at random, stratified by class, whole clusters together; ``time``: train on the past only.
-    :param also_touched: datasets that shaped the model before (tuning, calibration), so that no later comparison uses
-        their rows; the training rows themselves need no mention.
-    :param profile: reference profile of the training rows, to be packed for drift checks.
+    :param also_touched: other datasets that influenced the model (tuning, calibration), so that no later comparison uses
+        their rows. The training rows need not be named.
+    :param profile: reference profile of the training rows, which goes into the package for drift checks.
     :param seed: seeds every source of randomness.
-    :param parity_tolerance: largest difference allowed between native and ONNX predictions [probability, or standard
+    :param parity_tolerance: largest allowed difference between native and ONNX predictions [probability, or standard
         deviations of the target for regression].
     :param threads: CPU threads; another number may change the last bits of the model [threads].
     :param device: where torch trains: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:1``.
-    :param checkpoint_s: time between checkpoints, which is the most work that a kill can cost [seconds].
+    :param checkpoint_s: time between checkpoints, and so the most work that a kill can cost [seconds].
     """
 
     dataset: ArtifactUri
@@ -127,7 +126,7 @@ class TrainModel(Stage):
         if out_of_fold is not None:
             out_of_fold.to_parquet(run.workdir / "out_of_fold.parquet", index=False)
             artifacts["out_of_fold"] = run.save("out_of_fold.parquet", run.workdir / "out_of_fold.parquet")
-        # Rows without a time can only be told by their content.
+        # Where a dataset has no times, later stages recognise rows of it by their fingerprints.
         timed = all(t.time_range for t in touched)
         paths = [path, *([valid_path] if valid_path else [])]
         write_package(
@@ -167,7 +166,7 @@ class TrainModel(Stage):
 
     def _touched(self, run: RunInfo, rows: Rows, valid: Rows | None) -> list[Touched]:
         from lepton_airflow.data.dataset import read_info
-        from lepton_airflow.packaging.touched import Touched
+        from lepton_airflow.packaging.card import Touched
 
         def sha256(uri: str) -> str:
             return split_pin(uri)[1] or run.store.digest(uri)
@@ -184,7 +183,10 @@ class TrainModel(Stage):
 
 @dataclass
 class _Fits:
-    """The fits of one run of the stage, all with the same data and seed; an earlier try's are taken from the store."""
+    """The fits of one run of the stage, all with the same data and seed; those that an earlier try finished are read back.
+
+    :ivar curves: of the model of all rows.
+    """
 
     stage: TrainModel
     run: RunInfo
@@ -193,7 +195,7 @@ class _Fits:
     valid: Rows | None
     hyperparameters: dict[str, Any]
     touched: list[Touched]
-    curves: Curves = field(init=False)  # of the model of all rows
+    curves: Curves = field(init=False)
 
     def __post_init__(self) -> None:
         from lepton_airflow.training.curves import Curves
@@ -202,12 +204,12 @@ class _Fits:
 
     @property
     def data(self) -> dict[str, str]:
-        """Digests of the rows that the fits see."""
+        """Digests of the datasets that the fits see."""
         return {t.role: t.sha256 for t in self.touched if t.role in ("train", "valid")}
 
     @cached_property
     def key(self) -> str:
-        """Where in the store an earlier try may have left checkpoints and folds: it names all that a fit depends on."""
+        """Where the store keeps checkpoints and finished folds; it contains a digest of all that a fit depends on."""
         stage = self.stage
         same_fit = digest_of(
             [
@@ -220,21 +222,21 @@ class _Fits:
                 stage.folds,
                 stage.fold_by,
                 versions(type(stage)),
-                package_digest("lepton_airflow.training.fit"),
+                package_digest("lepton_airflow.training.fit", "lepton_airflow.training.folds"),
             ]
         )
         return f"checkpoints/{self.run.run_key}/{same_fit[:16]}"
 
     def forget(self) -> None:
-        """Delete what was kept for a later try, also of other fits that this task instance gave up."""
+        """Delete all checkpoints and folds of this task instance, also those of other fits that it gave up."""
         self.run.store.delete(f"checkpoints/{self.run.run_key}")
 
     def final(self) -> Fitted:
-        """The model of all rows."""
+        """Fit the model on all rows."""
         return self._fit("final", None, self.curves)
 
     def out_of_fold(self) -> pd.DataFrame:
-        """Each held-out row's prediction; folds finished by an earlier try are read back."""
+        """Predict each row of every fold with a model that has not seen it; finished folds are read back."""
         import numpy as np
         import pandas as pd
 
@@ -260,8 +262,8 @@ class _Fits:
     def card(
         self, model: Fitted, metrics: dict[str, dict[str, float | None]], parity: dict[str, Any]
     ) -> ModelCard:
-        """What the package says of the model."""
-        from lepton_airflow.packaging.package import ModelCard
+        """Describe the model for its package."""
+        from lepton_airflow.packaging.card import ModelCard
         from lepton_airflow.packaging.schema import OUTPUTS
 
         rows, window = self.rows, self.run.window
@@ -287,7 +289,7 @@ class _Fits:
         )
 
     def _predicted(self, number: int, train: NDArray[np.intp], held_out: NDArray[np.intp]) -> NDArray[Any]:
-        """The predictions of a fold's held-out rows."""
+        """Predict the held-out rows of a fold."""
         import numpy as np
 
         key = f"{self.key}/fold-{number}.npy"
@@ -329,16 +331,16 @@ class _Fits:
                 say=lambda text: log.info("%s: %s", name, text),
             )
         except LeptonError as error:
-            if error.__cause__ is not None:  # what happened inside the user's code
-                log.error("%s", "".join(traceback.format_exception(error.__cause__)))  # noqa: TRY400  its own traceback, without ours
+            if error.__cause__ is not None:  # an error of the user's code: show its traceback, without ours
+                log.error("%s", "".join(traceback.format_exception(error.__cause__)))  # noqa: TRY400
             raise
 
 
 def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
-    """Raise BadInput when rows to stop early on, and to be judged by, are among the rows to learn from.
+    """Raise BadInput when rows for early stopping and for metrics are among the rows to learn from.
 
-    As for evaluation rows (:func:`lepton_airflow.packaging.touched.overlap`): splits of one PrepareData run share no row; of others
-    the time ranges decide, both ends included, or where a side has none, equal rows.
+    The rules are those for evaluation rows (:func:`lepton_airflow.packaging.touched.overlap`). Splits of one PrepareData run
+    share no row. For other datasets the time ranges decide, both ends included; if one has no range, equal rows do.
     """
     import numpy as np
 

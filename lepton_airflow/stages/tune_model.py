@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Preempted, StoreError, require
+from lepton_airflow.sdk.closure import package_digest
+from lepton_airflow.sdk.fingerprint import versions
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
@@ -33,34 +35,35 @@ _HOPELESS_TRIALS = 3
 
 @dataclass(kw_only=True)
 class TuneModel(Stage):
-    """Search hyperparameters by cross-validation, in a study that a killed run takes up again.
+    """Search hyperparameters by cross-validation, in a study with which the next try of a killed run goes on.
 
-    The objective is the mean of the metric over ``folds`` held-out parts. Sampling is TPE (Bergstra et al. 2011); a trial
-    whose mean over the folds so far is worse than the median of earlier trials at that fold is pruned.
+    The objective is the mean of the metric over ``folds`` held-out parts. Sampling is TPE (Bergstra et al. 2011). A trial is
+    pruned if its mean over the folds so far is worse than the median of earlier trials at that fold.
 
-    The study lives in ``storage`` under the run key and a digest of what is being tuned, so changed data or another space
-    start a new one, while a larger ``trials`` goes on with the old. After a kill the finished trials stand, and what was
-    running is run again: with its parameters, except that a copy in a remote store may not know them yet.
+    The study is named after the run key and a digest of what is tuned. So changed data or another space start a new study,
+    and a larger ``trials`` continues the old one. After a kill, finished trials count, and trials that were running are run
+    again with their parameters, unless the copy of the study in a remote store does not have these yet.
 
     Returns the value ``best`` (hyperparameters for TrainModel, the fixed ones included), and the artifacts ``trials``
-    (JSON), ``history`` and ``importance`` (PNG; the latter from four finished trials and two parameters on).
+    (JSON), ``history`` and ``importance`` (PNG; the latter needs four finished trials and two parameters).
 
     :param dataset: training rows, as PrepareData writes them.
     :param trainer: a name from ``lepton_airflow.models``, or ``module:function`` (contract: ``lepton_airflow.training``).
     :param search_space: what to search, as ``lepton_airflow.training.search`` describes; None: the model's own space.
     :param hyperparameters: fixed ones, not searched.
-    :param metric: what to make best (log_loss, roc_auc, brier, … or rmse, mae, r2); None: log_loss or rmse.
+    :param metric: the metric to optimise (log_loss, roc_auc, brier, … or rmse, mae, r2); None: log_loss or rmse.
     :param folds: parts of the cross-validation, at least 2.
     :param fold_by: ``row``: at random, stratified by class, whole clusters together; ``time``: train on the past only.
-    :param trials: finished trials (also pruned or failed) after which it ends, over all tries of this run [trials].
-    :param timeout_s: stop starting work after so long, over all tries of this run, once one trial is complete [s].
+    :param trials: ends after this many finished trials, over all tries of this run; pruned and failed ones count [trials].
+    :param timeout_s: start no more work after this time, over all tries of this run, once one trial is complete [s].
     :param workers: trials at the same time, each in its own process [processes].
-    :param storage: Optuna storage URL without a password; None: a file in the store, copied there after every trial where
-        the store is no local directory.
+    :param storage: Optuna storage URL without a password; None: a file in the store, to which it is copied after every trial
+        if the store is no local directory.
     :param storage_connection: Airflow Connection of the database to use as storage, instead of ``storage``.
     :param pruner: ``median``, or ``none`` to run every fold of every trial.
-    :param max_rows: tune on a random sample of so many rows [rows].
-    :param seed: seeds folds, fits and, by trial number, the sampler; with several workers the order of results counts too.
+    :param max_rows: tune on a random sample of this many rows [rows].
+    :param seed: seeds folds, fits and, by trial number, the sampler; with several workers the result also depends on the
+        order in which trials finish.
     :param threads: CPU threads per worker [threads].
     """
 
@@ -134,7 +137,7 @@ class TuneModel(Stage):
             raise BadConfiguration(f"max_rows={self.max_rows}: expected at least 1, or null for all rows.")
 
     def _scorer(self, run: RunInfo) -> Scorer:
-        """What scores a trial, its rows read and its folds made: those that cannot be are refused before a study is made."""
+        """Make what scores a trial; rows and folds are made at once, so that a study is begun only if they can be."""
         from lepton_airflow import models
         from lepton_airflow.training.search import Scorer
 
@@ -154,7 +157,7 @@ class TuneModel(Stage):
         return scorer
 
     def _space(self, trainer: Trainer) -> dict[str, BaseDistribution]:
-        """What is searched; raises where it overlaps with what is fixed, or the trainer does not know it."""
+        """Check what is searched: the trainer must know it, and it must not be fixed, too."""
         from lepton_airflow.training.search import distributions
 
         trainer.complete(self.hyperparameters)
@@ -169,14 +172,16 @@ class TuneModel(Stage):
     def _tuned(
         self, run: RunInfo, trainer: Trainer, metric: str, space: Mapping[str, BaseDistribution]
     ) -> str:
-        """A digest of what is tuned: a study of anything else is another one."""
+        """A digest of all that a study is about, so that each has its own."""
         return digest_of(
             [
                 [
                     split_pin(self.dataset)[1] or run.store.digest(self.dataset),
+                    self.trainer,
                     trainer.code,
                     self.hyperparameters,
                 ],
+                [package_digest("lepton_airflow.training.search"), versions(type(self))],
                 [metric, self.folds, self.fold_by, self.max_rows, self.seed],
                 {k: [type(d).__name__, vars(d)] for k, d in space.items()},
             ]
@@ -255,7 +260,7 @@ class TuneModel(Stage):
 
 @dataclass
 class _Running:
-    """A trial on its way through the folds."""
+    """A trial that has not run through all folds yet."""
 
     trial: optuna.Trial
     hyperparameters: dict[str, Any]
@@ -264,7 +269,7 @@ class _Running:
 
 @dataclass
 class _Search:
-    """The loop: this process alone writes the study, so that no trial can be counted or run twice."""
+    """The search. Only this process writes the study, so that no trial is counted or run twice."""
 
     stage: TuneModel
     run: RunInfo
@@ -278,7 +283,7 @@ class _Search:
     spent_before: float = 0.0
 
     def take_up(self) -> None:
-        """Queue again what an earlier try was running when it ended, and count what it finished."""
+        """Go on from an earlier try: count the time of its finished trials, and queue those that were running."""
         from optuna.trial import TrialState
 
         trials = self.study.get_trials(deepcopy=False)
@@ -294,7 +299,7 @@ class _Search:
 
     @property
     def done(self) -> int:
-        """Trials that count against the budget."""
+        """How many trials count against the budget."""
         return sum(map(_finished, self.study.get_trials(deepcopy=False)))
 
     def go(self) -> None:
@@ -317,7 +322,7 @@ class _Search:
         return any(t.state.name == "COMPLETE" for t in self.study.get_trials(deepcopy=False))
 
     def _hopeless(self) -> bool:
-        """Whether the first few trials all failed, as the rest of them then would."""
+        """Whether the first few trials all failed, so that the others would, too."""
         finished = [t for t in self.study.get_trials(deepcopy=False) if _finished(t)]
         return len(finished) >= _HOPELESS_TRIALS and all("error" in t.user_attrs for t in finished)
 
@@ -334,7 +339,7 @@ class _Search:
     def _start(self) -> None:
         import optuna
 
-        # A sampler seeded once would draw the same first parameters again after a kill; the number of trials goes on.
+        # Seeded by the number of trials: a sampler that is seeded once would repeat its first parameters after a kill.
         trials = len(self.study.get_trials(deepcopy=False))
         digest = hashlib.sha256(f"{self.stage.seed}/{trials}".encode()).digest()
         self.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "big"))
@@ -347,7 +352,7 @@ class _Search:
         self.running[future] = running
 
     def _await_one(self) -> None:
-        """Take the results that are there, or wait half a second for one."""
+        """Handle the results that are there, after at most half a second."""
         from concurrent.futures.process import BrokenProcessPool
 
         done, _ = concurrent.futures.wait(
@@ -365,8 +370,8 @@ class _Search:
                     f"a worker process ended in trial {running.trial.number} (out of memory, or killed): a retry goes on "
                     "from the finished trials; set fewer workers or max_rows."
                 ) from None
-            except Exception as error:  # noqa: BLE001  one set of hyperparameters that cannot be fitted ends its trial only
-                own = isinstance(error, LeptonError)  # says all by itself
+            except Exception as error:  # noqa: BLE001  hyperparameters that cannot be fitted end their trial only
+                own = isinstance(error, LeptonError)  # its message is a whole sentence
                 self._fail(running, str(error) if own else f"{type(error).__name__}: {error}")
                 continue
             self._advance(running, value)

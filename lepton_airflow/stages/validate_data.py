@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
-from lepton_airflow.data.sql import connect, quote
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
+from lepton_airflow.data.findings import call_text, failure_text, severity
+from lepton_airflow.data.sql import connect, fetch_row, literal, nan_as_null, quote
+from lepton_airflow.data.suites import checked_suite, propose_suite
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line, require
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ log = logging.getLogger(__name__)
 
 INFER = "infer"
 
-# A receipt has at most 8 KB and holds the message twice; the two addresses at its end must not be cut off.
-_MAX_LIST_BYTES = 2000
-_MAX_LINE = 300
-_MAX_EXAMPLES_SHOWN = 5
-
 
 @dataclass(kw_only=True)
 class ValidateData(Stage):
@@ -39,25 +35,25 @@ class ValidateData(Stage):
 
     ``ValidateData(dataset=ingest.output["snapshot"], suite="great_expectations/flights.json")``
 
-    With the engine ``duckdb`` the expectations become SQL over the Parquet file, which is never loaded; ``pandas``
-    loads all of it and knows the few expectations that have no SQL (increasing values, strftime formats). NaN counts
-    as missing on both. An expectation of ``"severity": "warning"`` or ``"info"`` is reported and fails nothing.
+    With the engine ``duckdb`` the expectations become SQL over the Parquet file, which is never loaded. ``pandas`` loads all
+    of it, and knows the few expectations that have no SQL (increasing values, strftime formats). Both take NaN for missing.
+    A failed expectation of ``"severity": "warning"`` or ``"info"`` is reported and fails nothing.
 
     Artifacts: ``validation``, the full result as Great Expectations' JSON, and ``data_docs``, one HTML page that loads
-    nothing from anywhere; both are stored before the stage fails. Value: ``passed``. With ``suite="infer"`` the one
+    nothing from elsewhere; both are stored before the stage fails. Value: ``passed``. With ``suite="infer"`` the only
     artifact is ``suite``: expectations that the snapshot meets, to review, edit and keep beside the DAG.
 
     :param dataset: the Parquet snapshot: a file, or a directory of files.
     :param suite: a path or URI of a suite's JSON, the suite itself as a dict, or ``infer``.
-    :param suite_parameters: values of the ``{"$PARAMETER": name}`` in the suite, such as the bounds of this run's window.
+    :param suite_parameters: values for each ``{"$PARAMETER": name}`` in the suite, such as the bounds of this run's window.
     :param engine: ``duckdb`` or ``pandas``.
     :param on_failure: ``fail``, or ``warn`` to log what failed and go on.
     :param max_offending: examples of offending values kept per failed expectation [values].
     :param memory_limit_mb: memory DuckDB may use before it spills to disk [MB].
     :param threads: threads of DuckDB [threads].
-    :raises BadInput: a critical expectation failed and ``on_failure`` is ``fail``; the text names expectations,
-        columns, counts and examples.
-    :raises BadConfiguration: the suite is not there, is no suite, or names an unknown expectation.
+    :raises BadInput: a critical expectation failed and ``on_failure`` is ``fail``; the message names expectations, columns,
+        counts and examples.
+    :raises BadConfiguration: the suite does not exist, is no suite, or names an unknown expectation.
     """
 
     windowed: ClassVar[bool] = False
@@ -90,39 +86,39 @@ class ValidateData(Stage):
         try:
             columns = _open(con, path)
             if self.suite == INFER:
-                return _infer(con, columns, split_pin(self.dataset)[0], run)
+                return self._infer(con, columns, run)
             require("great-expectations", "ValidateData", self.extra)
             return self._validate(con, path, self._suite(run), run)
         finally:
             con.close()
+
+    def _infer(self, con: duckdb.DuckDBPyConnection, columns: dict[str, str], run: RunInfo) -> Result:
+        """Propose a suite that the snapshot meets, for a person to review."""
+        source = split_pin(self.dataset)[0]
+        (rows,) = fetch_row(con, "SELECT count(*) FROM dataset")
+        if not rows:
+            raise BadInput(
+                f"{source} has no rows, so there is nothing to infer a suite from. Infer it from a full snapshot."
+            )
+        suite = propose_suite(con, "dataset", columns, Path(source))
+        artifact = run.save(f"{suite['name']}.json", json.dumps(suite, indent=2, ensure_ascii=False) + "\n")
+        proposed = len(suite["expectations"])
+        summary = f"proposed {proposed} expectations from {rows} rows, to review: {artifact.uri}"
+        log.info(summary)
+        return Result(summary, {"suite": artifact}, {}, {"rows": rows, "expectations": proposed})
 
     def _validate(
         self, con: duckdb.DuckDBPyConnection, path: Path, suite: dict[str, Any], run: RunInfo
     ) -> Result:
         log.info("loading Great Expectations, which takes some seconds")
         with _quiet():
-            from great_expectations.core import ExpectationSuiteValidationResult
-            from great_expectations.validator.validator import calc_validation_statistics
-
             validator = _validator(con, path, self.engine)
             expectations = _expectations(suite, set(self.suite_parameters))
             log.info(
                 "checking %d expectations of suite %r on %s", len(expectations), suite["name"], self.engine
             )
             results = _evaluate(validator, expectations, self.suite_parameters, self.max_offending)
-            statistics = calc_validation_statistics(results)
-            report = ExpectationSuiteValidationResult(
-                results=results,
-                success=statistics.success,
-                suite_name=suite["name"],
-                statistics={
-                    "evaluated_expectations": statistics.evaluated_expectations,
-                    "successful_expectations": statistics.successful_expectations,
-                    "unsuccessful_expectations": statistics.unsuccessful_expectations,
-                    "success_percent": statistics.success_percent,
-                },
-                meta={"run_id": {"run_name": run.run_key}, "batch_spec": {"data_asset_name": path.name}},
-            )
+            report = _report(results, suite["name"], run.run_key, path.name)
             document = json.dumps(
                 report.to_json_dict(), indent=1, sort_keys=True, ensure_ascii=False, default=_scalar
             )
@@ -130,9 +126,9 @@ class ValidateData(Stage):
                 "validation": run.save("validation.json", document),
                 "data_docs": run.save("data_docs.html", _html(report)),
             }
-        (rows,) = con.execute("SELECT count(*) FROM dataset").fetchone() or (0,)
+        (rows,) = fetch_row(con, "SELECT count(*) FROM dataset")
         failed = [r for r in results if not r.success]
-        critical = [r for r in failed if _severity(r) == "critical"]
+        critical = [r for r in failed if severity(r) == "critical"]
         metrics = {
             "rows": rows,
             "expectations": len(results),
@@ -143,7 +139,7 @@ class ValidateData(Stage):
             summary = f"{path.name}: all {len(results)} expectations of suite {suite['name']!r} hold on {rows} rows."
             return Result(summary, artifacts, {"passed": True}, metrics)
         where = f"suite {suite['name']!r} on {path.name} ({rows} rows)"
-        text = _failure_text(failed, len(results), where)
+        text = failure_text(failed, len(results), where)
         links = f"Full result: {artifacts['validation'].uri} Data Docs: {artifacts['data_docs'].uri}"
         if critical and self.on_failure == "fail":
             raise BadInput(
@@ -153,9 +149,9 @@ class ValidateData(Stage):
         return Result(text.partition("\n")[0], artifacts, {"passed": not critical}, metrics)
 
     def _suite(self, run: RunInfo) -> dict[str, Any]:
-        """The suite as a dict with a name and a list of expectations, from wherever the parameter says."""
+        """Read the suite, from wherever the parameter says, and check that it has expectations."""
         if isinstance(self.suite, dict):
-            return _checked_suite(self.suite, "the suite given inline", "inline")
+            return checked_suite(self.suite, "the suite given inline", "inline")
         uri = self.suite
         if "://" not in uri:
             local = Path(uri).expanduser().absolute()
@@ -170,40 +166,23 @@ class ValidateData(Stage):
             loaded = json.loads(run.fetch(uri).read_text("utf-8"))
         except (ValueError, IsADirectoryError) as error:
             raise BadConfiguration(f"suite {self.suite} is not a JSON file: {error}.") from None
-        return _checked_suite(loaded, f"suite {self.suite}", Path(split_pin(uri)[0]).stem)
-
-
-def _checked_suite(suite: Any, what: str, name: str) -> dict[str, Any]:
-    if (
-        not isinstance(suite, dict)
-        or not isinstance(suite.get("expectations"), list)
-        or not suite["expectations"]
-    ):
-        raise BadConfiguration(
-            f'{what} has no expectations: expected {{"name": …, "expectations": [{{"type": …, "kwargs": {{…}}}}, …]}}. '
-            'ValidateData(suite="infer") proposes one from a snapshot.'
-        )
-    return {"name": name} | suite
+        return checked_suite(loaded, f"suite {self.suite}", Path(split_pin(uri)[0]).stem)
 
 
 def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
-    """Make the view ``dataset`` over the Parquet, with NaN as null, as pandas sees it; its columns and their types."""
+    """Make the view ``dataset`` of the Parquet, with NaN as NULL, as pandas has it; returns the columns and their types."""
     import duckdb
 
     source = str(path / "**" / "*.parquet") if path.is_dir() else str(path)
-    parquet = "read_parquet('" + source.replace("'", "''") + "')"
+    parquet = f"read_parquet({literal(source)})"
     try:
         columns = {row[0]: row[1] for row in con.execute(f"DESCRIBE SELECT * FROM {parquet}").fetchall()}
     except duckdb.Error as error:
-        reason = str(error).splitlines()[0]
         raise BadInput(
-            f"{path.name} cannot be read as Parquet: {reason}. Run the task that wrote it again."
+            f"{path.name} cannot be read as Parquet: {first_line(error)}. Run the task that wrote it again."
         ) from None
     floats = [quote(name) for name, kind in columns.items() if kind in ("FLOAT", "DOUBLE")]
-    # Not nullif or isnan: DuckDB answers them from the file's statistics, and those that Arrow writes leave NaN out.
-    replaced = ", ".join(
-        f"CASE WHEN isfinite({name}) OR isinf({name}) THEN {name} END AS {name}" for name in floats
-    )
+    replaced = ", ".join(f"{nan_as_null(name)} AS {name}" for name in floats)
     con.execute(f"CREATE VIEW dataset AS SELECT *{f' REPLACE ({replaced})' if floats else ''} FROM {parquet}")
     return columns
 
@@ -213,9 +192,9 @@ def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's own notices out of the task log; what matters of them is in the results."""
+    """Keep the library's own messages out of the task log: all that matters is in the results."""
     logger, nowhere = logging.getLogger("great_expectations"), logging.NullHandler()
-    propagate, logger.propagate = logger.propagate, False  # some of its modules set a level of their own
+    propagate, logger.propagate = logger.propagate, False  # not by level: some of its modules set their own
     logger.addHandler(nowhere)
     try:
         yield
@@ -225,7 +204,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Validator:
-    """A validator over the data, in a context that lives in memory and sends nothing."""
+    """Make a validator for the data, in a context that exists in memory only and sends nothing."""
     from great_expectations.core.batch import Batch
     from great_expectations.data_context import get_context
     from great_expectations.validator.validator import Validator
@@ -253,7 +232,7 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
 
 
 def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[ExpectationConfiguration]:
-    """The suite's expectations, each checked; raises BadConfiguration on the first that is none."""
+    """Check each expectation of the suite; raises BadConfiguration with the first that is none."""
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
     from great_expectations.expectations.registry import list_registered_expectation_implementations
 
@@ -284,7 +263,9 @@ def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[Expectati
             config.to_domain_obj()
         except Exception as error:  # noqa: BLE001 - pydantic's, the parser's and GX's own share no base
             reason = " ".join(str(error).split())
-            raise BadConfiguration(f"{where}: {kind}({_arguments(kwargs)}) is not valid: {reason}") from None
+            raise BadConfiguration(
+                f"{where}: {call_text(str(kind), kwargs)} is not valid: {reason}"
+            ) from None
         checked.append(config)
     return checked
 
@@ -306,9 +287,10 @@ def _evaluate(
     parameters: dict[str, Any],
     max_offending: int,
 ) -> list[ExpectationValidationResult]:
-    """Count first, and look for examples only where something was counted.
+    """Evaluate without examples first, and look for examples only where unexpected values were counted.
 
-    GX asks for examples of every expectation, one more scan for each that holds; a limit of 0 rows costs none.
+    Great Expectations would scan once more for each expectation that is met, to look for examples; with a limit of 0
+    examples it does not.
     """
 
     def ask(wanted: list[ExpectationConfiguration], result_format: str, examples: int) -> dict[str, Any]:
@@ -326,18 +308,33 @@ def _evaluate(
     return [results[str(c.id)] for c in expectations]
 
 
+def _report(
+    results: list[ExpectationValidationResult], suite: str, run_key: str, file: str
+) -> ExpectationSuiteValidationResult:
+    """Make Great Expectations' own result of all expectations."""
+    from great_expectations.core import ExpectationSuiteValidationResult
+    from great_expectations.validator.validator import calc_validation_statistics
+
+    counted = calc_validation_statistics(results)
+    names = (
+        "evaluated_expectations", "successful_expectations", "unsuccessful_expectations", "success_percent",
+    )  # fmt: skip
+    return ExpectationSuiteValidationResult(
+        results=results,
+        success=counted.success,
+        suite_name=suite,
+        statistics={name: getattr(counted, name) for name in names},
+        meta={"run_id": {"run_name": run_key}, "batch_spec": {"data_asset_name": file}},
+    )
+
+
 def _scalar(value: Any) -> Any:
-    """A numpy scalar, which GX leaves in some results, as JSON's own."""
+    """Turn numpy's scalars, which some results hold, into values for JSON."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _severity(result: ExpectationValidationResult) -> str:
-    severity = result.expectation_config.severity if result.expectation_config else "critical"
-    return str(getattr(severity, "value", severity))
-
-
 def _html(report: ExpectationSuiteValidationResult) -> str:
-    """Great Expectations' page of the result, without the scripts, styles and images it would load from elsewhere."""
+    """Render Great Expectations' page of the result, without what it would load from elsewhere."""
     from great_expectations.render.renderer.page_renderer import ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView
 
@@ -346,7 +343,7 @@ def _html(report: ExpectationSuiteValidationResult) -> str:
     )
     page = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL | re.IGNORECASE)
     page = re.sub(r"<(?:link|img)\b[^>]*>", "", page, flags=re.IGNORECASE)
-    # The policy also keeps markup that is in the data from doing anything.
+    # The policy also stops scripts in the data.
     return page.replace("<head>", f"<head>{_HEAD}", 1)
 
 
@@ -362,191 +359,3 @@ _HEAD = """
       .fa-times::before { content: "\\2718"; color: #b3261e; }
       .fa-exclamation-triangle::before { content: "\\26A0"; color: #9a6700; }
     </style>"""
-
-
-# -- what went wrong, in words ----------------------------------------------------------------------------------------
-
-
-def _failure_text(failed: list[ExpectationValidationResult], total: int, where: str) -> str:
-    """One line per failed expectation, the critical ones first, as many as a receipt has room for."""
-    ordered = sorted(failed, key=lambda r: _severity(r) != "critical")
-    lines = [f"{len(failed)} of {total} expectations failed: {where}."]
-    room = _MAX_LIST_BYTES
-    for shown, result in enumerate(ordered):
-        line = _shorten(f"- {_failure(result)}", _MAX_LINE)
-        room -= len(json.dumps(line))
-        if room < 0:
-            lines.append(f"- and {len(ordered) - shown} more, in the full result.")
-            break
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _failure(result: ExpectationValidationResult) -> str:
-    config = result.expectation_config
-    assert config is not None
-    name = f"{config.type}({_shorten(_arguments(config.kwargs), 140)})"
-    if _severity(result) != "critical":
-        name = f"[{_severity(result)}] {name}"
-    error = _error(result)
-    if error:
-        return f"{name}: could not be evaluated: {error}"
-    found = result.result
-    if found.get("unexpected_count"):
-        count, total = found["unexpected_count"], found.get("element_count") or 0
-        share = f" of {total} ({100 * count / total:.3g}%)" if total else ""
-        examples = dict.fromkeys(_shorten(_plain(v), 40) for v in found.get("partial_unexpected_list", []))
-        shown = ", ".join(list(examples)[:_MAX_EXAMPLES_SHOWN])
-        return f"{name}: {count}{share} unexpected" + (f", e.g. {shown}" if shown else "")
-    mismatched = (found.get("details") or {}).get("mismatched")
-    if mismatched:
-        return f"{name}: {_shorten(_arguments(dict(sorted(mismatched.items()))), 140)}"
-    if "observed_value" in found:
-        return f"{name}: observed {_shorten(_plain(found['observed_value']), 100)}"
-    return name
-
-
-def _arguments(kwargs: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{k}={_plain(v)}" for k, v in kwargs.items() if k not in ("batch_id", "catch_exceptions")
-    )
-
-
-def _plain(value: Any) -> str:
-    """A value as it would be written by hand: numpy's and pandas' scalars without their class names."""
-    if isinstance(value, dict):
-        return "{" + _arguments(value) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_plain, value)) + "]"
-    if isinstance(value, str):
-        return repr(value)
-    return str(value)
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _error(result: ExpectationValidationResult) -> str | None:
-    """Why an expectation could not be evaluated, as one sentence, or None when it was."""
-    info = result.exception_info or {}
-    records = [info] if "raised_exception" in info else list(info.values())
-    messages = [str(r.get("exception_message")) for r in records if r.get("raised_exception")]
-    if not messages:
-        return None
-    message = messages[0]
-    missing = re.search(r'The column "(.*)" in BatchData does not exist', message)
-    if missing:
-        return f"column {missing[1]!r} is not in the data"
-    if "No provider found" in message or "not implemented for SQL" in message:
-        other = "pandas" if "DuckDB" in message or "SQL" in message else "duckdb"
-        return f"it does not exist for this engine; set engine={other!r}"
-    if "Out of Memory Error" in message:
-        return "DuckDB needs more memory: raise memory_limit_mb"
-    database = re.search(r"duckdb\.\w+\) (.*)", message)
-    return (database[1] if database else message.splitlines()[0]).strip()
-
-
-# -- infer ------------------------------------------------------------------------------------------------------------
-
-_INTEGERS = (
-    "TINYINT",
-    "SMALLINT",
-    "INTEGER",
-    "BIGINT",
-    "UTINYINT",
-    "USMALLINT",
-    "UINTEGER",
-    "UBIGINT",
-    "HUGEINT",
-)
-_MAX_VALUES_IN_SET = 20
-_SLACK = 0.1  # of the observed range, and of the share of nulls
-
-
-def _infer(con: duckdb.DuckDBPyConnection, columns: dict[str, str], source: str, run: RunInfo) -> Result:
-    """Propose a suite that the snapshot meets, with some slack, for a person to review."""
-    (rows,) = con.execute("SELECT count(*) FROM dataset").fetchone() or (0,)
-    if not rows:
-        raise BadInput(
-            f"{source} has no rows, so there is nothing to infer a suite from. Infer it from a full snapshot."
-        )
-    proposed: list[dict[str, Any]] = [
-        _expect("table_row_count_to_be_between", min_value=rows // 2, max_value=rows * 2),
-        _expect("table_columns_to_match_set", column_set=list(columns), exact_match=True),
-    ]
-    for name, kind in columns.items():
-        proposed += _infer_column(con, name, kind, rows)
-    name = Path(source).stem
-    suite = {
-        "name": name,
-        "meta": {
-            "notes": f"Proposed from {rows} rows of {Path(source).name}. Review every bound before use."
-        },
-        "expectations": proposed,
-    }
-    artifact = run.save(f"{name}.json", json.dumps(suite, indent=2, ensure_ascii=False) + "\n")
-    summary = f"proposed {len(proposed)} expectations from {rows} rows, to review: {artifact.uri}"
-    log.info(summary)
-    return Result(summary, {"suite": artifact}, {}, {"rows": rows, "expectations": len(proposed)})
-
-
-def _infer_column(
-    con: duckdb.DuckDBPyConnection, name: str, kind: str, rows: int
-) -> Iterator[dict[str, Any]]:
-    column = quote(name)
-    present, distinct = con.execute(
-        f"SELECT count({column}), approx_count_distinct({column}) FROM dataset"
-    ).fetchone() or (0, 0)
-    yield _expect("column_values_to_be_in_type_list", column=name, type_list=[kind.partition("(")[0]])
-    if present == 0:
-        return
-    if present == rows:
-        yield _expect("column_values_to_not_be_null", column=name)
-    else:
-        mostly = round(max(0.0, present / rows - _SLACK), 2)
-        yield _expect("column_values_to_not_be_null", column=name, mostly=mostly)
-    if distinct > 0.9 * present and kind in (*_INTEGERS, "VARCHAR", "UUID"):
-        (exact,) = con.execute(f"SELECT count(DISTINCT {column}) FROM dataset").fetchone() or (0,)
-        if exact == present:
-            yield _expect("column_values_to_be_unique", column=name)
-    if kind in (*_INTEGERS, "FLOAT", "DOUBLE") or kind.startswith("DECIMAL"):
-        low, high = con.execute(f"SELECT min({column}), max({column}) FROM dataset").fetchone() or (0, 0)
-        whole = kind in _INTEGERS
-        if math.isfinite(low) and math.isfinite(high):
-            least, most = (
-                _bounds(low, high, whole=True) if whole else _bounds(float(low), float(high), whole=False)
-            )
-            yield _expect("column_values_to_be_between", column=name, min_value=least, max_value=most)
-    elif kind == "VARCHAR" and distinct <= _MAX_VALUES_IN_SET:
-        values = con.execute(
-            f"SELECT DISTINCT {column} FROM dataset WHERE {column} IS NOT NULL ORDER BY 1"
-        ).fetchall()
-        yield _expect("column_values_to_be_in_set", column=name, value_set=[v for (v,) in values])
-    elif kind == "VARCHAR":
-        low, high = con.execute(
-            f"SELECT min(length({column})), max(length({column})) FROM dataset"
-        ).fetchone() or (0, 0)
-        yield _expect("column_value_lengths_to_be_between", column=name, min_value=low, max_value=high)
-
-
-def _expect(kind: str, **kwargs: Any) -> dict[str, Any]:
-    return {"type": f"expect_{kind}", "kwargs": kwargs}
-
-
-def _bounds(low: float, high: float, *, whole: bool) -> tuple[float, float]:
-    """Bounds around what was observed, with slack, rounded outwards to about as many digits as the slack has."""
-    slack = _SLACK * (high - low)
-    least, most = low, high
-    if 1e-300 < slack < math.inf:
-        decimals = 1 - math.floor(math.log10(slack))
-        decimals = min(decimals, 0) if whole else decimals
-        unit = 10.0**-decimals
-        least = min(low, round(math.floor((low - slack) / unit) * unit, decimals))
-        most = max(high, round(math.ceil((high + slack) / unit) * unit, decimals))
-    least = max(least, 0) if low >= 0 else least
-    return _readable(least), _readable(most)
-
-
-def _readable(bound: float) -> float:
-    return int(bound) if bound == int(bound) else bound

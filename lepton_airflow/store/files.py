@@ -326,7 +326,7 @@ class Store:
             if not self._local:
                 self.fs.rm(path, recursive=True)
             elif os.path.isdir(path):
-                shutil.rmtree(path)
+                shutil.rmtree(path, onerror=_unless_gone)
             else:
                 os.unlink(path)
 
@@ -352,6 +352,7 @@ class Store:
         On a local disk by a hard link, which fails if the name is taken and shows the content only when it is complete;
         on S3 by If-None-Match. Other file systems cannot promise it and are refused.
         """
+        self.check_exclusive()
         path = self._path(key)
         with self._errors(f"creating {key}"):
             if self._local:
@@ -365,20 +366,23 @@ class Store:
                 finally:
                     Path(temporary).unlink(missing_ok=True)
                 return True
-            if self.protocol in ("s3", "s3a"):
-                try:
-                    self.fs.pipe_file(path, content, mode="create")
-                except FileExistsError:
+            try:
+                self.fs.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if "PreconditionFailed" in str(error) or "412" in str(error):
                     return False
-                except OSError as error:
-                    if "PreconditionFailed" in str(error) or "412" in str(error):
-                        return False
-                    raise
-                return True
-        raise BadConfiguration(
-            f"store {self.root}: {self.protocol}:// cannot create a key exactly once, which registration and "
-            "promotion need: use a local (or NFS) directory or s3://."
-        )
+                raise
+            return True
+
+    def check_exclusive(self) -> None:
+        """Raise BadConfiguration when this store cannot create a key exactly once."""
+        if not self._local and self.protocol not in ("s3", "s3a"):
+            raise BadConfiguration(
+                f"store {self.root}: {self.protocol}:// cannot create a key exactly once, which registration and "
+                "promotion need: use a local (or NFS) directory or s3://."
+            )
 
     # -- receipts --------------------------------------------------------------------------------------------------
 
@@ -502,6 +506,12 @@ class Store:
 
 
 _DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # whose errors are not OSErrors
+
+
+def _unless_gone(_function: Any, _path: str, failure: Any) -> None:
+    """Raise what a deletion met, unless somebody else has deleted the file before."""
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
 
 
 def _owner(path: Any) -> str:

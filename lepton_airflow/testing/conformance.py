@@ -314,9 +314,8 @@ class LocalRunnerConformance(WorkerRunnerConformance, IsolatedRunnerConformance)
             started = time.monotonic()
             runner.cancel()
             task.join(15)
-        assert (
-            time.monotonic() - started < 8
-        )  # it ended when it was asked, not when the grace period was over
+        # It ended when it was asked, not when the grace period was over.
+        assert time.monotonic() - started < 8
         assert isinstance(task.error, Preempted)
         assert running(family) == []
 

@@ -72,7 +72,8 @@ class LocalAirflow:
 
     def environment(self) -> dict[str, str]:
         """The environment that every component and command of this Airflow runs in."""
-        keep = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW")}
+        # Nothing of another Airflow, and no measuring of coverage, which would slow down every component.
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "COVERAGE_"))}
         path = f"{Path(sys.executable).parent}{os.pathsep}{keep.get('PATH', '')}"
         return (
             keep

@@ -76,9 +76,8 @@ class Fail(Stage):
             sys.exit(3)
         if self.how == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
-            os._exit(
-                137
-            )  # the first process of a container cannot be killed from inside; it only looks like it
+            # The first process of a container cannot be killed from inside it, so it ends with the code of a kill.
+            os._exit(137)
         if self.how == "no result":
             return None  # type: ignore[return-value]
         raise getattr(errors, self.how)(self.message)

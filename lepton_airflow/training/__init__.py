@@ -15,10 +15,16 @@ two classes), or numbers [rows, 1]; it comes as ``(module, example)``, with an a
 ``(fitted transformer of the raw columns, module)``. A module of trainers may set ``SEARCH_SPACE`` for TuneModel; a
 ``fit`` that cannot give equal weights for equal inputs says why in ``fit.nondeterministic = "…"``.
 
-A fit that takes longer than you would like to lose asks ``run.latest_checkpoint()`` once, before its loop, and offers
-``run.save_checkpoint(step, write)`` after every step of it; :func:`lepton_airflow.models.fit_torch` does that for torch.
+To make a long fit resumable, call ``run.latest_checkpoint()`` once before its loop and ``run.save_checkpoint(step, write)``
+after each step; :func:`lepton_airflow.models.fit_torch` does so for torch.
 """
+
+import os
 
 from lepton_airflow.training.trainer import TrainerRun
 
 __all__ = ["TrainerRun"]
+
+# By default, idle OpenMP threads spin, which slows everything on a busy CPU: beside other work on two cores, boosting 400
+# rows with two threads took 8.4 s, and 0.5 s with this setting. It must be made before a library loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

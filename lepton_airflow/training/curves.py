@@ -1,4 +1,4 @@
-"""What a fit reported of its progress, over all tries, and the picture of it."""
+"""Keep what a fit reports of its progress, over all tries, and draw it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ class Curves:
     resumed: list[float] = field(default_factory=list)
 
     def add(self, step: float, metrics: Mapping[str, float]) -> None:
-        """Take up a report. Of very many, every second is let go: no picture shows thousands."""
+        """Add a report. Beyond 4,000 points, every second one is dropped: a picture shows no more."""
         self.points.append({"step": float(step), **{name: float(value) for name, value in metrics.items()}})
         if len(self.points) >= _MOST_POINTS:
             del self.points[1:-1:2]
 
 
 def draw(curves: Curves, path: Path, title: str) -> Path | None:
-    """Draw what was reported, a measure of train and valid in one panel; None where nothing was, or matplotlib is absent."""
+    """Draw the curves, a measure of train and valid in one panel.
+
+    Returns None when nothing was reported, or matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:  # after hours of training, no picture is a reason to fail

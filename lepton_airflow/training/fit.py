@@ -1,9 +1,8 @@
-"""One fit, from rows to a checked model: seeded, with its threads fixed, and with the user's errors in a sentence."""
+"""Fit a model once, with all randomness seeded and the number of threads fixed."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-# OpenMP threads that wait by spinning fight over a busy CPU: boosting 400 rows with two threads took 8.4 s beside other
-# work on two cores, and 0.5 s with this. It must stand before the first library brings OpenMP in.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 
 def fit_model(
     trainer: Trainer,
@@ -43,9 +38,11 @@ def fit_model(
     curves: Curves | None = None,
     say: Callable[[str], None] = silent,
 ) -> Fitted:
-    """Fit once, on all rows or a subset, with every source of randomness seeded and threads fixed.
+    """Fit on all rows or a subset, with every source of randomness seeded and the number of threads fixed.
 
-    :raises LeptonError: the user's trainer failed; the message names it and the line, the cause is its error.
+    :param subset: numbers of the rows to train on; None: all.
+    :param say: is told of the progress.
+    :raises LeptonError: the user's trainer failed; the message names the line in it, the cause is its error.
     """
     run = TrainerRun(
         info=rows.info,
@@ -79,7 +76,7 @@ def _call(
     hyperparameters: dict[str, Any],
     run: TrainerRun,
 ) -> Any:
-    """What the trainer's ``fit`` returns, its errors in our words where they are the user's to mend."""
+    """Call the trainer's ``fit``; an error that its user can mend becomes one sentence."""
     from sklearn.utils._param_validation import InvalidParameterError
 
     try:
@@ -103,7 +100,7 @@ def _call(
 
 
 def _where(error: BaseException, fit: Callable[..., Any]) -> str:
-    """The last line of the user's own module that led to an error, in words."""
+    """Name the last line of the user's own module that led to an error."""
     own = getattr(sys.modules[fit.__module__], "__file__", None)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
     return f" in line {lines[-1]} of {Path(own).name}" if own and lines else ""
@@ -111,7 +108,7 @@ def _where(error: BaseException, fit: Callable[..., Any]) -> str:
 
 @contextlib.contextmanager
 def deterministic(seed: int, threads: int) -> Iterator[None]:
-    """Seed Python, numpy and (when loaded) torch, and limit BLAS, OpenMP and torch to so many threads."""
+    """Seed Python, numpy and (if loaded) torch, and limit BLAS, OpenMP and torch to this many threads."""
     import random
 
     import numpy as np
@@ -134,7 +131,7 @@ def deterministic(seed: int, threads: int) -> Iterator[None]:
 
 
 def score(schema: Schema, y: NDArray[Any], predicted: NDArray[Any]) -> dict[str, float | None]:
-    """All metrics of the task."""
+    """Compute all metrics of the task."""
     from lepton_airflow.statistics.metrics import classification_metrics, regression_metrics
 
     return (

@@ -1,4 +1,4 @@
-"""Which rows are held out together in cross-validation."""
+"""Choose the rows that cross-validation holds out together."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ FoldBy = Literal["row", "time"]
 def make_folds(rows: Rows, folds: int, fold_by: FoldBy, seed: int) -> list[Fold]:
     """Split rows into (train, held out) pairs of row numbers.
 
-    ``row``: K folds at random; stratified by class, and with whole clusters when the dataset names a cluster column.
-    ``time``: the rows in order of time are cut into ``folds + 1`` blocks; fold k is trained on the blocks before block k
-    and held out on it, so no model sees its future. Equal times stay together; rows of a cluster that is held out are
-    not trained on. The first block is never held out.
+    ``row``: K folds at random, stratified by class, with whole clusters when the dataset names a cluster column.
+    ``time``: the rows in order of time are cut into ``folds + 1`` blocks. Fold k holds block k out and trains on the blocks
+    before it, so no model sees its future. Equal times stay together, and rows of a cluster that is held out are not
+    trained on. The first block is never held out.
+
+    :raises BadInput: the rows cannot be split so; the message says why.
     """
     import numpy as np
 
@@ -52,7 +54,8 @@ def _random_folds(rows: Rows, folds: int, seed: int) -> list[Fold]:
         what = f"values of cluster column {rows.info.cluster_column!r}" if clustered else "rows"
         raise BadInput(f"{rows.name}: {units} {what} cannot be split into folds={folds}; set fewer folds.")
     if classified and not clustered and np.bincount(labels).max() < folds:
-        labels = np.zeros(n, dtype=np.int64)  # sklearn refuses when every class has fewer rows than folds
+        # scikit-learn refuses to stratify when no class has a row for each fold.
+        labels = np.zeros(n, dtype=np.int64)
     splitter = {
         (True, True): ms.StratifiedGroupKFold,
         (True, False): ms.StratifiedKFold,
@@ -60,7 +63,7 @@ def _random_folds(rows: Rows, folds: int, seed: int) -> list[Fold]:
         (False, False): ms.KFold,
     }[classified, clustered](folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        # It warns of a class with fewer rows than folds; where a fold does not see one, its probability is 0.
+        # scikit-learn warns of a class with fewer rows than folds. A fold that does not see it gives it probability 0.
         warnings.simplefilter("ignore")
         return list(splitter.split(np.zeros(n), labels, rows.clusters))
 

@@ -1,6 +1,6 @@
-"""What a fit makes of its GPUs: utilisation, memory, power and time, as NVML measures them (library: nvidia-ml-py).
+"""Measure how well a fit uses its GPUs: utilisation, memory, power and time, from NVML (library: nvidia-ml-py).
 
-Without NVML, a driver or a GPU there are no numbers and there is no noise.
+Without NVML, a driver or a GPU there are no numbers, and nothing is said.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 
 class Readings:
-    """Readings of the visible GPUs, taken in the background while used as a context manager.
+    """Reads the visible GPUs in the background while it is used as a context manager.
 
-    :param every_s: time between two readings [seconds]; NVML's own utilisation covers up to the second before each.
+    :param every_s: time between two readings [seconds]; NVML's utilisation is that of up to a second before each.
     """
 
     def __init__(self, every_s: float = 1.0) -> None:
@@ -40,14 +40,14 @@ class Readings:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(timeout=5.0)  # a driver that hangs must not hold the result back
+        self._thread.join(timeout=5.0)  # a driver that hangs must not delay the result
         self._seconds = time.monotonic() - self._started
 
     def metrics(self) -> dict[str, float]:
-        """The numbers for the receipt; empty without a GPU. What a device does not measure is left out.
+        """The numbers for the receipt, without those that a device does not measure; empty without a GPU.
 
-        ``gpu_count``, ``gpu_seconds`` (wall time times GPUs), ``gpu_utilization_mean`` [percent of the time with a kernel
-        running, mean over GPUs], ``gpu_memory_peak_mib`` (of the fullest GPU; other processes' included),
+        ``gpu_count``, ``gpu_seconds`` (wall time times GPUs), ``gpu_utilization_mean`` [percent of the time in which a
+        kernel runs, mean over GPUs], ``gpu_memory_peak_mib`` (of the fullest GPU, with what other processes use),
         ``gpu_power_mean_w`` and ``gpu_energy_wh`` (of all GPUs together).
         """
         if not self._gpus:
@@ -78,16 +78,15 @@ class Readings:
                 }
                 over = not devices
                 while not over:
-                    over = self._over.wait(self.every_s)  # the last readings are those of the end
+                    over = self._over.wait(self.every_s)  # the last readings are taken at the end
                     for name, reading in list(ask.items()):
                         try:
                             self._take(name, float(reading()))
-                        except (
-                            nvml.NVMLError
-                        ) as error:  # a slice of a GPU (MIG) has no utilisation of its own
+                        except nvml.NVMLError as error:
+                            # A slice of a GPU (MIG), for one, has no utilisation of its own.
                             log.debug("NVML gives no %s: %s", name, error)
                             del ask[name]
-        except Exception as error:  # noqa: BLE001  readings are a courtesy: nothing may fail for their sake
+        except Exception as error:  # noqa: BLE001  nothing may fail because GPUs cannot be read
             log.debug("no GPU readings: %s: %s", type(error).__name__, error)
 
     def _take(self, name: str, value: float) -> None:
@@ -107,9 +106,9 @@ def _nvml() -> Iterator[Any]:
 
 
 def _visible(nvml: Any) -> list[Any]:
-    """NVML's handles of the GPUs that CUDA may use: NVML itself does not heed ``CUDA_VISIBLE_DEVICES``.
+    """NVML's handles of the GPUs that CUDA may use, since NVML ignores ``CUDA_VISIBLE_DEVICES``.
 
-    A number means the same to both where all GPUs are of one kind, or with ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
+    CUDA and NVML number the GPUs alike if all are of one kind, or with ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
@@ -120,6 +119,6 @@ def _visible(nvml: Any) -> list[Any]:
             handles.append(nvml.nvmlDeviceGetHandleByIndex(int(name)))
         elif name.startswith(("GPU-", "MIG-")):
             handles.append(nvml.nvmlDeviceGetHandleByUUID(name))
-        else:  # as CUDA reads it: nothing counts from the first one that names none
+        else:  # CUDA, too, ignores all names from the first invalid one on
             break
     return handles

@@ -1,4 +1,4 @@
-"""Does the ONNX model predict what the native one does?"""
+"""Check that an ONNX model predicts what the native model predicts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PARITY_ROWS = 4000  # spread evenly over train and valid
-_PROBE_ROWS = 200  # rows whose values are made missing, or unseen, column by column
+_PARITY_ROWS = 4000  # of train and of valid each, evenly spaced
+_PROBE_ROWS = 200  # in which values are made missing or unseen, column by column
 
 
 def check_parity(
@@ -24,8 +24,10 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare native and ONNX predictions; raises BadInput where they differ by more than the tolerance.
 
-    Regression is measured in standard deviations of the training target. Missing values and unseen categories are tried
-    where the native model takes them.
+    A regression is compared in standard deviations of the training target. Missing values and unseen categories are tried,
+    too, if the native model accepts them.
+
+    :return: difference, tolerance, unit, rows, and what was tried, for ``model.json``.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""A split in memory as trainers get it: checked features, and a target that can be learned from."""
+"""Load a split into memory as trainers get it, and check that its features and target can be learned from."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """A dataset in memory, checked: raw features and target as trainers get them.
+    """A checked dataset in memory: raw features and target as trainers get them.
 
     :ivar name: what messages call it.
     :ivar frame: features and target.
-    :ivar clusters: number of each row's cluster, where the dataset has clusters.
-    :ivar moments: values of the time column, where it has one.
+    :ivar clusters: number of each row's cluster; None if the dataset names no cluster column.
+    :ivar moments: values of the time column; None if the dataset names none.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Rows:
     ) -> Rows:
         """Read a split made by PrepareData.
 
-        :param like: the training rows, whose features and classes these must have.
-        :param max_rows: keep a random sample of so many rows, in their order.
-        :raises BadInput: a column or the target cannot be learned from; the sentence says which and why.
+        :param like: the training rows; these must have the same features and classes.
+        :param max_rows: keep a random sample of this many rows, in their order.
+        :raises BadInput: a column or the target cannot be learned from; the message says which and why.
         """
         import numpy as np
         import pandas as pd
@@ -93,7 +93,7 @@ class Rows:
 
 
 def _checked_target(info: DatasetInfo, name: str, like: Rows | None) -> str:
-    """The target; raises when there is nothing to learn, or something else than from the training rows."""
+    """The name of the target; raises when there is none, there are no features, or the training rows have another."""
     if info.target is None or info.task not in ("classification", "regression"):
         raise BadInput(
             f"{name}: the dataset's target is {info.target!r} and its task {info.task!r}, expected a target column and "
@@ -138,7 +138,7 @@ def _check_every_class(numbers: pd.Series[Any], classes: list[Any], name: str, c
 def _class_numbers(
     target: pd.Series[Any], classes: list[Any], name: str, column: str
 ) -> tuple[list[Any], NDArray[Any]]:
-    """The classes, and the number of each row's class."""
+    """The classes, and the number of each row's class; raises when a row has none or an unknown one."""
     import numpy as np
 
     missing = int(target.isna().sum())

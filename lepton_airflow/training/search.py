@@ -1,8 +1,8 @@
-"""Searching hyperparameters: what may be searched, and the held-out score of one set of them on one fold.
+"""Search hyperparameters: what may be searched, and how one set of them is scored on one fold.
 
 A search space is JSON: ``{"learning_rate": {"low": 0.01, "high": 0.3, "log": true}, "max_iter": {"low": 50, "high": 400,
-"step": 50}, "class_weight": {"choices": [null, "balanced"]}}``. Whole ``low`` and ``high`` search whole numbers, unless
-the model's default is a fraction.
+"step": 50}, "class_weight": {"choices": [null, "balanced"]}}``. If ``low`` and ``high`` are whole numbers, whole numbers
+are searched, unless the model's default is a fraction.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RANGE_KEYS = ("low", "high", "log", "step")
 
 
 def distributions(space: Mapping[str, Any], trainer: Trainer) -> dict[str, BaseDistribution]:
-    """Optuna's distributions of a search space; raises BadConfiguration with the entry that is wrong."""
+    """Turn a search space into Optuna's distributions; raises BadConfiguration with the entry that is wrong."""
     if not space:
         raise BadConfiguration(
             f"search_space is empty and {trainer.name} declares none: give one, such as "
@@ -93,13 +93,14 @@ def _distribution(name: str, entry: Any, trainer: Trainer) -> BaseDistribution:
 
 @dataclass
 class Scorer:
-    """Scores a set of hyperparameters on one fold; the data are read and the folds made once per process."""
+    """Scores a set of hyperparameters on one fold; the data are read and the folds made once in each process.
+
+    :ivar find: looks the trainer up by name and task, in each process: its function cannot be sent to another one.
+    """
 
     path: Path
     trainer: str
-    find: Callable[
-        [str, str], Trainer
-    ]  # looks the trainer up in each process: its function cannot be sent there
+    find: Callable[[str, str], Trainer]
     metric: str
     folds: int
     fold_by: FoldBy
@@ -109,7 +110,7 @@ class Scorer:
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows."""
+        """The rows, or a sample of ``max_rows`` of them."""
         return Rows.load(self.path, "train", max_rows=self.max_rows, seed=self.seed)
 
     @cached_property
@@ -150,8 +151,8 @@ _scorer: Scorer | None = None  # of this worker process
 
 
 def _start_worker(scorer: Scorer, stop: Event, parent: int) -> None:
-    """Get a worker process ready: it ends with its parent, however that ends, and leaves SIGTERM to it."""
-    global _scorer  # noqa: PLW0603  an initializer has no other place to leave it
+    """Prepare a worker process: it leaves SIGTERM to its parent, and ends when that ends, however it ends."""
+    global _scorer  # noqa: PLW0603  the initializer of a pool can only leave things in globals
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _scorer = scorer
@@ -170,9 +171,9 @@ def _score(hyperparameters: Mapping[str, Any], fold: int) -> float:
 
 
 class Workers:
-    """Score in the background, in so many processes, or at once in this process when it is one.
+    """Scores in ``count`` background processes, or in this process if ``count`` is 1.
 
-    Use as a context manager: leaving it ends the processes, also in the middle of a fit.
+    Use it as a context manager: leaving it ends the processes, even in the middle of a fit.
     """
 
     def __init__(self, scorer: Scorer, count: int, should_stop: Callable[[], bool]) -> None:
@@ -181,9 +182,9 @@ class Workers:
         self.count, self._scorer, self._should_stop = count, scorer, should_stop
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
-            # replace(): each process reads the rows for itself instead of getting these through a pipe
             spawn = multiprocessing.get_context("spawn")  # a fork of a process with OpenMP threads may hang
             self._stop = spawn.Event()
+            # replace() makes a scorer without rows: each process reads them instead of getting them through a pipe.
             self._pool = ProcessPoolExecutor(
                 count, spawn, initializer=_start_worker, initargs=(replace(scorer), self._stop, os.getpid())
             )
@@ -197,12 +198,12 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, hyperparameters: Mapping[str, Any], fold: int) -> Future[float]:
-        """Score; the future is done already when this process did the work."""
+        """Score one fold; the future is already done if this process does the work."""
         if self._pool is not None:
             return self._pool.submit(_score, hyperparameters, fold)
         future: Future[float] = Future()
         try:
             future.set_result(self._scorer(hyperparameters, fold, self._should_stop))
-        except Exception as error:  # noqa: BLE001  as a pool does; the caller raises it from the future
+        except Exception as error:  # noqa: BLE001  as a pool does: the future raises it for the caller
             future.set_exception(error)
         return future

@@ -1,4 +1,4 @@
-"""Where the study of a search lives, so that a killed run takes it up again: a file in the store, or a database."""
+"""Keep the study of a search in a file of the store or in a database, so that the next try of a killed run goes on with it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _DRIVERS = {"postgres": "postgresql+psycopg2", "postgresql": "postgresql+psycopg
 
 
 def open_study(url: str, name: str, *, maximize: bool, prune: bool, anew: bool) -> optuna.Study:
-    """The study of that name in the storage at ``url``, made if there is none.
+    """Open the study of that name in the storage at ``url``, or create it.
 
     :param prune: end trials that are worse than the median of earlier ones.
-    :param anew: begin again where the study that is there is finished.
+    :param anew: replace a finished study by a new one.
     :raises StoreError: the database does not answer.
     """
     import optuna
@@ -66,9 +66,11 @@ def open_study(url: str, name: str, *, maximize: bool, prune: bool, anew: bool) 
 
 @dataclass
 class StudyFile:
-    """The study as a file in the store; of a store that is no local directory, a copy that goes there after every trial.
+    """The study as a file in the store. If the store is no local directory, a copy is uploaded after every trial.
 
-    The process of the search alone writes it.
+    Only the process of the search writes the file.
+
+    :ivar copies: where the copies go; None: the file itself is in the store.
     """
 
     path: Path
@@ -77,7 +79,7 @@ class StudyFile:
     @classmethod
     @contextmanager
     def of(cls, run: RunInfo, name: str) -> Iterator[StudyFile]:
-        """The file of the study of that name, as the last try left it."""
+        """Open the file of the study of that name, as the last try left it."""
         if run.store.root.startswith("file://"):
             folder = Path(run.store.root.removeprefix("file://")) / "studies"
             try:
@@ -95,7 +97,8 @@ class StudyFile:
         try:
             scratch.mkdir(exist_ok=True)
             file = cls(run.workdir / "study.db", copies)
-            file.path.unlink(missing_ok=True)  # of another run in the same folder: what counts is the store
+            # Another run may have left one here; only the copy in the store counts.
+            file.path.unlink(missing_ok=True)
             if found := copies.latest():
                 shutil.copyfile(found.path / "study.db", file.path)
             yield file
@@ -110,9 +113,9 @@ class StudyFile:
         return URL.create("sqlite", database=str(self.path)).render_as_string()  # a path may need quoting
 
     def keep(self, done: int) -> bool:
-        """Bring the study to the store as it is now, and say whether it is there; a failure is only warned of.
+        """Bring the study to the store as it is now; returns whether it is there.
 
-        The copy of the next trial holds this one, too.
+        A failure is only warned of, since the copy after the next trial holds all that this one would.
         """
         return self.copies is None or self.copies.save(done, self._write, {}, wait=True)
 
@@ -125,7 +128,7 @@ class StudyFile:
 
 
 def checked_url(storage: str) -> str:
-    """The database URL that a user wrote; raises BadConfiguration when it is none, or holds a password."""
+    """Check a database URL that a user wrote; raises BadConfiguration if it is none, or holds a password."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 

@@ -1,4 +1,4 @@
-"""What a study found, in pictures: the value over the trials, and what each hyperparameter explains of it."""
+"""Draw what a study found: the value of each trial, and how much of it each hyperparameter explains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def plot_history(study: optuna.Study, metric: str, path: Path) -> Path:
 
 
 def importances(study: optuna.Study, seed: int) -> dict[str, float]:
-    """Share of the variance of the value that each parameter explains (fANOVA, Hutter et al. 2014); empty if too few."""
+    """The share of the value's variance that each hyperparameter explains (fANOVA, Hutter et al. 2014).
+
+    Empty with fewer than four different values.
+    """
     import optuna
 
     values = {t.value for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"}

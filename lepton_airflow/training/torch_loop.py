@@ -1,8 +1,8 @@
-"""The training loop for torch modules: a module, a loss and tensors in, the trained module out.
+"""Train torch modules: a module, a loss and tensors go in, the trained module comes out.
 
-Nothing in it waits for the device: losses are summed there and read once an epoch, batches are gathered on the device or
-arrive while it computes. A fit that was killed goes on at the exact batch, with the order of the rows, the sums and the
-random state that it had; on a CPU the weights come out equal to the last bit.
+No step waits for the device: losses are summed there and read once an epoch, and batches are gathered there or arrive while
+it computes. A killed fit resumes at the exact batch, with the order of the rows, the sums and the random state that it had;
+on a CPU its weights are equal to those of an undisturbed fit to the last bit.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from lepton_airflow.training.trainer import TrainerRun
 
 PRECISIONS = ("auto", "fp32", "bf16")
-_REPORT_S = 30.0  # within an epoch that is longer
+_REPORT_S = 30.0  # between two reports within a long epoch
 _AHEAD = 3  # batches on their way to the device
-_RESIDENT_SHARE = 0.4  # of the device's free memory: the rest is for weights, gradients and activations
-# Autocast adds a kernel for each cast: worth it where a step computes for longer than it takes to launch. 10 GFLOP are
+_RESIDENT_SHARE = 0.4  # of the device's free memory; weights, gradients and activations need the rest
+# Autocast adds a kernel for each cast. It pays where a step computes for longer than these take to launch: 10 GFLOP are
 # 0.15 ms of fp32 on an H100, some tens of kernel launches.
 _BF16_PAYS_FLOP = 1e10
 
@@ -58,25 +58,25 @@ def fit_torch(
 ) -> Any:
     """Train ``net`` on ``run.device``, resuming where a killed try stopped; returns it on the CPU, ready to predict.
 
-    Make ``net`` before the call, in your ``fit``: all is seeded there. With ``valid``, its weights are those of the epoch
-    with the smallest loss on it. Every epoch is reported as ``train_loss`` and ``valid_loss``.
+    Make ``net`` in your ``fit``, where everything is seeded. With ``valid``, its weights are those of the epoch with the
+    smallest loss on these rows. Every epoch is reported with ``train_loss`` and ``valid_loss``.
 
     :param loss: ``loss(net(*inputs), target)`` is the mean loss of a batch, a scalar tensor.
-    :param train: the inputs, usually one tensor, and last the target; all with as many rows.
-    :param valid: the same of other rows.
-    :param optimizer: makes the optimizer of the parameters; by default AdamW with its default settings.
-    :param schedule: makes a learning rate schedule of the optimizer; it steps with every batch.
-    :param batch_size: rows per step of the optimizer; one more in the last where a single row would be left [rows].
+    :param train: the inputs, usually one tensor, and last the target; all with the same number of rows.
+    :param valid: the same for other rows.
+    :param optimizer: makes the optimizer for the parameters; by default AdamW with its default settings.
+    :param schedule: makes a learning rate schedule for the optimizer; it steps with every batch.
+    :param batch_size: rows per step of the optimizer; the last batch has one more if a single row would be left [rows].
     :param epochs: passes over the rows at most.
-    :param patience: epochs without a better loss on ``valid`` before it stops; None: go through all.
+    :param patience: epochs without a better loss on ``valid`` before it stops; None: it never stops early.
     :param accumulate: parts in which a batch is computed, for batches whose activations do not fit in memory.
-    :param clip_norm: largest norm of a step's gradient; None: whatever it is.
+    :param clip_norm: largest norm of a step's gradient; None: no limit.
     :param precision: ``fp32``; ``bf16`` for autocast to bfloat16; ``auto``: bf16 on a GPU that computes in it, for steps of
         10 GFLOP and more.
     :param compile: use torch.compile, which takes a minute to begin with and needs a C compiler.
-    :param resident: keep all rows on the device; None: when they take less than 40% of its free memory. Otherwise batches
-        are gathered into pinned memory by a thread and copied while the device computes.
-    :raises BadInput: the loss is no number any more.
+    :param resident: keep all rows on the device; None: if they take less than 40% of its free memory. Otherwise a thread
+        gathers batches into pinned memory, and they are copied while the device computes.
+    :raises BadInput: the loss is not finite any more.
     """
     require("torch", "fit_torch", "torch")
     import torch
@@ -195,7 +195,7 @@ def _fits(tensors: Sequence[Tensor], device: torch.device) -> bool:
 
 
 def _bf16_pays(parameters: Sequence[Any], rows: int, device: torch.device) -> bool:
-    """Whether a step is long enough for autocast: 2 FLOP forward and 4 backward per weight and row (a lower bound)."""
+    """Whether a step is long enough for autocast; it takes at least 2 FLOP forward and 4 backward per weight and row."""
     import torch
 
     weights = sum(p.numel() for p in parameters if p.dim() > 1)
@@ -219,19 +219,19 @@ def _need_compiler() -> None:
 
 
 def _count(rows: int, size: int) -> int:
-    """In how many parts of a size rows are taken. A single row at the end joins the part before it: batch normalization
+    """How many parts of a size rows make. A single row at the end joins the part before it, since batch normalization
     cannot learn from one row."""
     return rows // size if rows > size and rows % size == 1 else math.ceil(rows / size)
 
 
 def _spans(rows: int, size: int, start: int = 0) -> Iterator[slice]:
-    """These parts, from part ``start`` on."""
+    """The parts that :func:`_count` counts, from part ``start`` on."""
     count = _count(rows, size)
     return (slice(n * size, rows if n + 1 == count else (n + 1) * size) for n in range(start, count))
 
 
 class _Table:
-    """Rows as tensors, from which batches come onto the device without holding it up."""
+    """Rows as tensors, whose batches get onto the device without making it wait."""
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device, resident: bool) -> None:
         self.rows, self.device, self.resident = len(tensors[0]), device, resident
@@ -266,7 +266,7 @@ class _Table:
                     if over.is_set():
                         return
                     rows = order[span]
-                    # torch hands a pinned buffer out again only when the copy from it is done
+                    # torch reuses a pinned buffer only when the copy from it is done.
                     here = [
                         torch.index_select(
                             t,
@@ -306,7 +306,12 @@ class _Table:
 
 @dataclass
 class _Loop:
-    """One fit, and its place in it."""
+    """One fit, and how far it is.
+
+    :ivar epoch: whole epochs that are done.
+    :ivar batch: batches of the present epoch that are done.
+    :ivar weights: those of the best epoch.
+    """
 
     run: TrainerRun
     net: Any
@@ -323,11 +328,11 @@ class _Loop:
     autocast: Callable[[], Any]
     train: _Table
     valid: _Table | None
-    epoch: int = 0  # whole epochs behind
-    batch: int = 0  # batches of the epoch behind
+    epoch: int = 0
+    batch: int = 0
     best: float = math.inf
     since_best: int = 0
-    weights: dict[str, Tensor] | None = field(default=None, repr=False)  # of the best epoch
+    weights: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def batches(self) -> int:
@@ -342,7 +347,7 @@ class _Loop:
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def run_epochs(self) -> None:
-        """Run the epochs left to run; the net ends with the best weights."""
+        """Run the remaining epochs, and give the net the best weights."""
         found = self.run.latest_checkpoint()
         if found is not None:
             self.restore(found.path / "state.pt")
@@ -354,7 +359,7 @@ class _Loop:
             self.net.load_state_dict(self.weights)
 
     def train_epoch(self) -> None:
-        """Train on the batches left of this epoch."""
+        """Train on the remaining batches of this epoch."""
         import torch
 
         self.net.train()
@@ -374,7 +379,7 @@ class _Loop:
                 self.offer_checkpoint()
 
     def _order(self) -> torch.Generator:
-        """Draws the order of the rows: it depends on seed and epoch alone, so a resumed epoch has the order it began with."""
+        """The generator for the order of the rows; seed and epoch alone decide it, so a resumed epoch keeps its order."""
         import torch
 
         digest = hashlib.sha256(f"{self.run.seed}/{self.epoch}".encode()).digest()
@@ -399,7 +404,7 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def end_epoch(self) -> None:
-        """Judge the epoch by the held-out rows, and report it."""
+        """Compute the loss on the held-out rows, keep the weights if it is the best, and report the epoch."""
         report = {"train_loss": float(self.total) / self.train.rows}
         if self.valid is not None:
             report["valid_loss"] = self.valid_loss(self.valid)
@@ -435,15 +440,16 @@ class _Loop:
                     value = self.value_of(*batch)
                 total.add_(value, alpha=len(batch[0]))
                 if self.run.should_stop():
-                    self.offer_checkpoint()  # of the trained epoch: the next try begins with judging it
+                    # All batches of the epoch are trained on: the next try begins with this loss.
+                    self.offer_checkpoint()
         return float(total) / valid.rows
 
     def offer_checkpoint(self) -> None:
-        """Offer the state as it is."""
+        """Let a checkpoint be written if one is due."""
         self.run.save_checkpoint(self.epoch * self.batches + self.batch, self.write)
 
     def write(self, folder: Path) -> None:
-        """Write everything that the rest of the fit depends on."""
+        """Write all that the rest of the fit depends on."""
         import torch
 
         state = {
@@ -461,10 +467,10 @@ class _Loop:
         torch.save(state, folder / "state.pt")
 
     def restore(self, path: Path) -> None:
-        """Take up the state that :meth:`write` wrote."""
+        """Restore the state that :meth:`write` wrote."""
         import torch
 
-        # weights_only: tensors and numbers, no pickled code is run
+        # weights_only: it loads tensors and numbers, and runs no pickled code.
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.best, self.since_best = state["best"], state["since_best"]
@@ -479,13 +485,13 @@ class _Loop:
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
-    """The state of all generators that a module may draw from, as numbers and tensors."""
+    """The state of every generator that a module may draw from, in numbers and tensors."""
     import random
 
     import numpy as np
     import torch
 
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  the global one: a module may draw from it
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  a module may draw from the global generator
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

@@ -1,7 +1,8 @@
-"""What a trainer gets and calls (:class:`TrainerRun`), and a trainer with what it declares (:class:`Trainer`)."""
+"""A trainer with what it declares (:class:`Trainer`), and what it gets and calls while it fits (:class:`TrainerRun`)."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -14,8 +15,7 @@ from lepton_airflow.errors import BadConfiguration, Preempted, did_you_mean
 from lepton_airflow.store.checkpoints import Checkpoint, Checkpoints
 from lepton_airflow.training.curves import Curves
 
-# So many reports count for the rate: the beginning, and what else the machine did, are soon forgotten.
-_PACE_REPORTS = 20
+_PACE_REPORTS = 20  # the rate is that of the last reports, so that a slow start is soon forgotten
 
 
 def silent(_text: str) -> None:
@@ -24,14 +24,17 @@ def silent(_text: str) -> None:
 
 @dataclass
 class TrainerRun:
-    """What a trainer may know about its run, and what it calls to be resumable.
+    """What a trainer may know about its run, and what it calls to report progress and to be resumable.
 
     :ivar info: the description of the training dataset.
     :ivar classes: the classes in the order of their numbers; empty for regression.
     :ivar seed: draw all randomness from it.
-    :ivar threads: CPU threads to use; numerical libraries are limited to it already.
-    :ivar device: ``auto`` (cuda where there is one, else cpu), or the device that the stage was told.
+    :ivar threads: CPU threads to use; numerical libraries are limited to this number already.
+    :ivar device: ``auto`` (cuda where there is one, else cpu), or the device that the stage was given.
+    :ivar should_stop: gives True once SIGTERM came.
+    :ivar checkpoints: where checkpoints are kept; None: they are not.
     :ivar curves: what was reported so far, also by earlier tries.
+    :ivar say: is told of the progress.
     """
 
     info: DatasetInfo
@@ -42,14 +45,14 @@ class TrainerRun:
     seed: int
     threads: int
     device: str = "auto"
-    should_stop: Callable[[], bool] = lambda: False  # True once SIGTERM came
-    checkpoints: Checkpoints | None = None  # None: nothing outlives this process
+    should_stop: Callable[[], bool] = lambda: False
+    checkpoints: Checkpoints | None = None
     curves: Curves = field(default_factory=Curves)
-    say: Callable[[str], None] = silent  # where progress is told
+    say: Callable[[str], None] = silent
+    # Whether the trainer keeps checkpoints: then save_checkpoint stops it, else report.
     _resumes: bool = field(default=False, init=False, repr=False)
-    _pace: deque[tuple[float, float]] = field(
-        init=False, repr=False
-    )  # when the last reports came, and of which step
+    # The time and the step of the last reports.
+    _pace: deque[tuple[float, float]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._pace = deque([(time.monotonic(), 0.0)], maxlen=_PACE_REPORTS)
@@ -65,32 +68,32 @@ class TrainerRun:
         return [c for c in self.features if c not in self.info.categorical]
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """What a killed try of this very fit has left, to be asked once before the loop; None: start anew.
+        """What an earlier, killed try of this fit left; None: start from the beginning. Call it once, before the loop.
 
-        Its ``path`` is a directory with the files that ``write`` put there, verified; read them before the next
-        :meth:`save_checkpoint`. Other data, code, hyperparameters or library versions are another fit.
+        ``path`` of the checkpoint is a directory with the files that ``write`` made, verified. Read them before the next
+        :meth:`save_checkpoint`. A fit with other data, code, hyperparameters or library versions is another fit.
         """
         self._resumes = True
         found = self.checkpoints.latest() if self.checkpoints is not None else None
-        reached = 0.0
         if found is not None:
             saved = Curves(**found.notes)
             reached = saved.points[-1]["step"] if saved.points else 0.0
             self.curves.unit, self.curves.points = saved.unit, saved.points
             self.curves.resumed = [*saved.resumed, reached]
             self.say(f"resuming after step {found.step} from the checkpoint of an earlier try")
-            self._pace.clear()  # how much of the way to the next report is behind is not known
+            self._pace.clear()  # the checkpoint may be of any moment between two reports
         return found
 
     def save_checkpoint(self, step: int, write: Callable[[Path], object]) -> bool:
-        """Offer a checkpoint wherever the state is whole; call it after every step, it costs nothing unless one is due.
+        """Write a checkpoint if one is due: when ``checkpoint_s`` have passed since the last, or SIGTERM came.
 
-        One is due when ``checkpoint_s`` have passed since the last, or SIGTERM came. Then ``write(folder)`` must write all
-        that the next try needs (weights, optimizer, place in the data, random state) as files in that empty folder.
+        Call it after every step, wherever the state is complete; it costs nothing unless a checkpoint is due.
+        ``write(folder)`` must then write all that the next try needs (weights, optimizer, place in the data, random state)
+        as files into that empty folder.
 
-        :param step: how far the fit is; :meth:`latest_checkpoint` gives it back.
-        :returns: whether one was written.
-        :raises Preempted: SIGTERM came; the checkpoint is in the store. Let it pass.
+        :param step: how far the fit is; the ``step`` of :meth:`latest_checkpoint`.
+        :returns: whether a checkpoint was written.
+        :raises Preempted: SIGTERM came, and the checkpoint is in the store. Do not catch it.
         """
         self._resumes = True
         stop = self.should_stop()
@@ -107,27 +110,16 @@ class TrainerRun:
         return kept
 
     def report(self, step: float, *, of: float | None = None, unit: str = "step", **metrics: float) -> None:
-        """Tell how far the fit is: a line in the log, with rate and time left, and a point of ``curves.png``.
+        """Report how far the fit is: a line in the log, with rate and time left, and a point in ``curves.png``.
 
-        A trainer without checkpoints is stopped here once SIGTERM came; one with checkpoints in :meth:`save_checkpoint`.
-
-        :param step: how far, in ``unit``.
-        :param of: where it will end at the latest.
-        :param metrics: by name; ``train_x`` and ``valid_x`` share a picture.
-        :raises Preempted: see above.
+        :param step: how far the fit is, in ``unit``.
+        :param of: the last step at the latest.
+        :param metrics: by name; ``train_x`` and ``valid_x`` are drawn together.
+        :raises Preempted: SIGTERM came, and the trainer keeps no checkpoints; else :meth:`save_checkpoint` raises it.
         """
         self.curves.unit = unit
         self.curves.add(step, metrics)
-        now = time.monotonic()
-        since, start = self._pace[0] if self._pace else (now, step)
-        self._pace.append((now, step))
-        pace = ""
-        if step > start and now > since:
-            each_s = (now - since) / (step - start)
-            pace = f"{_span(each_s)} per {unit}" if each_s >= 0.1 else f"{1 / each_s:,.0f} {unit}s per s"
-            if of is not None and of > step:
-                pace += f", {_span(each_s * (of - step))} left at most"
-            pace = f" ({pace})"
+        pace = self._told_pace(step, of, unit)
         values = "".join(f" {name}={value:.5g}" for name, value in metrics.items())
         self.say(f"{unit} {step:g}{f' of {of:g}' if of is not None else ''}{values}{pace}")
         if not self._resumes and self.should_stop():
@@ -135,9 +127,22 @@ class TrainerRun:
                 f"asked to stop (SIGTERM) at {unit} {step:g}; the next try starts this fit again."
             )
 
+    def _told_pace(self, step: float, of: float | None, unit: str) -> str:
+        """Rate and time left, in words; empty while they are not known."""
+        now = time.monotonic()
+        since, start = self._pace[0] if self._pace else (now, step)
+        self._pace.append((now, step))
+        if step <= start or now <= since:
+            return ""
+        each_s = (now - since) / (step - start)
+        text = f"{_span(each_s)} per {unit}" if each_s >= 0.1 else f"{1 / each_s:,.0f} {unit}s per s"
+        if of is not None and of > step:
+            text += f", {_span(each_s * (of - step))} left at most"
+        return f" ({text})"
+
 
 def _span(seconds: float) -> str:
-    """A time as a person says it."""
+    """A duration in the unit that a person would choose."""
     for size, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s")):
         if seconds >= 2 * size or unit == "s":
             return f"{seconds / size:.3g} {unit}"
@@ -146,16 +151,22 @@ def _span(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A trainer by name or reference, with what it declares about its hyperparameters."""
+    """A trainer with what it declares about its hyperparameters.
+
+    :ivar name: a standard model's name, or ``module:function``.
+    :ivar defaults: the hyperparameters of a standard model; None: the user's own trainer, which takes any.
+    :ivar search_space: what TuneModel searches by default.
+    :ivar code: sha256 of its source.
+    """
 
     name: str
     fit: Callable[..., Any]
-    defaults: dict[str, Any] | None  # None: a user's own trainer, which takes what it is given
+    defaults: dict[str, Any] | None
     search_space: dict[str, dict[str, Any]]
-    code: str  # sha256 of its source
+    code: str
 
     def complete(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The hyperparameters with defaults filled in; raises BadConfiguration on an unknown name or a wrong type."""
+        """Fill in the defaults; raises BadConfiguration for an unknown name or a wrong type."""
         if self.defaults is None:
             return dict(hyperparameters)
         for name, value in hyperparameters.items():
@@ -163,26 +174,23 @@ class Trainer:
                 raise BadConfiguration(
                     f"hyperparameters: {self.name} has no {name!r}; {did_you_mean(name, self.defaults)}"
                 )
-            default = self.defaults[name]
-            if isinstance(default, bool):
-                if not isinstance(value, bool):
-                    raise BadConfiguration(
-                        f"hyperparameters: {name}={value!r} is not true or false (default {str(default).lower()})."
-                    )
-                continue
-            if isinstance(default, int | float) and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                raise BadConfiguration(
-                    f"hyperparameters: {name}={value!r} is not a number (default {default})."
-                )
-            if isinstance(default, int) and value != int(value):
-                raise BadConfiguration(
-                    f"hyperparameters: {name}={value!r} is not a whole number (default {default})."
-                )
-        return {
-            name: int(hyperparameters[name])
-            if name in hyperparameters and isinstance(default, int) and not isinstance(default, bool)
-            else hyperparameters.get(name, default)
-            for name, default in self.defaults.items()
-        }
+            _check_type(name, value, self.defaults[name])
+        chosen = {name: hyperparameters.get(name, default) for name, default in self.defaults.items()}
+        whole = [name for name, d in self.defaults.items() if isinstance(d, int) and not isinstance(d, bool)]
+        return chosen | {name: int(chosen[name]) for name in whole}
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raise unless a value is of the type of its default; a default that is text or None allows any."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    wanted = ""
+    if isinstance(default, bool):
+        wanted = "" if isinstance(value, bool) else "true or false"
+    elif isinstance(default, int | float) and not is_number:
+        wanted = "a number"
+    elif isinstance(default, int) and value != int(value):
+        wanted = "a whole number"
+    if wanted:
+        raise BadConfiguration(
+            f"hyperparameters: {name}={value!r} is not {wanted} (default {json.dumps(default)})."
+        )

@@ -25,10 +25,11 @@ KEY, SECRET = "testing", "s3-key-that-nobody-may-see"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies here, so that ``-m 'not cluster'`` leaves it out."""
+    """Mark what lies here, so that ``-m 'not cluster'`` leaves it out; the first test may wait for the image of its pods."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker("cluster")
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 def _without(reason: str) -> None:

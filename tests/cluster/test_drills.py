@@ -22,7 +22,7 @@ sys.path.append(str(HERE))
 import disturb  # noqa: E402 - beside this file; tests are no package
 from disturb import Arena, Outcome  # noqa: E402
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.airflow
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 from lepton_airflow.connections import Connection
 from lepton_airflow.testing import LocalAirflow
 
-pytestmark = [pytest.mark.airflow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.airflow
 
 PASSWORD = 'correct h0rse/bättery "%staple'  # with all that needs quoting somewhere
 

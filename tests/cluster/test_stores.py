@@ -16,8 +16,6 @@ from lepton_airflow.runners import Runner
 from lepton_airflow.store import Store
 from lepton_airflow.testing import probe
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def on_s3(name: str, bucket: str, **parameters: Any) -> Request:
     return replace(probe(name, bucket, **parameters), store_connection="s3", connections=("s3",))

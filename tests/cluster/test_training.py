@@ -22,8 +22,6 @@ from lepton_airflow.testing.conformance import until
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def rows(shared: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from lepton_airflow.data.features import Feature
 from lepton_airflow.evaluation.report import render
-from lepton_airflow.packaging.package import ModelCard
+from lepton_airflow.packaging.card import ModelCard
 from lepton_airflow.statistics import METRICS, metrics_of
 
 CARD = ModelCard(

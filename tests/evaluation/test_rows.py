@@ -17,7 +17,7 @@ from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.data.features import Feature
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
 from lepton_airflow.evaluation.rows import check_kinds, load_rows
-from lepton_airflow.packaging.package import ModelCard
+from lepton_airflow.packaging.card import ModelCard
 
 INFO = DatasetInfo(
     target="late",

@@ -18,10 +18,10 @@ from sklearn.preprocessing import OneHotEncoder
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadInput, ContractError
+from lepton_airflow.packaging.card import ModelCard, Touched
 from lepton_airflow.packaging.export.sklearn import SklearnModel
-from lepton_airflow.packaging.package import ModelCard, ModelPackage, write_package
+from lepton_airflow.packaging.package import ModelPackage, write_package
 from lepton_airflow.packaging.schema import OUTPUTS, Schema, features_of
-from lepton_airflow.packaging.touched import Touched
 
 INFO = DatasetInfo(
     target="late",

@@ -12,9 +12,10 @@ import pytest
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadInput
-from lepton_airflow.packaging.package import ModelCard, ModelPackage, write_package
+from lepton_airflow.packaging.card import ModelCard, Touched
+from lepton_airflow.packaging.package import ModelPackage, write_package
 from lepton_airflow.packaging.schema import features_of
-from lepton_airflow.packaging.touched import Touched, overlap, row_fingerprints, time_span
+from lepton_airflow.packaging.touched import overlap, row_fingerprints, time_span
 
 INFO = DatasetInfo(
     target="late",

@@ -22,9 +22,9 @@ import pytest
 
 from lepton_airflow.contract import Artifact
 from lepton_airflow.data.dataset import DatasetInfo, info_sql
-from lepton_airflow.packaging.package import ModelCard, write_package
+from lepton_airflow.packaging.card import ModelCard, Touched
+from lepton_airflow.packaging.package import write_package
 from lepton_airflow.packaging.schema import features_of
-from lepton_airflow.packaging.touched import Touched
 from lepton_airflow.store import Store
 from lepton_airflow.store.files import digest_path
 

@@ -16,9 +16,9 @@ from lepton_airflow.contract import Artifact, Receipt, RunIdentity, split_pin
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.data.profile import reference_profile
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped
-from lepton_airflow.packaging.package import ModelCard, write_package
+from lepton_airflow.packaging.card import ModelCard, Touched
+from lepton_airflow.packaging.package import write_package
 from lepton_airflow.packaging.schema import features_of
-from lepton_airflow.packaging.touched import Touched
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry
 from lepton_airflow.stages import RunInfo, check_drift
 from lepton_airflow.stages.check_drift import CheckDrift

@@ -14,8 +14,8 @@ import pytest
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
+from lepton_airflow.packaging.card import Touched
 from lepton_airflow.packaging.package import ModelPackage
-from lepton_airflow.packaging.touched import Touched
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.evaluate_model import EvaluateModel
 

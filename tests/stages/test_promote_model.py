@@ -14,7 +14,7 @@ import pytest
 from lepton_airflow.contract import RunIdentity
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Skipped
-from lepton_airflow.packaging.touched import Touched
+from lepton_airflow.packaging.card import Touched
 from lepton_airflow.registry.ledger import Ledger, Registration, Registrations, find_version
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.promote_model import PromoteModel

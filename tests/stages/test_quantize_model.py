@@ -16,13 +16,14 @@ import pytest
 from lepton_airflow.contract import Receipt, split_pin
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, Preempted
+from lepton_airflow.packaging.card import ModelCard, Touched
 from lepton_airflow.packaging.compression import compare as comparing
 from lepton_airflow.packaging.compression.latency import Latency
 from lepton_airflow.packaging.export.fitted import as_fitted
-from lepton_airflow.packaging.package import ModelCard, ModelPackage, write_package
+from lepton_airflow.packaging.package import ModelPackage, write_package
 from lepton_airflow.packaging.schema import Schema, features_of
 from lepton_airflow.packaging.session import open_session
-from lepton_airflow.packaging.touched import Touched, overlap
+from lepton_airflow.packaging.touched import overlap
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.quantize_model import QuantizeModel
 

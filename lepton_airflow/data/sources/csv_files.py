@@ -1,4 +1,4 @@
-"""CSV and TSV files as Parquet: their header, the types of their columns, and the lines that cannot be read."""
+"""Land CSV and TSV files as Parquet: read the header, find the types of the columns, set lines apart that do not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 # Texts that people write for "no value".
 _MISSING = "'na', 'n/a', '#n/a', 'nan', 'nil', 'none', 'null', 'missing', 'unknown', '?', '.', '-', '--'"
-_LOOKED_AT = 20_000  # rows in which most columns of text show that they are no numbers
+_FIRST_ROWS = 20_000  # in these, most columns of text show that they hold no numbers
 _SNIFFED = ["NULL", "BOOLEAN", "BIGINT", "DOUBLE", "DATE", "TIMESTAMP", "TIMESTAMPTZ", "VARCHAR"]
 
 _Header = tuple[str, ...]
@@ -49,7 +49,7 @@ class CsvFiles(Reader):
         )
 
     def _header(self, path: Path, uri: str) -> _Header:
-        """The names of the columns as they stand in the file; DuckDB itself would rename doubles silently."""
+        """The names of the columns as the file has them; DuckDB would rename doubles without a word."""
         source = self.source
         lines = self.query(
             uri,
@@ -61,7 +61,7 @@ class CsvFiles(Reader):
                 f"source {source.name!r}: {uri} has no header line that can be read as {source.encoding}."
             )
         header = list(lines[0])
-        while header and header[-1] is None:  # padding: some later line is longer than the header
+        while header and header[-1] is None:  # DuckDB pads the header if a later line is longer
             header.pop()
         for position, name in enumerate(header, 1):
             if name is None:
@@ -82,7 +82,7 @@ class CsvFiles(Reader):
         return tuple(header)
 
     def _types(self, by_header: Mapping[_Header, Sequence[Path]]) -> dict[str, str]:
-        """The type of each column: as stated, else the one that every value of every file fits."""
+        """The type of each column: as stated, else one that all values of all files fit."""
         types: dict[str, str] = {}
         for names, paths in by_header.items():
             if not set(names) <= set(self.source.types):
@@ -107,7 +107,7 @@ class CsvFiles(Reader):
         return dict(zip(names, kinds, strict=True))
 
     def _copy(self, number: int, names: _Header, paths: Sequence[Path], types: Mapping[str, str]) -> Path:
-        """Write the files of one header as Parquet, and what does not fit the types into ``rejected``."""
+        """Write files with equal headers as Parquet, and rows that do not fit the types into ``rejected``."""
         target = self.folder / f"{self.source.name}-{number}.parquet"
         self.query(
             self.first_uris(paths),
@@ -126,10 +126,10 @@ class CsvFiles(Reader):
         return target
 
     def _warn_of_numbers(self, texts: Sequence[str], landed: Sequence[Path]) -> None:
-        """Name the columns that would be numbers but for a few texts that mean "no value"."""
+        """Warn of columns that would hold numbers but for a few texts that mean "no value"."""
         scan = parquet_scan(landed, union=True)
-        # Most texts show themselves in the first rows; only for the others is the whole column read.
-        for table in (f"(FROM {scan} LIMIT {_LOOKED_AT})", scan):
+        # The first rows rule most columns out; only the others are read whole.
+        for table in (f"(FROM {scan} LIMIT {_FIRST_ROWS})", scan):
             looked = self._look(texts, table) if texts else {}
             texts = [column for column, (_, others, _) in looked.items() if not others]
         for column in texts:
@@ -142,7 +142,7 @@ class CsvFiles(Reader):
                 )  # fmt: skip
 
     def _look(self, columns: Sequence[str], table: str) -> dict[str, tuple[int, int, list[str]]]:
-        """By column: its numbers, its values that are neither a number nor missing, its texts for missing ones."""
+        """For each column: how many numbers, how many values that are neither number nor missing, the texts for missing."""
         parts = []
         for name in map(quote, columns):
             number = f"TRY_CAST({name} AS DOUBLE) IS NOT NULL"
@@ -157,7 +157,7 @@ class CsvFiles(Reader):
 
 
 def _common(one: str, other: str) -> str:
-    """The type that the values of both fit."""
+    """A type that the values of both types fit."""
     if one == other:
         return one
     for pair, both in ((("BIGINT", "DOUBLE"), "DOUBLE"), (("DATE", "TIMESTAMP"), "TIMESTAMP")):

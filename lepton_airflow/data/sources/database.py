@@ -1,4 +1,4 @@
-"""The rows of a query of a database, through its ADBC driver: PostgreSQL and SQLite."""
+"""Read the rows of a query from PostgreSQL or SQLite, through an ADBC driver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lepton_airflow.sdk.stage import RunInfo
 
-# Classes of SQLSTATE: lost connection, rollback for another transaction's sake, out of resources, operator's intervention.
+# Classes of SQLSTATE: connection lost, transaction rolled back, out of resources, operator intervened.
 _TRANSIENT_STATES = frozenset({"08", "40", "53", "57"})
 _POSTGRES_OPTIONS = (
     "sslmode", "sslrootcert", "sslcert", "sslkey", "options", "connect_timeout", "application_name",
@@ -36,10 +36,10 @@ _BOUNDS = re.compile(r"\$(window_start|window_end)\b")
 
 
 def query_database(source: Source, run: RunInfo) -> Iterator[pa.RecordBatch]:
-    """The rows of a source's query in Arrow batches, first one without rows.
+    """Yield the rows of a source's query in Arrow batches; the first one has no rows. No error shows the password.
 
     :raises LeptonError: the database is away, and may be back at the next try.
-    :raises BadInput: the Connection or the query is wrong. Neither message shows the password.
+    :raises BadInput: the Connection or the query is wrong.
     """
     import pyarrow as pa
     from adbc_driver_manager import Error
@@ -55,26 +55,26 @@ def query_database(source: Source, run: RunInfo) -> Iterator[pa.RecordBatch]:
             reader = cursor.fetch_record_batch()
             yield _empty_batch(reader.schema)
             yield from reader
-    except (Error, pa.ArrowException, OSError) as error:  # the latter two while rows arrive
+    except (Error, pa.ArrowException, OSError) as error:  # Arrow's and the system's, while rows arrive
         text = first_line(error)
         for secret in (connection.password, percent(connection.password or "", safe="")):
             text = text.replace(secret, "***") if secret else text
         state = str(getattr(error, "sqlstate", None))[:2]
-        kind = LeptonError if state in _TRANSIENT_STATES or is_transient(str(error)) else BadInput
+        kind = LeptonError if state in _TRANSIENT_STATES or is_transient(first_line(error)) else BadInput
         raise kind(
             f"source {source.name!r}: Connection {connection.id!r} or its sql failed: {text}"
         ) from None
 
 
 def _empty_batch(schema: pa.Schema) -> pa.RecordBatch:
-    """No rows, but the columns: a query without a result still gives a table."""
+    """A batch without rows, from which the columns are known even if the query gives no row."""
     import pyarrow as pa
 
     return pa.RecordBatch.from_arrays([pa.array([], f.type) for f in schema], schema=schema)
 
 
 def _driver(source: Source, connection: Connection) -> tuple[str, str, str]:
-    """The ADBC driver, its URI and its parameter mark for a Connection."""
+    """The ADBC driver for a Connection, the URI for it, and its sign for parameters."""
     if connection.type in ("postgres", "postgresql"):
         login = percent(connection.login or "", safe="")
         if connection.password:
@@ -98,7 +98,7 @@ def _driver(source: Source, connection: Connection) -> tuple[str, str, str]:
 
 
 def _bind(source: Source, run: RunInfo, mark: str) -> tuple[str, list[Any]]:
-    """The query with ``$window_start`` and ``$window_end`` as numbered parameters, and their values."""
+    """The query with the window's bounds as numbered parameters, and the values of these."""
     query = str(source.sql)
     names = list(dict.fromkeys(_BOUNDS.findall(query)))
     if not names:

@@ -1,4 +1,4 @@
-"""Which files a source names, and how JSON lines and Parquet become Parquet that can be queried."""
+"""Find the files of a source, and land those in JSON lines and Parquet as Parquet that DuckDB can query."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _REJECTED_AT_ONCE = 1000  # bad lines held in memory before they go into the tab
 
 
 class NoFiles(BadInput):
-    """The files of a source are not there."""
+    """A source names files that do not exist."""
 
 
 def find_files(source: Source, run: RunInfo) -> dict[Path, str]:
-    """Local paths of a source's files, each with the URI it came from, in the order of the URIs; none of a table.
+    """Fetch the files of a source: local paths, each with its URI, in the order of the URIs; empty for a table.
 
     :raises NoFiles: a URI or a glob names no file.
     """
@@ -58,7 +58,7 @@ def find_files(source: Source, run: RunInfo) -> dict[Path, str]:
 
 
 def local_bytes(source: Source, store: Store) -> int | None:
-    """How large a source's files are [bytes]; None of a table, and of files elsewhere."""
+    """The size of a source's files [bytes]; None for a table, and for files that are not on this machine."""
     if source.kind != "files" or source.connection:
         return None
     return total_bytes(store.local_bytes(pattern) for pattern in source.uris)
@@ -66,11 +66,11 @@ def local_bytes(source: Source, store: Store) -> int | None:
 
 @dataclass
 class Reader(ABC):
-    """Lands the files of one source, all of one format, as Parquet.
+    """Lands the files of one source, which all have one format, as Parquet.
 
-    :ivar applies_types: whether the reader itself heeds the types that the source states.
-    :ivar files: local paths, each with the URI that messages name.
-    :ivar folder: where the Parquet goes.
+    :ivar applies_types: whether :meth:`land` gives columns the types that the source states.
+    :ivar files: local paths, each with its URI for messages.
+    :ivar folder: where the Parquet is written.
     """
 
     applies_types: ClassVar[bool] = False
@@ -82,14 +82,14 @@ class Reader(ABC):
 
     @abstractmethod
     def land(self) -> list[Path]:
-        """Write the files' rows as Parquet, those that cannot be read into the table ``rejected``."""
+        """Write the rows as Parquet, and those that cannot be read into DuckDB's table ``rejected``."""
 
     def query(self, what: str, sql: str) -> list[tuple[Any, ...]]:
-        """The rows of a query that reads ``what``; raises BadInput with the source and what cannot be read."""
+        """Run a query that reads ``what``; raises BadInput if that cannot be read."""
         return query(self.con, self.source, what, sql)
 
     def first_uris(self, paths: Sequence[Path]) -> str:
-        """The URIs of the first few files, for a message about all of them."""
+        """The first URIs of some files, for a message."""
         return ", ".join(self.files[path] for path in paths[:3])
 
     def check_same_columns(self, columns: Mapping[Path, Sequence[str]]) -> None:
@@ -115,7 +115,7 @@ class JsonLines(Reader):
     def land(self) -> list[Path]:
         paths = [self._without_bad_lines(path, uri) for path, uri in self.files.items()]
         target = self.folder / f"{self.source.name}.parquet"
-        # Every row is looked at, so that a field's type does not depend on where in the file it first appears.
+        # DuckDB looks at every row, so that the type of a field does not depend on where it first appears.
         self.query(
             self.first_uris(list(self.files)),
             f"COPY (SELECT * FROM read_ndjson({literal(paths)}, records=true, sample_size=-1, "
@@ -125,7 +125,7 @@ class JsonLines(Reader):
         return [target]
 
     def _without_bad_lines(self, path: Path, uri: str) -> Path:
-        """The file, or a copy without the lines that are not one JSON object; those become rejected rows."""
+        """The file itself, or a copy without the lines that are no JSON object, which become rejected rows."""
         ((bad,),) = self.query(
             uri,
             "SELECT count(*) FILTER (json IS NULL OR json_type(json) <> 'OBJECT') FROM "
@@ -161,7 +161,7 @@ class JsonLines(Reader):
 
 
 class ParquetFiles(Reader):
-    """Parquet, which is queried where it lies."""
+    """Parquet, which needs no copy."""
 
     def land(self) -> list[Path]:
         import pyarrow as pa
@@ -178,13 +178,17 @@ class ParquetFiles(Reader):
                 ) from None
             check_no_doubles(self.source, uri, names[path])
         self.check_same_columns(names)
-        for path, uri in self.files.items():  # a damaged page shows only when it is read
+        for path, uri in self.files.items():  # a damaged page is noticed only when it is read
             self.query(uri, f"SELECT count(COLUMNS(*)) FROM {parquet_scan([path], union=False)}")
         return list(self.files)
 
 
 def query(con: duckdb.DuckDBPyConnection, source: Source, what: str, sql: str) -> list[tuple[Any, ...]]:
-    """The rows of a query that reads ``what`` of a source; raises BadInput, or BadConfiguration for want of memory."""
+    """Run a query that reads ``what`` of a source.
+
+    :raises BadInput: it cannot be read.
+    :raises BadConfiguration: DuckDB needs more memory.
+    """
     import duckdb
 
     try:
@@ -201,7 +205,7 @@ def query(con: duckdb.DuckDBPyConnection, source: Source, what: str, sql: str) -
 
 
 def check_no_doubles(source: Source, where: str, names: Sequence[str]) -> None:
-    """Raise when two columns have one name, as SQL sees it."""
+    """Raise when two columns have the same name to SQL, which ignores case."""
     seen = set[str]()
     for name in names:
         if name.lower() in seen:

@@ -1,7 +1,7 @@
-"""Delta Lake and Iceberg tables as sources: one version of a table, streamed as Arrow batches.
+"""Read one version of a Delta Lake or Iceberg table, in Arrow batches.
 
-A version, once asked for or found to be the current one, stays the same for the whole run, so that the cache key, the
-rows and the receipt speak of the same one however often the table is written meanwhile.
+The version is fixed when a run first asks for it. So the cache key, the rows and the receipt are about the same version,
+however often the table is written meanwhile.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _MAX_LISTED = 20  # versions, snapshots or tables named in a message
 
 
 def open_lake(source: Source, run: RunInfo) -> Lake:
-    """The table of a source at its version: the stated one, else the one that was current when this run first asked.
+    """Open the table of a source at the stated version, else at the one that was current when this run first asked.
 
-    :raises BadInput: there is no such table, version or snapshot; the text names those there are.
+    :raises BadInput: there is no such table, version or snapshot; the message names those there are.
     """
     kind = {"delta": Delta, "iceberg": Iceberg}[str(source.format)]
     require(kind.library, f"source {source.name!r}", "lakes")
@@ -50,15 +50,13 @@ def open_lake(source: Source, run: RunInfo) -> Lake:
     version, _ = run.pins.get(repr(source)) or (source.lake_version, None)
     with _in_one_sentence(source, connection):
         lake = kind(source, connection, version, run)
-    run.pins[repr(source)] = (
-        lake.version,
-        lake.digest,
-    )  # in a notebook, one run may see other sources of this name
+    # By the whole source, not by its name: in a notebook, one run may meet several sources of a name.
+    run.pins[repr(source)] = (lake.version, lake.digest)
     return lake
 
 
 def lake_digest(source: Source, run: RunInfo) -> str:
-    """The digest of a source's table at its version: the table is opened for it once a run."""
+    """The digest of a source's table at its version; the table is opened for it once in a run."""
     if repr(source) not in run.pins:
         open_lake(source, run)
     return str(run.pins[repr(source)][1])
@@ -67,9 +65,10 @@ def lake_digest(source: Source, run: RunInfo) -> str:
 class Lake(ABC):
     """One version of one table.
 
-    :ivar identity: tells this table from one that was made anew under its name.
+    :ivar library: the distribution that reads it.
+    :ivar identity: the table's own id, which differs when a table of the same name is made anew.
     :ivar version: number of the Delta version, or id of the Iceberg snapshot.
-    :ivar schema: names and types of the columns that are read.
+    :ivar schema: names and types of the columns to read.
     """
 
     library: str
@@ -79,7 +78,7 @@ class Lake(ABC):
 
     @property
     def digest(self) -> str:
-        """Names the rows: two equal digests are the same version of the same table, read by the same release."""
+        """Equal for the same version of the same table, read by the same release of the library."""
         from importlib.metadata import version
 
         return digest_of([self.identity, self.version, version(self.library)])
@@ -92,14 +91,14 @@ class Lake(ABC):
 
     @abstractmethod
     def _open(self, version: int | None) -> None:
-        """Find the table and the version, and set the attributes."""
+        """Find the table and the version, and set ``identity``, ``version`` and ``schema``."""
 
     @abstractmethod
     def _stream(self) -> Iterator[pa.RecordBatch]:
-        """The rows that the filters let through."""
+        """Yield the rows that meet the filters."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The columns and rows asked for, in no order; a batch without rows comes first."""
+        """Yield the wanted columns of the wanted rows, in no fixed order; the first batch has no rows."""
         import pyarrow as pa
 
         yield pa.RecordBatch.from_pylist([], schema=self.schema)
@@ -121,7 +120,7 @@ class Lake(ABC):
         return pa.schema([schema.field(name) for name in wanted])
 
     def _filters(self) -> Iterator[tuple[str, str, Any]]:
-        """The source's filters with the window's bounds in the form that suits each column."""
+        """The source's filters, with the bounds of the window written as each column needs them."""
         for column, sign, value in self.source.filters:
             if value in ("$window_start", "$window_end"):
                 window = self.run.need_window(f"source {self.source.name!r}: its filters use {value}")
@@ -136,7 +135,7 @@ class Lake(ABC):
         kind = self._types[column]
         if pa.types.is_date(kind):
             utc = moment.astimezone(UTC)
-            # A date stands for its midnight: a bound within a day moves to the midnight that lets the same dates through.
+            # A date means its midnight, so a bound inside a day moves to the midnight with the same dates on each side.
             later = sign in (">=", "<") and utc.time() != time.min
             return date.isoformat(utc.date() + timedelta(days=int(later)))
         if pa.types.is_timestamp(kind):
@@ -148,7 +147,7 @@ class Lake(ABC):
 
 
 class Delta(Lake):
-    """A version of a Delta Lake table, through ``deltalake``; deletion vectors and column mapping are understood."""
+    """A version of a Delta Lake table, read by ``deltalake``, which knows deletion vectors and column mapping."""
 
     library = "deltalake"
     _table: DeltaTable
@@ -210,7 +209,7 @@ class Delta(Lake):
 
 
 class Iceberg(Lake):
-    """A snapshot of an Iceberg table, through ``pyiceberg`` and whichever catalog it knows."""
+    """A snapshot of an Iceberg table, read by ``pyiceberg`` through any catalog that it knows."""
 
     library = "pyiceberg"
     _scan: DataScan
@@ -235,7 +234,7 @@ class Iceberg(Lake):
             )
         self.version = current.snapshot_id if version is None else version
         self.identity = str(table.metadata.table_uuid)
-        # A snapshot is read with the columns it was written with, today as in a year.
+        # A snapshot is read with the columns that it was written with, whatever the table has now.
         whole = table.scan(snapshot_id=self.version)
         self.schema = self._project(schema_to_pyarrow(whole.projection(), include_field_ids=False))
         self._scan = whole.update(row_filter=self._expression(), selected_fields=tuple(self.schema.names))
@@ -292,7 +291,7 @@ class Iceberg(Lake):
         scan = self._scan
         reader = ArrowScan(scan.table_metadata, scan.io, scan.projection(), scan.row_filter)
         for task in scan.plan_files():
-            # What is public holds the rows of all data files, each perhaps of a gigabyte, in a list before the first.
+            # The public functions read all data files, each perhaps a gigabyte, into a list before they give a row.
             deletes = _read_all_delete_files(scan.io, [task])
             yield from reader._record_batches_from_scan_tasks_and_deletes([task], deletes)  # noqa: SLF001
 
@@ -311,15 +310,15 @@ def _moment(at_ms: int) -> str:
     return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-# How SQLAlchemy and pyiceberg call what may be over at the next try. What Rust's object store says reaches us as one of
-# Arrow's errors, so that only the text tells it.
+# Errors of SQLAlchemy and pyiceberg that the next try may not meet. Those of Rust's object store arrive as Arrow's, so only
+# the text tells them.
 _TRANSIENT_KINDS = frozenset({"InterfaceError", "OperationalError", "ServerError", "ServiceUnavailableError"})
 _OBJECT_STORE = re.compile(r"Generic \w+ error")
 
 
 @contextmanager
 def _in_one_sentence(source: Source, connection: Connection | None) -> Iterator[None]:
-    """Say in one sentence what a library of many error classes and page-long messages could not do."""
+    """Turn any error of the libraries, whose messages may fill a page, into one sentence without secrets."""
     try:
         yield
     except LeptonError:
@@ -335,7 +334,7 @@ def _in_one_sentence(source: Source, connection: Connection | None) -> Iterator[
                 f"source {source.name!r}: files of {source.format} table {where} are gone; an old version loses them to VACUUM "
                 f"or to the expiry of snapshots: read a newer one. ({text[-200:]})"
             ) from None
-        # A store or a catalog that does not answer may answer the next try; anything else would fail the same way.
+        # A store or a catalog that does not answer may answer the next try; everything else would fail again.
         transient = (
             isinstance(error, OSError)
             or type(error).__name__ in _TRANSIENT_KINDS

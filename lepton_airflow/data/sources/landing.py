@@ -1,7 +1,6 @@
-"""Any source as Parquet in the run's scratch space, and a digest that names its content.
+"""Land any source as Parquet in the run's scratch space, so that the user's query reads only typed, checked columns.
 
-The user's query then reads typed, checked columns only. Nothing is held in memory: files are streamed to disk, DuckDB
-spills, and the rows of tables arrive in batches.
+Nothing is held in memory whole: files are streamed to disk, DuckDB spills, and the rows of tables arrive in batches.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _TELL_S = 10.0  # between two lines in the log about a table that is being read
 
 
 def source_digest(source: Source, run: RunInfo) -> str | None:
-    """sha256 over the contents of the files in order; that of the version of a table; None of a live database."""
+    """sha256 of what a source holds: its files in order, or the version of its table; None for a live database."""
     if source.sql:
         return digest_of([source.version]) if source.version is not None else None
     if source.is_lake:
@@ -57,7 +56,7 @@ def source_digest(source: Source, run: RunInfo) -> str | None:
 
 @dataclass(frozen=True)
 class Landed:
-    """A source as Parquet: its rows, those rejected on the way, its columns, and the version that a lake's table has."""
+    """What was landed of a source: rows, rejected rows, columns with their types, and the version of a lake's table."""
 
     name: str
     rows: int
@@ -67,7 +66,7 @@ class Landed:
 
 
 class Landing:
-    """Turns sources into Parquet with one DuckDB connection; its table ``rejected`` keeps what could not be read."""
+    """Lands sources on one DuckDB connection, whose table ``rejected`` keeps the rows that could not be read."""
 
     def __init__(self, con: duckdb.DuckDBPyConnection, run: RunInfo) -> None:
         self.con, self.run = con, run
@@ -106,7 +105,7 @@ class Landing:
         return Landed(source.name, rows, lines + unfit, columns, version)
 
     def _files(self, source: Source, files: Mapping[Path, str]) -> tuple[list[Path], bool]:
-        """The files as Parquet, and whether the stated types are heeded already."""
+        """Land files; returns the Parquet, and whether its columns have the stated types."""
         before = {path: _stamp(path) for path in files}
         formats = {source.file_format(path.name) for path in files}
         if len(formats) > 1:
@@ -128,7 +127,7 @@ class Landing:
         return paths, reader.applies_types
 
     def _table(self, source: Source, batches: Iterator[pa.RecordBatch]) -> Path:
-        """Write the batches of a table, the first of which has no rows, as Parquet."""
+        """Write batches, the first of which has no rows, as one Parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -155,7 +154,7 @@ class Landing:
         return target
 
     def _cast(self, source: Source, paths: Sequence[Path]) -> tuple[list[Path], int]:
-        """Give columns their stated types; a row with a value that does not fit is rejected, and counted."""
+        """Give columns their stated types; returns the Parquet, and how many rows had a value that does not fit."""
         import duckdb
 
         scan = parquet_scan(paths, union=source.union)

@@ -1,6 +1,6 @@
-"""What may stand in ``sources``: files by URI or glob, a table of a lake, or a query of a database; and their checks.
+"""What IngestData may be told to read: files by URI or glob, a table of a lake, or a query of a database.
 
-Nothing is read here, so a wrong entry is refused before anything is opened.
+Nothing is opened here: an entry of ``sources`` is only parsed and checked.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SUFFIXES = {
 _COMPRESSED = (".gz", ".zst")
 _SIGNS = ("=", "<", "<=", ">", ">=", "in")
 _LAKE_ONLY = ("catalog", "table", "snapshot_id", "columns", "filters")
-# What each kind of source takes. An option that would do nothing is refused: ``version`` of an Iceberg table, which has
-# snapshots, would otherwise read the current one.
+# The options of each kind of source. Any other is refused, because it would do nothing: an Iceberg table has snapshots, so
+# with ``version`` its current state would be read.
 _OPTIONS = {
     "files": ("uri", "format", "connection", "types", "delimiter", "null_values", "date_format", "encoding", "union"),
     "delta": ("format", "uri", "version", "columns", "filters", "types", "connection"),
@@ -39,24 +39,24 @@ _TYPE = re.compile(r"^[A-Za-z][A-Za-z0-9_ ]*(\(\s*\d+\s*(,\s*\d+\s*)?\))?(\[\])*
 class Source:
     """One named source of rows: files (``uri``), a table of a lake (``format``), or a database (``connection``, ``sql``).
 
-    :ivar uri: a URI, a glob, or a list of them; files in the order of their URIs. Of a Delta table, its folder.
-    :ivar format: ``csv``, ``tsv``, ``jsonl`` or ``parquet``, None: from the suffix; or ``delta`` or ``iceberg``.
-    :ivar types: DuckDB types of columns. A value that does not fit is a rejected row. Columns not named are sniffed
-        over the whole file: a scheduled run should state them, since one month's values may look different.
+    :ivar uri: a URI, a glob, or a list of them. The folder of a Delta table.
+    :ivar format: ``csv``, ``tsv``, ``jsonl`` or ``parquet``, None: by the suffix; or ``delta`` or ``iceberg``.
+    :ivar types: DuckDB types of columns. A row with a value that does not fit is rejected. The types of other CSV columns
+        are found from all values of the file. State them in a scheduled run: the values of one month may look different.
     :ivar delimiter: of a CSV file; None: ``,`` for csv and a tab for tsv.
     :ivar null_values: texts that mean "no value" in a CSV file, besides the empty one.
-    :ivar date_format: of dates in a CSV file, as in strptime; ISO when not given.
-    :ivar union: whether files of one source may lack some columns (read as missing values).
+    :ivar date_format: of dates in a CSV file, as in strptime; by default ISO.
+    :ivar union: whether a file may lack columns that others have; they are read as missing values.
     :ivar connection: id of an Airflow Connection: the database for ``sql``, or what opens the URI or the catalog.
     :ivar sql: one query for the database; ``$window_start`` and ``$window_end`` are bound.
-    :ivar version: of a Delta table, its number, None: the current one; of a database, what the user says its state is:
-        with it, an equal run may be reused.
+    :ivar version: number of a Delta table's version, None: the current one. Of a database, any name for its present state:
+        a run with an equal name may be reused.
     :ivar catalog: pyiceberg's properties of an Iceberg catalog (``type``, ``uri``, ``warehouse``, …), without secrets.
     :ivar table: the Iceberg table, as ``namespace.table``.
     :ivar snapshot_id: of the Iceberg table; None: the current one.
     :ivar columns: the columns of a lake's table to read; empty: all.
-    :ivar filters: ``[column, sign, value]`` that rows of a lake's table must all meet, so that files without such rows are
-        not read; the values ``$window_start`` and ``$window_end`` are those of the run's window.
+    :ivar filters: ``[column, sign, value]``, all of which the rows of a lake's table must meet; files without such rows are
+        not read. The values ``$window_start`` and ``$window_end`` stand for the run's window.
     """
 
     name: str
@@ -126,11 +126,11 @@ class Source:
         raise BadConfiguration(f"source {self.name!r}: {option}={stated!r}: expected a whole number.")
 
     def place(self, version: int | None) -> str:
-        """Where the rows of a table come from, for the log."""
+        """What a table is called in the log."""
         return f"{self.table or self.uri}, version {version}" if version is not None else str(self.connection)
 
     def file_format(self, file: str) -> str:
-        """The format of the file of that name; raises BadConfiguration when neither option nor suffix tells it."""
+        """The format of a file by its name; raises BadConfiguration when neither ``format`` nor the suffix tells it."""
         if self.format:
             return self.format
         name = file.lower()
@@ -146,7 +146,7 @@ class Source:
 
 
 def _check_kind(source: Source) -> None:
-    """Raise unless the source is one of files, a table of a lake, and a database, with what that needs."""
+    """Raise unless the source is exactly one of files, a table of a lake or a database, with what that needs."""
     if source.format not in (None, *_FORMATS):
         raise BadConfiguration(
             f"source {source.name!r}: format={source.format!r}; {did_you_mean(str(source.format), _FORMATS)}"
@@ -165,7 +165,7 @@ def _check_kind(source: Source) -> None:
 
 
 def _check_options(source: Source, stated: Mapping[str, Any]) -> None:
-    """Raise for an option that a source of this kind would not heed."""
+    """Raise for an option that a source of this kind would ignore."""
     unset = Source(name=source.name)
     for option in stated:
         value = getattr(source, option)
@@ -189,7 +189,7 @@ def _check_types(source: Source) -> None:
 
 
 def _check_lake(source: Source) -> None:
-    """Raise, with the right form, where a source's options for a lake do not fit together."""
+    """Raise, with the right form, where the options of a lake's table do not fit together."""
     what = f"source {source.name!r}"
     if source.format == "delta":
         if not isinstance(source.uri, str) or not source.uri or source.sql or source.table or source.catalog:

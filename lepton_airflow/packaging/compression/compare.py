@@ -220,6 +220,7 @@ def _try_in_a_process(model: bytes, output: str, feed: Feed) -> None:
                 check=False,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=_TRY_S,
             )
         except subprocess.TimeoutExpired:

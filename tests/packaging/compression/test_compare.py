@@ -190,6 +190,30 @@ def test_a_graph_that_cannot_be_prepared_stays_as_it_is(mlp: Any, monkeypatch: p
     assert [c.verdict for c in found.candidates] == ["original", "failed", "failed", "failed"]
 
 
+def test_a_conversion_that_changes_nothing_is_not_timed(mlp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "convert", lambda prepared, *_: prepared)
+    (_, candidate) = mlp.compare(methods=["dynamic_int8"]).candidates
+    assert candidate.verdict == "no-op"
+    assert candidate.reason == "the conversion changed none of the 3 Conv, Gemm and MatMul"
+    assert not candidate.latency
+
+
+def test_a_format_that_gives_no_probabilities_is_worse(mlp: Any) -> None:
+    def predict(model: bytes) -> np.ndarray:
+        return mlp.predict(model) * (1 if model == mlp.model else 1.5)
+
+    work = Work(
+        output="probabilities",
+        calibration=mlp.batches,
+        predict=predict,
+        timing={64: list(mlp.batches(64))[:1]},
+    )
+    judge = Judge(y=mlp.y, metric="log_loss", max_loss=0.005, resamples=100)
+    (_, candidate) = mlp.compare(work=work, judge=judge, methods=["dynamic_int8"]).candidates
+    assert candidate.verdict == "worse"
+    assert "expected a probability from 0 to 1" in candidate.reason
+
+
 def test_nothing_asked_for_keeps_the_original_without_timing(mlp: Any) -> None:
     found = mlp.compare(methods=[])
     assert found.reason == "kept fp32, because no candidate was asked for"

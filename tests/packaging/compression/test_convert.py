@@ -21,6 +21,7 @@ from lepton_airflow.packaging.compression.convert import (
     inspect,
     prepare,
 )
+from lepton_airflow.packaging.session import open_session
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,6 +48,28 @@ def test_raw_features_too_large_for_16_bits_stay_exact(mlp: Any) -> None:
     original, predicted = far.predict(far.model), far.predict(made)
     assert np.isfinite(predicted).all()
     assert np.abs(original - predicted).max() < 0.01
+
+
+def test_a_constant_that_both_parts_read_stays_exact_in_front() -> None:
+    offset, weights = (
+        onnx.numpy_helper.from_array(value.astype(np.float32), name)
+        for value, name in ((np.array([2049.0]), "offset"), (np.eye(2), "weights"))
+    )
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["rows", 2]) for n in ("x", "y")]
+    nodes = [
+        onnx.helper.make_node("Sub", ["x", "offset"], ["centred"]),
+        onnx.helper.make_node("MatMul", ["centred", "weights"], ["product"]),
+        onnx.helper.make_node("Div", ["product", "offset"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [offset, weights])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    made = convert(prepare(model.SerializeToString()), "fp16", lambda: iter(()))
+    types = {i.name: i.data_type for i in made.graph.initializer}
+    assert types["offset"] == onnx.TensorProto.FLOAT
+    assert types["weights"] == types["offset/half"] == onnx.TensorProto.FLOAT16
+    # In 16 bits 2,049 is 2,048. In front of the product that would make these 1 / 2,048 and 2 / 2,048.
+    (found,) = open_session(made.SerializeToString()).run(["y"], {"x": np.array([[2049, 2050]], np.float32)})
+    np.testing.assert_allclose(found, [[0, 1 / 2048]], atol=1e-5)
 
 
 def test_ranges_do_not_depend_on_the_batches_of_calibration(mlp: Any) -> None:
