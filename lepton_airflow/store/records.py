@@ -7,8 +7,8 @@ Layout::
     records/<log>/by/<field>/<value>/000007         record 7 may have this value in this field
 
 A record is made once, by :meth:`~lepton_airflow.store.files.Store.create_exclusive`, and never changed. It carries what follows
-from all before it (who was champion, what each alias means), so the newest one is the state. On S3 that takes three requests
-however long the log is: the list of the segments, the list of the newest one, the record. Older records are read for the
+from all before it (who was champion, what each alias means), so the newest one is the state. On S3 that takes four requests
+however long the log is: the list of the segments, the list of the newest one, the record, and a look for the next one. Older records are read for the
 history only, 16 at a time.
 
 A record that is lost is found: in the newest segment by whoever asks for the state, in an older one by whoever asks for the

@@ -195,9 +195,10 @@ def test_a_long_log_costs_no_more_requests_than_a_short_one(
     log.append(Move(4, "one"))
     log_ends_at = 4
     calls = {
-        "state": (log.newest, 3),
+        "state": (log.newest, 4),
         "nothing new": (lambda: log.after(log_ends_at), 1),
         "one value": (lambda: log.find("who", "one"), 2),
+        "a value of none": (lambda: log.find("who", "nobody"), 3),
     }
     short = {name: s3.count(call) for name, (call, _) in calls.items()}
     fill(store, 1100, first=5)
