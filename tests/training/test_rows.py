@@ -81,9 +81,8 @@ def test_classes_that_json_has_only_as_text_are_found(load: Any) -> None:
 
 def test_other_rows_have_the_classes_and_features_of_the_training_rows(load: Any) -> None:
     train = load()
-    valid = load(
-        replace(INFO, classes=[]), train, y=["no"] * 4, c=[None] * 4
-    )  # one class, an empty feature: fine here
+    # Other rows may lack a class, and a feature.
+    valid = load(replace(INFO, classes=[]), train, y=["no"] * 4, c=[None] * 4)
     assert valid.y.tolist() == [0] * 4
     assert valid.schema == train.schema
 
@@ -114,6 +113,13 @@ def test_what_cannot_be_learned_from_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=message):
         load(info, **columns)
+
+
+def test_a_number_to_predict_stays_in_its_units(load: Any) -> None:
+    rows = load(replace(INFO, task="regression", classes=[]), y=[1, 2, 3, 4_000_000_001])
+    assert rows.y.dtype == np.float64
+    assert rows.y.tolist() == [1, 2, 3, 4_000_000_001]  # not rounded to float32, as features are
+    assert rows.schema.classes == []
 
 
 def test_rows_of_another_target_are_refused(load: Any) -> None:
