@@ -10,7 +10,7 @@ ARG BASE=docker.io/library/python:3.11-slim
 
 # -- what the extras need: a layer of its own, made again only when pyproject.toml or constraints.txt changes ---------------
 FROM ${BASE} AS dependencies
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_SYSTEM_CERTS=1
 RUN python -m venv --without-pip /opt/venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt images/requirements.py ./
