@@ -48,8 +48,8 @@ def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tup
         if entry.modified <= now - older_than_s and stage in (None, entry.key.split("/")[1])
     }
     store.delete_files(sorted(dropped))
-    # Listed after the entries are gone. A task that was answered from one of them shortly before has its receipt by now, and
-    # that keeps the artifacts.
+    # List receipts only after the entries are deleted: a task that had just read a deleted entry has probably written its
+    # receipt by now, and that names the same artifacts.
     prefixes = ("receipts", "checkpoints", ROOT, "artifacts")
     receipts, checkpoints, records, artifacts = at_once(store.listing, prefixes)
     removed = _remove_runs(store, receipts, checkpoints, min(now - older_than_s, young), stage)
@@ -126,7 +126,7 @@ def _named(store: Store, naming: Sequence[Listed], settled: float) -> set[str]:
 
 
 def names_in(text: bytes) -> set[str]:
-    """What may be the name of a folder of ``artifacts/`` in a text: the first and the last 32 of every run of hex digits.
+    """What may name a folder of ``artifacts/`` in a text: of every run of 32 or more hex digits, its first 32 and its last 32.
 
     A digest begins with the folder's name; in an encoded URI, the ``2f`` of ``%2f`` stands before it.
     """

@@ -239,8 +239,8 @@ def _feed_as_json(feed: Feed) -> str:
 
 
 _TRY_S = 120
-# It imports nothing of this package, so that it runs wherever onnxruntime does. An exit status above 0 is passed over, because
-# what raises here raises again where the model is asked for predictions.
+# It imports nothing of this package, so that it runs wherever onnxruntime does. A positive exit status is ignored: the
+# same error is raised again when the model is asked for predictions.
 _TRY = """
 import json, sys, numpy, onnxruntime
 options = onnxruntime.SessionOptions()
