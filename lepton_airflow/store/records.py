@@ -8,8 +8,8 @@ Layout::
 
 A record is made once, by :meth:`~lepton_airflow.store.files.Store.create_exclusive`, and never changed. It carries what follows
 from all before it (who was champion, what each alias means), so the newest one is the state. On S3 that takes four requests
-however long the log is: the list of the segments, the list of the newest one, the record, and a look for the next one. Older records are read for the
-history only, 16 at a time.
+however long the log is: the list of the segments, the list of the newest one, the record, and a look for the next one. Older
+records are read for the history only, 16 at a time.
 
 A record that is lost is found: in the newest segment by whoever asks for the state, in an older one by whoever asks for the
 history. The state does not depend on older records, so their loss does not change it.
