@@ -52,6 +52,8 @@ def test_a_killed_stage_is_retried(airflow: LocalAirflow, tmp_path: Path) -> Non
 
 def test_a_killed_worker_leaves_nothing_running_and_is_retried(airflow: LocalAirflow, tmp_path: Path) -> None:
     both, alone = tmp_path / "supervisor and task", tmp_path / "supervisor alone"
+    both.mkdir()
+    alone.mkdir()
     # Side by side, because most of it is waiting.
     runs = {folder: _wait_run(airflow, folder) for folder in (both, alone)}
     stages = {folder: _starts(folder)[0] for folder in runs}
