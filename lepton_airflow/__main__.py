@@ -1,4 +1,4 @@
-"""The entry point, ``python -m lepton_airflow``: every runner starts ``run`` here, and people the other commands.
+"""The entry point, ``python -m lepton_airflow``: runners start ``run`` here, and people the other commands.
 
 ``stages`` and ``describe`` need neither Airflow nor an engine.
 """

@@ -219,7 +219,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {
 def _json(value: Any, what: str, advice: str) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()  # raises for half a surrogate pair, as a file name that is no UTF-8 has: it is no JSON
+        text.encode()  # raises for a lone surrogate, which a file name that is not UTF-8 contains: JSON cannot hold it
     except (TypeError, ValueError) as error:
         raise ContractError(f"{what}: {error}. {advice}") from None
     return text

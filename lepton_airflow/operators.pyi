@@ -334,7 +334,7 @@ class TrainModelOperator(StageOperator):
     ) -> None: ...
 
 class TuneModelOperator(StageOperator):
-    """Search hyperparameters by cross-validation, in a study that a killed run takes up again."""
+    """Search hyperparameters by cross-validation, in a study with which the next try of a killed run goes on."""
 
     def __init__(
         self,

@@ -65,14 +65,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 # -- what each folder takes --------------------------------------------------------------------------------------------
 
-FACTOR = 2  # by which a folder may exceed its budget
+FACTOR = 3  # by which a folder may exceed its budget
+SLACK_S = 120  # so much more is never a failure: beside another program a short folder may take several times its budget
 
 
 class Budgets:
     """Compares the seconds that each folder's tests took with the table in ``tests/README.md``.
 
     A machine that is slow or busy slows all folders, so a folder is held against the median of all: it is too slow when it
-    exceeds its budget by more than twice as much as the median folder does. In CI that fails the run.
+    exceeds its budget by more than three times as much as the median folder does, and by two minutes. In CI that fails the run.
     """
 
     def __init__(self) -> None:
@@ -94,7 +95,7 @@ class Budgets:
         usual = max(1.0, median(of_budget.values())) if of_budget else 1.0
         found = [f"tests/{n} has no budget in tests/README.md" for n in seconds if n not in self.budgets]
         for name, share in of_budget.items():
-            if share > FACTOR * usual:
+            if share > FACTOR * usual and seconds[name] > self.budgets[name] + SLACK_S:
                 slowest = sorted(self.took[name].items(), key=lambda test: -test[1])[:3]
                 found.append(
                     f"tests/{name} took {seconds[name]:.0f} s; its budget is {self.budgets[name]} s, and the median folder "

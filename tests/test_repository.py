@@ -30,6 +30,7 @@ SAID_AS = {
     "mlflow-skinny": "mlflow",
     "protobuf": "skl2onnx",
     "psycopg2-binary": "psycopg2",
+    "pytest-cov": "__cov",
     "pytest-timeout": "mark.timeout",
     "pytest-xdist": "loadfile",
     "PyYAML": "yaml",

@@ -8,22 +8,22 @@ WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "U
 _NUMBERS = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN")
 
 
-def is_number(kind: str) -> bool:
+def is_number(duckdb_type: str) -> bool:
     """Whether the values can be taken as numbers."""
-    return _NUMBERS.fullmatch(kind) is not None
+    return _NUMBERS.fullmatch(duckdb_type) is not None
 
 
-def is_time(kind: str) -> bool:
+def is_time(duckdb_type: str) -> bool:
     """Whether the values are dates or timestamps."""
-    return kind == "DATE" or kind.startswith("TIMESTAMP")
+    return duckdb_type == "DATE" or duckdb_type.startswith("TIMESTAMP")
 
 
-def has_zone(kind: str) -> bool:
+def has_zone(duckdb_type: str) -> bool:
     """Whether the timestamps have a time zone."""
-    return kind.startswith("TIMESTAMPTZ") or kind.endswith("WITH TIME ZONE")
+    return duckdb_type.startswith("TIMESTAMPTZ") or duckdb_type.endswith("WITH TIME ZONE")
 
 
-def in_microseconds(column: str, kind: str) -> str:
+def in_microseconds(column: str, duckdb_type: str) -> str:
     """SQL that casts timestamps in nanoseconds, as pandas writes them, to microseconds.
 
     DuckDB compares nanoseconds with no other timestamp, so a query could not compare them with the run's window.
@@ -31,19 +31,19 @@ def in_microseconds(column: str, kind: str) -> str:
     return {
         "TIMESTAMP_NS": f"CAST({column} AS TIMESTAMP)",
         "TIMESTAMPTZ_NS": f"CAST({column} AS TIMESTAMPTZ)",
-    }.get(kind, column)
+    }.get(duckdb_type, column)
 
 
-def portable(column: str, kind: str) -> str:
+def portable(column: str, duckdb_type: str) -> str:
     """SQL that casts a column to one of the few types that every framework and ONNX know."""
-    if kind == "BOOLEAN":
+    if duckdb_type == "BOOLEAN":
         return f"CAST({column} AS TINYINT)"
-    if kind.startswith("DECIMAL") or kind in (
+    if duckdb_type.startswith("DECIMAL") or duckdb_type in (
         "HUGEINT",
         "UHUGEINT",
         '"NULL"',
     ):  # "NULL": a column without values
         return f"CAST({column} AS DOUBLE)"
-    if kind.startswith("ENUM") or kind in ("UUID", "JSON"):
+    if duckdb_type.startswith("ENUM") or duckdb_type in ("UUID", "JSON"):
         return f"CAST({column} AS VARCHAR)"
-    return in_microseconds(column, kind)
+    return in_microseconds(column, duckdb_type)

@@ -5,9 +5,12 @@ the bits that it would have got in training. Only the sentence about a refused v
 a dataset, in :mod:`lepton_airflow.serving.protocol` of the rows of a request.
 
 To add a kind of feature, add one entry to :data:`KINDS`, and values of it to ``tests/data/test_features.py``, which sends
-them through training and through the server. ONNX export, packages, training, evaluation and the server take all they need
-from the entry. Two things are not in it: which columns of a dataset are of the kind (:func:`kind_of`), and what a model
-does with them (``lepton_airflow/models``).
+them through training and through the server. Reading, packages, ONNX inputs and the server's checks need no more. What a new
+kind needs besides: which columns of a dataset are of it (:func:`kind_of`, and a field beside ``categorical`` in
+:mod:`lepton_airflow.data.dataset`, set by PrepareData), how a request writes its values (``request_body`` in
+:mod:`lepton_airflow.serving.protocol`) and which rows DeployModel probes it with, its bins in
+:mod:`lepton_airflow.data.profile`, its probe for missing values in :mod:`lepton_airflow.training.parity`, and what a model does
+with it (``lepton_airflow/models``, ``packaging/export/sklearn.py``).
 """
 
 from __future__ import annotations
@@ -177,7 +180,8 @@ KINDS: dict[str, Kind] = {
         dtype="object",
         trainer_dtype="object",
         tensor="string",
-        datatypes=("BYTES", *_NUMBERS),
+        # Not FP16 and FP32: 0.1 would be another category than 0.1 in a column of doubles, and an unknown one at that.
+        datatypes=("BYTES", *(name for name in _NUMBERS if name not in ("FP16", "FP32"))),
     ),
 }
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.features import BATCH_ROWS, Feature, feature_frame, read_batches
-from lepton_airflow.errors import require
 from lepton_airflow.packaging.schema import Schema
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ def open_session(model: bytes, threads: int = 1, *, spin: bool = True) -> onnxru
     :param threads: CPU threads of one call; 1 gives equal rows equal bits, and lets calls run side by side.
     :param spin: whether threads wait for their next work by spinning; False where sessions are timed beside one another.
     """
-    require("onnxruntime", "predicting", "train")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

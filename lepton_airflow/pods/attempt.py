@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 from lepton_airflow.connections import Connection, redactor
@@ -126,7 +126,9 @@ class Attempt:
     ) -> None:
         self.settings, self.request, self.connections = settings, request, connections
         self.ti, self.defers = ti, defers
-        self.state = AttemptState(**(state or {}))
+        # What another version kept, and this one does not know, is left out.
+        known = {f.name for f in fields(AttemptState)}
+        self.state = AttemptState(**{name: value for name, value in (state or {}).items() if name in known})
         self.try_id = str(ti.id) if ti is not None else LOCAL_TRY
         self.base = pod_base(settings, request, load_template(settings))
         self.digest = request_digest(self.base, request)

@@ -170,7 +170,7 @@ def _named_by(*lists: list[Any]) -> str | None:
 
 
 def _defaults() -> dict[str, Any]:
-    """The pod that nobody has configured: few rights, and two folders to write in."""
+    """The default pod: few rights, and two writable folders."""
     env = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",

@@ -10,13 +10,13 @@ import inspect
 import re
 import sysconfig
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lepton_airflow.contract import digest_of
 from lepton_airflow.errors import BadConfiguration, did_you_mean
-from lepton_airflow.sdk.closure import PACKAGE, modules_named, package_digest
+from lepton_airflow.sdk.closure import PACKAGE, package_digest, source_file, taken_from
 
 _CODE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
@@ -51,66 +51,91 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
     return typing.cast("Callable[..., Any]", function)
 
 
+# Modules of this package that only start stages: what user code imports of them decides where it runs, and no result.
+_STARTS_STAGES = frozenset(
+    {"airflow", "cli", "operators", "pods", "runners", "settings", "testing", "triggers"}
+)
+
+
 def code_digest(reference: str) -> str:
     """sha256 of the source that ``module:function`` is made of: its module or package, and all it imports from beside it.
 
     Of this package, the modules that it imports count, with those that they import. Of another installed library only
     its own files count. Nothing of it is imported.
+
+    :raises BadConfiguration: there is no such module, or no source file of it.
     """
     module = reference.partition(":")[0]
     top = module.partition(".")[0]
     if top == PACKAGE:
         return package_digest(module)
-    folder = _folder_of(top)
-    if folder is None:
+    folders = _folders_of(top)
+    if not folders:
         raise BadConfiguration(
             f"{reference!r}: no module {top!r} where the stage runs. Put it beside the DAG file; for a pod, into the image, on "
             "PYTHONPATH."
         )
-    installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    todo, seen = [top], {top}
+    found: list[tuple[str, str]] = []
     ours: set[str] = set()
-    found: dict[str, str] = {}
-    while todo:
-        for file in _sources(folder, todo.pop()):
+    for folder in folders:
+        for file in _files_of(folder, top):
             source = file.read_bytes()
-            found[str(file.relative_to(folder))] = hashlib.sha256(source).hexdigest()
-            ours |= modules_named(source.decode(errors="replace"))
-            if folder not in installed:
-                beside = {
-                    name
-                    for name in _imports(source)
-                    if (folder / name).exists() or (folder / f"{name}.py").exists()
-                }
-                todo += sorted(beside - seen)
-                seen |= beside
-    return digest_of([*sorted(found.items()), package_digest(*sorted(ours))])
+            found.append((str(file.relative_to(folder)), hashlib.sha256(source).hexdigest()))
+            ours |= _imports(source)[1]
+    if not found:
+        raise BadConfiguration(
+            f"{reference!r}: there is no source file of {top!r} in {folders[0]}, so results cannot be named by the code that "
+            "made them: install it as files, not in a zip or as bytecode alone."
+        )
+    return digest_of([*sorted(found), package_digest(*sorted(ours))])
 
 
-def _folder_of(top: str) -> Path | None:
-    """The folder on ``sys.path`` that holds a top-level module or package."""
+def _folders_of(top: str) -> list[Path]:
+    """The folders on ``sys.path`` that hold a top-level module or package; several hold parts of a namespace package."""
     try:
         spec = importlib.util.find_spec(top)
     except ValueError:  # __main__ in a notebook
-        return None
+        return []
     if spec is None:
-        return None
-    if spec.submodule_search_locations:  # a package, with or without __init__.py
-        return Path(next(iter(spec.submodule_search_locations))).parent
-    return Path(spec.origin).parent if spec.has_location and spec.origin else None
+        return []
+    if spec.submodule_search_locations:
+        return [Path(place).parent for place in spec.submodule_search_locations]
+    return [Path(spec.origin).parent] if spec.has_location and spec.origin else []
 
 
-def _sources(folder: Path, top: str) -> list[Path]:
-    package = folder / top
-    return sorted(package.rglob("*.py")) if package.is_dir() else [folder / f"{top}.py"]
+def _files_of(folder: Path, top: str) -> Iterator[Path]:
+    """The sources of a module or package, and of what these import from the same folder, unless libraries lie there."""
+    installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    todo, seen = [top], {top}
+    while todo:
+        name = todo.pop()
+        package, module = folder / name, folder / f"{name}.py"
+        for file in sorted(package.rglob("*.py")) if package.is_dir() else [module] * module.is_file():
+            yield file
+            if folder not in installed:
+                beside = {n for n in _imports(file.read_bytes())[0] if _lies_in(folder, n)} - seen
+                todo += sorted(beside)
+                seen |= beside
 
 
-def _imports(source: bytes) -> set[str]:
-    """Top-level names that a module's source imports."""
+def _lies_in(folder: Path, name: str) -> bool:
+    return (folder / name).exists() or (folder / f"{name}.py").exists()
+
+
+def _imports(source: bytes) -> tuple[set[str], set[str]]:
+    """What a module's source imports: the top-level names, and the modules of this package that may change a result."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError):  # whoever imports it is told
-        return set()
+    except (SyntaxError, ValueError):  # the import itself will report the error
+        return set(), set()
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    whole = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    return {name.partition(".")[0] for name in plain | whole} - {""}
+    whole = [node for node in nodes if isinstance(node, ast.ImportFrom) and not node.level and node.module]
+    modules = plain | {taken_from(str(node.module), alias.name) for node in whole for alias in node.names}
+    ours = {
+        module
+        for module in modules
+        if module.startswith(f"{PACKAGE}.")
+        and module.split(".")[1] not in _STARTS_STAGES
+        and source_file(module)
+    }
+    return {name.partition(".")[0] for name in modules}, ours

@@ -70,8 +70,10 @@ def cache_key_parts(stage: Stage, run: RunInfo) -> dict[str, Any] | None:
 
 
 def in_short(parts: Mapping[str, Any]) -> str:
-    """The parts of a cache key in one line, each by the first digits of its digest: for a log, where they are compared."""
-    return " ".join(f"{name}={digest_of(value)[:8]}" for name, value in parts.items() if name != "stage")
+    """The parts of a cache key in one line, to be compared with such a line of another run: eight digits each, ``-`` for none."""
+    shown = {name: "-" if value is None else digest_of(value)[:8] for name, value in parts.items()}
+    shown["code"] = parts["code"][:8]  # a digest already
+    return " ".join(f"{name}={digits}" for name, digits in shown.items() if name != "stage")
 
 
 def _without_location(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Artifact, RunIdentity, Window, split_pin
 from lepton_airflow.errors import BadConfiguration, Preempted, did_you_mean
-from lepton_airflow.sdk.closure import PACKAGE, package_digest
+from lepton_airflow.sdk.closure import PACKAGE, package_digest, source_file
 from lepton_airflow.sdk.code import code_digest, is_code
 from lepton_airflow.sdk.values import is_union, typed
 from lepton_airflow.store.files import Store, total_bytes
@@ -163,9 +163,11 @@ class Stage:
                 key = f"{name}[{index}]"
                 if marker == "artifact" and not is_inline(value):
                     digests[key] = split_pin(value)[1] or run.store.digest(value)
-                elif marker == "code":
-                    model = f"{PACKAGE}.models.{value}"  # loaded by name, so no import tells of it
-                    digests[key] = code_digest(value) if is_code(value) else package_digest(model)
+                elif marker == "code" and is_code(value):
+                    digests[key] = code_digest(value)
+                elif marker == "code" and source_file(model := f"{PACKAGE}.models.{value}"):
+                    # It is loaded by name at run time, so the import scan cannot see it.
+                    digests[key] = package_digest(model)
         return digests
 
     def bytes_to_digest(self, store: Store) -> int | None:

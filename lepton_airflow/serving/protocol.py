@@ -255,11 +255,26 @@ def _array(feature: Feature, datatype: str, data: list[Any]) -> NDArray[Any]:
             f"input {feature.name!r} is a {feature.kind}: expected one of {', '.join(kind.datatypes)}, not {datatype}.",
         )
     try:
-        return kind.read(data).reshape(-1, 1)
+        return kind.read(_rounded(feature, datatype, data)).reshape(-1, 1)
     except UnfitValues as error:
         raise RequestError(
             400, f"input {feature.name!r}: row {error.row} is {error.why}; send null for a missing value."
         ) from None
+
+
+def _rounded(feature: Feature, datatype: str, data: list[Any]) -> Any:
+    """The values as FP16 holds them, where that is their datatype. The model takes float32, so FP32 needs no rounding here."""
+    import numpy as np
+
+    if datatype != "FP16":
+        return data
+    try:
+        with np.errstate(over="ignore"):
+            numbers = [math.nan if value is None else float(value) for value in data]
+            return np.array(numbers, dtype=np.float64).astype(np.float16)
+    except OverflowError:
+        row = next(i for i, value in enumerate(data) if value is not None and abs(value) > 1e308)
+        raise RequestError(400, f"input {feature.name!r}: row {row} is beyond {datatype}.") from None
 
 
 def _outputs_asked(request: Mapping[str, Any], outputs: Sequence[str]) -> list[str]:

@@ -99,7 +99,7 @@ class DeployModel(Stage):
         while True:
             run.check_stop()
             newest = records.newest()
-            # The ledger is read after the records, so that what is asked for is never older than what they ask for.
+            # Read the ledger after the endpoint's records: then this request is never older than the newest record.
             desired, golden = wanted.look()
             newer = self._newer(run, newest, desired)
             if newer:

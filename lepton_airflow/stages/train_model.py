@@ -222,7 +222,7 @@ class _Fits:
                 stage.folds,
                 stage.fold_by,
                 versions(type(stage)),
-                package_digest("lepton_airflow.training.fit"),
+                package_digest("lepton_airflow.training.fit", "lepton_airflow.training.folds"),
             ]
         )
         return f"checkpoints/{self.run.run_key}/{same_fit[:16]}"

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, digest_of, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Preempted, StoreError, require
+from lepton_airflow.sdk.closure import package_digest
+from lepton_airflow.sdk.fingerprint import versions
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
@@ -175,9 +177,11 @@ class TuneModel(Stage):
             [
                 [
                     split_pin(self.dataset)[1] or run.store.digest(self.dataset),
+                    self.trainer,
                     trainer.code,
                     self.hyperparameters,
                 ],
+                [package_digest("lepton_airflow.training.search"), versions(type(self))],
                 [metric, self.folds, self.fold_by, self.max_rows, self.seed],
                 {k: [type(d).__name__, vars(d)] for k, d in space.items()},
             ]

@@ -1,7 +1,7 @@
 """What can be reused: the receipts of finished runs, found by stage and cache key.
 
-A stage's cache key holds the modules that the stage is made of, and every stage stands on :mod:`lepton_airflow.store.files`.
-This module is not imported there, so a change of it leaves the cache keys as they are.
+Every stage imports :mod:`lepton_airflow.store.files`, so a change there changes all cache keys. The cache's code is kept here so
+that a change of it does not.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Eviction knows no kind of record. So a new kind keeps its artifacts without bein
 never imported the module that writes it.
 
 The age of everything comes from the listings. Only what may name an artifact is read, 16 at a time, and on an object store only
-what was written since the last eviction. Just before something is removed its age is looked at again, as it may have been
-written once more since it was listed.
+what was written since the last eviction. Each thing is listed once more just before it is removed, as it may have been written
+again in the meantime.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _INDEX = "index/names.json"
 
 
 def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
-    """Drop what is at least so old: cache entries, receipts, checkpoints; then the artifacts that nothing names.
+    """Remove cache entries, receipts and checkpoints of at least that age, then the artifacts that nothing names any more.
 
-    Artifacts, receipts and checkpoints younger than an hour stay in any case; what a killed writer has left half written goes
-    after an hour. With ``stage``, only that stage's entries, receipts and checkpoints are dropped.
-    Returns the numbers of cache entries and of bytes removed.
+    Artifacts, receipts and checkpoints younger than an hour stay in any case. What killed writers have left half written goes
+    after an hour. With ``stage``, only that stage's entries, receipts and checkpoints go.
+    Returns how many cache entries and how many bytes were removed.
     """
     refuse_old_layout(store)
     now = time.time()
@@ -48,7 +48,8 @@ def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tup
         if entry.modified <= now - older_than_s and stage in (None, entry.key.split("/")[1])
     }
     store.delete_files(sorted(dropped))
-    # Listed only now: a task that has found an entry which is gone since is the likelier to have its receipt, which names the same.
+    # List receipts only after the entries are deleted: a task that had just read a deleted entry has probably written its
+    # receipt by now, and that names the same artifacts.
     prefixes = ("receipts", "checkpoints", ROOT, "artifacts")
     receipts, checkpoints, records, artifacts = at_once(store.listing, prefixes)
     removed = _remove_runs(store, receipts, checkpoints, min(now - older_than_s, young), stage)
@@ -66,7 +67,7 @@ def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tup
 def _remove_runs(
     store: Store, receipts: Sequence[Listed], checkpoints: Sequence[Listed], before: float, stage: str | None
 ) -> dict[str, int]:
-    """Remove what runs have left that ended before a time: checkpoints that no try resumed from, and receipts."""
+    """Remove the receipts of runs that ended before a time, and checkpoints that no try has resumed from since then."""
     keys = [
         *_old(_by_folder(checkpoints), before),
         *(e.key for e in _files(receipts) if e.modified <= before),
@@ -79,7 +80,7 @@ def _remove_runs(
 
 
 def _remove(store: Store, keys: Iterable[str], before: float) -> dict[str, int]:
-    """Remove files and folders, but none that was written since they were listed; the bytes of each that is gone."""
+    """Remove files and folders that were not written since that time; returns the bytes of each that was removed."""
 
     def remove(key: str) -> tuple[str, int] | None:
         found = store.listing(key)
@@ -89,7 +90,7 @@ def _remove(store: Store, keys: Iterable[str], before: float) -> dict[str, int]:
             store.delete_files([key])
         else:
             store.delete(key)
-        return key, sum(e.bytes for e in found)
+        return key, sum(max(e.bytes, 0) for e in found)
 
     return dict(done for done in at_once(remove, keys) if done is not None)
 
@@ -125,9 +126,12 @@ def _named(store: Store, naming: Sequence[Listed], settled: float) -> set[str]:
 
 
 def names_in(text: bytes) -> set[str]:
-    """Every 32 hex digits in a text that may name a folder of ``artifacts/``: each longer row's first and last ones too."""
-    rows = re.findall(rb"[0-9a-f]{32,}", text)
-    return {part.decode() for row in rows for part in (row[:32], row[-32:])}
+    """What may name a folder of ``artifacts/`` in a text: of every run of 32 or more hex digits, its first 32 and its last 32.
+
+    A digest begins with the folder's name; in an encoded URI, the ``2f`` of ``%2f`` stands before it.
+    """
+    runs = re.findall(rb"[0-9a-f]{32,}", text)
+    return {part.decode() for run in runs for part in (run[:32], run[-32:])}
 
 
 def _read_index(store: Store) -> dict[str, list[Any]]:
@@ -151,9 +155,9 @@ def _files(listed: Iterable[Listed]) -> list[Listed]:
 
 
 def _by_folder(listed: Iterable[Listed]) -> dict[str, float]:
-    """When anything in each folder of a prefix, or the folder itself, was last written.
+    """The folders of a prefix, with the time at which each, or anything in it, was last written.
 
-    The folder counts as well: a writer may have made it and not yet the file in it.
+    The folder itself counts, as a writer may have made it and not yet the file in it.
     """
     newest: dict[str, float] = {}
     for e in listed:
@@ -165,9 +169,9 @@ def _by_folder(listed: Iterable[Listed]) -> dict[str, float]:
 
 
 def _temporaries(listed: Iterable[Listed]) -> dict[str, float]:
-    """What writers have begun and not put into its place, with the time of the last write to each.
+    """What writers have begun under a temporary name, with the time of the last write to each.
 
-    An artifact's own files may be called anything, so below its folder only the first level counts.
+    The files of an artifact may have any name, so in ``artifacts/`` only what lies directly in a folder counts.
     """
     newest: dict[str, float] = {}
     for e in listed:

@@ -60,6 +60,7 @@ _Out = TypeVar("_Out")
 class Listed:
     """A file in a listing; on a local disk also a folder, whose key ends with a slash.
 
+    :ivar bytes: its size; -1 where the file system does not tell.
     :ivar modified: when it was last written [seconds since 1970].
     :ivar etag: changes whenever the content does; None where the file system has none.
     """
@@ -311,7 +312,7 @@ class Store:
             return [
                 Listed(
                     key=path[len(self._root) + 1 :],
-                    bytes=int(info.get("size") or 0),
+                    bytes=-1 if info.get("size") is None else int(info["size"]),
                     modified=_modified(info),
                     etag=info.get("ETag") or info.get("etag"),
                 )
@@ -325,7 +326,7 @@ class Store:
             if not self._local:
                 self.fs.rm(path, recursive=True)
             elif os.path.isdir(path):
-                shutil.rmtree(path)
+                shutil.rmtree(path, onerror=_unless_gone)
             else:
                 os.unlink(path)
 
@@ -351,6 +352,7 @@ class Store:
         On a local disk by a hard link, which fails if the name is taken and shows the content only when it is complete;
         on S3 by If-None-Match. Other file systems cannot promise it and are refused.
         """
+        self.check_exclusive()
         path = self._path(key)
         with self._errors(f"creating {key}"):
             if self._local:
@@ -364,20 +366,23 @@ class Store:
                 finally:
                     Path(temporary).unlink(missing_ok=True)
                 return True
-            if self.protocol in ("s3", "s3a"):
-                try:
-                    self.fs.pipe_file(path, content, mode="create")
-                except FileExistsError:
+            try:
+                self.fs.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if "PreconditionFailed" in str(error) or "412" in str(error):
                     return False
-                except OSError as error:
-                    if "PreconditionFailed" in str(error) or "412" in str(error):
-                        return False
-                    raise
-                return True
-        raise BadConfiguration(
-            f"store {self.root}: {self.protocol}:// cannot create a key exactly once, which registration and "
-            "promotion need: use a local (or NFS) directory or s3://."
-        )
+                raise
+            return True
+
+    def check_exclusive(self) -> None:
+        """Raise BadConfiguration when this store cannot create a key exactly once."""
+        if not self._local and self.protocol not in ("s3", "s3a"):
+            raise BadConfiguration(
+                f"store {self.root}: {self.protocol}:// cannot create a key exactly once, which registration and "
+                "promotion need: use a local (or NFS) directory or s3://."
+            )
 
     # -- receipts --------------------------------------------------------------------------------------------------
 
@@ -503,6 +508,12 @@ class Store:
 _DRIVERS = frozenset({"aiohttp", "azure", "botocore", "gcsfs", "google"})  # whose errors are not OSErrors
 
 
+def _unless_gone(_function: Any, _path: str, failure: Any) -> None:
+    """Raise what a deletion met, unless somebody else has deleted the file before."""
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
+
+
 def _owner(path: Any) -> str:
     """The user who owns the folder of a file, as the end of a message."""
     try:
@@ -520,8 +531,16 @@ def _altered(uri: str, found: str, wanted: str) -> str:
 
 def at_once(function: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
     """Call a function for each item, 16 at the same time, as each call waits for the store; the results in order."""
+    items = list(items)
+    # In chunks, as handing one call to a thread takes 30 us; small ones, so that no thread is idle long before the others.
+    size = max(1, min(50, len(items) // (8 * AT_ONCE)))
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(function, items))
+        return [
+            result
+            for done in pool.map(lambda chunk: [function(item) for item in chunk], chunks)
+            for result in done
+        ]
 
 
 def is_temporary(path: str) -> bool:

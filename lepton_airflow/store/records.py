@@ -7,9 +7,9 @@ Layout::
     records/<log>/by/<field>/<value>/000007         record 7 may have this value in this field
 
 A record is made once, by :meth:`~lepton_airflow.store.files.Store.create_exclusive`, and never changed. It carries what follows
-from all before it (who was champion, what each alias means), so the newest one is the state. On S3 that takes three requests
-however long the log is: the list of the segments, the list of the newest one, the record. Older records are read for the
-history only, 16 at a time.
+from all before it (who was champion, what each alias means), so the newest one is the state. On S3 that takes four requests
+however long the log is: the list of the segments, the list of the newest one, the record, and a look for the next one. Older
+records are read for the history only, 16 at a time.
 
 A record that is lost is found: in the newest segment by whoever asks for the state, in an older one by whoever asks for the
 history. The state does not depend on older records, so their loss does not change it.
@@ -73,6 +73,10 @@ class Log(Generic[_R]):
     def newest(self) -> _R | None:
         """The last record, or None where there is none yet; raises IntegrityError when one of its segment is gone."""
         number = self._last()
+        # A listing may be older than the newest record (NFS keeps it for seconds); a record that is read is not.
+        later = self.after(number)
+        if later:
+            return later[-1]
         return self.existing(number) if number else None
 
     def record(self, sequence: int) -> _R | None:
@@ -102,9 +106,9 @@ class Log(Generic[_R]):
 
     def find(self, field: str, value: object) -> list[_R]:
         """The records with that value in one of the fields given as ``find_by``, oldest first."""
-        numbers = sorted(
-            int(name) for name in self.store.children(self._mark(field, value)) if name.isdigit()
-        )
+        # keys(), as children() of a folder that is not there lists all of its neighbours on S3.
+        names = (key.rpartition("/")[2] for key in self.store.keys(self._mark(field, value)))
+        numbers = sorted(int(name) for name in names if name.isdigit())
         found = at_once(self.record, numbers)
         if None in found:  # marked, and then the writer was killed; or the record is lost
             last = self._last()
@@ -116,7 +120,8 @@ class Log(Generic[_R]):
         return [record for record in found if record is not None and getattr(record, field) == value]
 
     def append(self, record: _R) -> bool:
-        """Write a record under its number; False when another writer took that, so that the caller decides anew."""
+        """Write a record under its number; False when another writer took that, so that the caller decides again."""
+        self.store.check_exclusive()
         # The marks come first: a writer that is killed in between leaves a mark too many, and never a record without one.
         for field in self._find_by:
             self.store.write(f"{self._mark(field, getattr(record, field))}/{record.sequence:06d}", b"")
@@ -133,14 +138,13 @@ class Log(Generic[_R]):
 
     def _unbroken(self, numbers: Sequence[int], first: int, segments: Sequence[int]) -> int:
         """The last of the numbers that were listed; raises IntegrityError unless all from the first one on are there."""
-        last = first + len(numbers) - 1
-        for expected, number in enumerate(numbers, first):
-            if number != expected:
-                raise self._missing(expected)
-        if (
-            segments and last < segments[-1] * _SEGMENT - 1
-        ):  # who began a segment has seen the last record before it
-            raise self._missing(last + 1)
+        last = max(numbers, default=first - 1)
+        # A segment is started only by a writer that has read the last record of the one before.
+        last = max(last, (segments[-1] * _SEGMENT - 1) if segments else 0)
+        for absent in sorted(set(range(first, last + 1)) - set(numbers)):
+            # A listing that several requests made may lack a record that is there.
+            if self.record(absent) is None:
+                raise self._missing(absent)
         return last
 
     def _segments(self) -> list[int]:

@@ -114,7 +114,7 @@ class LocalAirflow:
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
-    def start(self, components: Sequence[str] = COMPONENTS, wait_s: float = 180) -> None:
+    def start(self, components: Sequence[str] = COMPONENTS, wait_s: float = 300) -> None:
         """Make the database, start the components and wait until the API answers.
 
         :raises LeptonError: the port is taken, or a component ended at once; its log is named.
@@ -133,7 +133,7 @@ class LocalAirflow:
             self.start_component(component)
         self.wait_until_it_answers(components, wait_s)
 
-    def wait_until_it_answers(self, components: Sequence[str] = COMPONENTS, wait_s: float = 180) -> None:
+    def wait_until_it_answers(self, components: Sequence[str] = COMPONENTS, wait_s: float = 300) -> None:
         """Wait for the API of what was started; raises LeptonError when a component ends, or the time is over."""
 
         def answers() -> bool:
@@ -248,7 +248,7 @@ class LocalAirflow:
             except OSError as error:  # URLError is one, and so is a time-out
                 raise LeptonError(f"{what}: no answer ({error}); see the logs in {self.home}.") from None
 
-    def wait_for_dag(self, dag_id: str, wait_s: float = 120) -> None:
+    def wait_for_dag(self, dag_id: str, wait_s: float = 240) -> None:
         """Wait until the DAG processor has stored a DAG; raises with the import error when it has one."""
 
         def known() -> bool:

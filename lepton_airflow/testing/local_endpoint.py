@@ -57,7 +57,7 @@ class LocalEndpoint:
         """Whether this home's server runs."""
         return processes.pid(self._process, self.home) is not None
 
-    def start(self, wait_s: float = 60) -> None:
+    def start(self, wait_s: float = 180) -> None:
         """Start the server and wait until it answers; it may have nothing to serve yet."""
         processes.refuse_used_port(self.port, "choose another port for the endpoint")
         self.home.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class LocalEndpoint:
         """End the server at once, as a crash does."""
         processes.stop(self._process, self.home, signal.SIGKILL)
 
-    def wait_ready(self, wait_s: float = 60) -> None:
+    def wait_ready(self, wait_s: float = 180) -> None:
         """Wait until it has a version in service."""
         processes.until(
             lambda: self._get("/v2/health/ready"), "the endpoint to be ready", wait_s, str(self.log)

@@ -52,7 +52,7 @@ class LocalMlflow:
         """Whether this home's server runs."""
         return processes.pid("mlflow", self.home) is not None
 
-    def start(self, wait_s: float = 120) -> None:
+    def start(self, wait_s: float = 240) -> None:
         """Start the server and wait until it answers."""
         processes.refuse_used_port(self.port, "choose another port for MLflow")
         self.home.mkdir(parents=True, exist_ok=True)

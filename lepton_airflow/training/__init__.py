@@ -19,6 +19,12 @@ To make a long fit resumable, call ``run.latest_checkpoint()`` once before its l
 after each step; :func:`lepton_airflow.models.fit_torch` does so for torch.
 """
 
+import os
+
 from lepton_airflow.training.trainer import TrainerRun
 
 __all__ = ["TrainerRun"]
+
+# By default, idle OpenMP threads spin, which slows everything on a busy CPU: beside other work on two cores, boosting 400
+# rows with two threads took 8.4 s, and 0.5 s with this setting. It must be made before a library loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -52,19 +52,20 @@ def test_a_killed_stage_is_retried(airflow: LocalAirflow, tmp_path: Path) -> Non
 
 def test_a_killed_worker_leaves_nothing_running_and_is_retried(airflow: LocalAirflow, tmp_path: Path) -> None:
     both, alone = tmp_path / "supervisor and task", tmp_path / "supervisor alone"
-    runs = {
-        folder: _wait_run(airflow, folder) for folder in (both, alone)
-    }  # side by side: most of it is waiting
+    both.mkdir()
+    alone.mkdir()
+    # Side by side, because most of it is waiting.
+    runs = {folder: _wait_run(airflow, folder) for folder in (both, alone)}
     stages = {folder: _starts(folder)[0] for folder in runs}
     tasks = {folder: _parent(stage) for folder, stage in stages.items()}
     for task in tasks.values():
         os.kill(_parent(task), signal.SIGKILL)  # the supervisor, so that nobody reports the task's end
     os.kill(tasks[both], signal.SIGKILL)
-    airflow.until(lambda: not any(map(_running, stages.values())), "the stages to end with their workers", 5)
+    airflow.until(lambda: not any(map(_running, stages.values())), "the stages to end with their workers", 15)
     airflow.until(
-        lambda: not any(map(_running, tasks.values())), "the tasks to end with their supervisors", 15
+        lambda: not any(map(_running, tasks.values())), "the tasks to end with their supervisors", 30
     )
-    airflow.until(lambda: all(len(_starts(folder)) == 2 for folder in runs), "Airflow to try both again", 90)
+    airflow.until(lambda: all(len(_starts(folder)) == 2 for folder in runs), "Airflow to try both again", 240)
     for folder, run in runs.items():
         (folder / "go").touch()
         assert airflow.wait("wait", run) == "success"

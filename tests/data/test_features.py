@@ -48,7 +48,6 @@ VALUES: dict[str, dict[str, list[Any]]] = {
     },
     "category": {
         "BYTES": [*TEXTS, None],
-        "FP32": [*FLOATS, *WHOLE, None],
         "FP64": [*FLOATS, *WHOLE, INF, 1e39, 10**30, None],
         "INT64": [*WHOLE, None],
         "BOOL": [True, False, None],
@@ -229,3 +228,16 @@ def test_batches_hold_so_many_rows_in_the_order_of_the_file(tmp_path: Any) -> No
     assert pd.concat(batches)["x"].tolist() == list(range(250))
     with pytest.raises(BadInput, match=r"column 'z' is not in rows\.parquet"):
         list(read_batches(path, ["z"]))
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32"])
+def test_a_category_is_not_taken_from_a_type_that_rounds_it(datatype: str) -> None:
+    assert through_training("category", pd.Series([0.1])) == ["0.1"]
+    assert through_training("category", pd.Series([0.1], dtype="float32")) == ["0.10000000149011612"]
+    refused = through_the_server("category", datatype, [0.1])
+    assert re.search(f"is a category: expected one of BYTES, .*, not {datatype}", str(refused))
+
+
+def test_half_precision_is_rounded_before_it_is_read() -> None:
+    expected = through_training("number", pd.Series([0.1, None], dtype="float16"))
+    assert through_the_server("number", "FP16", [0.1, None]) == expected

@@ -143,7 +143,7 @@ def test_a_long_row_of_rejected_versions_is_not_read_again() -> None:
             standing = endpoints.not_rejected(store, "late", newest.sequence)
             assert records.existing(standing).sequence == 1
 
-        assert s3.count(what_to_serve) == 6
+        assert s3.count(what_to_serve) == 7
         assert s3.count(lambda: records.after(11)) == 1  # what a server asks every second
 
 

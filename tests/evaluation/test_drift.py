@@ -217,9 +217,8 @@ def test_the_target_is_judged_too(judge: Judge) -> None:
 
 def test_one_day_of_rows_is_judged_by_what_the_reference_says_of_days(profile_of, judge: Judge) -> None:
     rows = frame(1, 1)
-    rows["wind"] = (
-        1.0  # a windy day, as there were many: no drift, however far its 60 rows are from the others
-    )
+    # The reference has many days as windy: this is no drift, however far the 60 rows are from the others.
+    rows["wind"] = 1.0
     found = judge(rows)["wind"]
     assert found.distance > 1
     assert not found.drifted

@@ -65,8 +65,8 @@ def test_a_category_is_text_a_number_or_missing() -> None:
         ("BYTES", "", ""),
         ("INT64", 7, "7"),
         ("FP64", 7.0, "7"),
-        ("FP32", 0.5, "0.5"),
-        ("FP32", NAN, ""),
+        ("FP64", 0.5, "0.5"),
+        ("FP64", NAN, ""),
         ("BOOL", True, "True"),
     ):
         assert read(whole(tensor("carrier", [value], datatype))).feed["carrier"].tolist() == [[wanted]]

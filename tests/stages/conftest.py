@@ -196,7 +196,7 @@ class MlflowServer:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock taken
             )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 200  # seconds; 20 are usual, more beside busy programs
         while time.monotonic() < deadline:
             with (
                 contextlib.suppress(urllib.error.URLError, OSError),

@@ -128,22 +128,6 @@ def test_out_of_fold_predictions_come_from_models_that_did_not_see_the_cluster(t
     assert grouped.cluster_column == "patient"
 
 
-def test_folds_by_time_never_train_on_the_future(tmp_path: Path) -> None:
-    from lepton_airflow.training.folds import make_folds
-    from lepton_airflow.training.rows import Rows
-
-    frame, info = real_frame("classification")
-    frame["day"] = pd.Timestamp("2013-01-01") + pd.to_timedelta(np.arange(len(frame)) // 10, unit="D")
-    frame["day"] = frame["day"].sample(frac=1, random_state=0).to_numpy()
-    rows = Rows.load(Path(save(frame, replace(info, time_column="day"), tmp_path / "t.parquet")), "train")
-    folds = make_folds(rows, 4, "time", seed=0)
-    assert len(folds) == 4
-    for train, held_out in folds:
-        assert frame["day"].iloc[train].max() < frame["day"].iloc[held_out].min()
-    held = np.concatenate([h for _, h in folds])
-    assert len(set(held)) == len(held) > 0.75 * len(frame)
-
-
 def test_a_class_too_rare_for_every_fold_gets_probability_zero_there(tmp_path: Path) -> None:
     frame, info = real_frame("classification", 3)
     frame = pd.concat([frame[frame["target"] != 2], frame[frame["target"] == 2].head(2)], ignore_index=True)

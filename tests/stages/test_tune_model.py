@@ -101,7 +101,7 @@ if __name__ == "__main__":
     print(stage.run(RunInfo.local(folder, run_key="killed")).summary)
 """
 
-# From the sixth fit on, fits announce themselves and then never end, as long as the flag file is there.
+# From the sixth fit on, and as long as the flag file exists, a fit says that it began and then never ends.
 SLOW_TRAINER = """
 import os, pathlib, threading
 from sklearn.linear_model import LogisticRegression
@@ -198,9 +198,8 @@ def test_two_workers_share_a_study_in_postgresql(dataset: str, tmp_path: Path, p
     result = stage.run(run)
     assert result.metrics["trials_complete"] == 3
     assert len({t["hyperparameters"]["C"] for t in trials_of(result)}) == 3
-    more = tune(dataset, trials=4, storage_connection="studies", pruner="none").run(
-        run
-    )  # a larger budget goes on
+    # With a larger budget, the study goes on.
+    more = tune(dataset, trials=4, storage_connection="studies", pruner="none").run(run)
     assert more.metrics["trials_complete"] == 4
     assert trials_of(more)[:3] == trials_of(result)
     wrong = Connection(**(asdict(connection) | {"port": 1}))

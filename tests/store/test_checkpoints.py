@@ -254,38 +254,6 @@ def test_a_checkpoint_is_written_when_one_is_due_or_a_stop_was_asked_for(tmp_pat
     assert again.save_checkpoint(3, writes("state 3"))
 
 
-def test_a_trainer_without_checkpoints_is_stopped_at_its_next_report() -> None:
-    with pytest.raises(Preempted, match="at epoch 3; the next try starts this fit again"):
-        run_of(None, should_stop=lambda: True).report(3, unit="epoch", loss=1.0)
-
-
-def test_very_many_reports_are_thinned_out() -> None:
-    run = run_of(None)
-    for step in range(20_000):
-        run.report(step, loss=1 / (step + 1))
-    steps = [p["step"] for p in run.curves.points]
-    assert len(steps) <= 4000
-    assert steps == sorted(steps)
-    assert (steps[0], steps[-1]) == (0, 19_999)
-
-
-def test_a_report_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    run = run_of(None, say=said.append)
-    clock = [run._pace[0][0]]
-    monkeypatch.setattr("lepton_airflow.training.trainer.time.monotonic", lambda: clock[0])
-    clock[0] += 600.0
-    run.report(5, of=65, unit="epoch", train_loss=0.123456789)
-    assert said.pop() == "epoch 5 of 65 train_loss=0.12346 (2 min per epoch, 2 h left at most)"
-    for step in range(6, 66):  # faster from now on
-        clock[0] += 0.001
-        run.report(step, of=65, unit="epoch")
-    assert said[-2:] == [
-        "epoch 64 of 65 (1,000 epochs per s, 0.001 s left at most)",
-        "epoch 65 of 65 (1,000 epochs per s)",
-    ]
-
-
 def test_what_is_in_the_store_leaves_the_local_disk(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     kept.save(1, writes("state 1"), {}, wait=True)

@@ -12,7 +12,6 @@ import pytest
 from lepton_airflow.connections import Connection
 from lepton_airflow.errors import BadConfiguration, IntegrityError
 from lepton_airflow.store import Store
-from lepton_airflow.store.files import at_once
 from lepton_airflow.store.records import Log, refuse_old_layout, to_json
 from lepton_airflow.testing.local_s3 import LocalS3
 
@@ -32,9 +31,16 @@ def key(sequence: int) -> str:
     return f"records/moves/späte Flüge/{sequence // 1000:03d}/{sequence:06d}.json"
 
 
-def fill(store: Store, last: int, first: int = 1) -> Log[Move]:
+def fill(store: Store, last: int, first: int = 1, s3: LocalS3 | None = None) -> Log[Move]:
     """A log as its writers have left it, without waiting for each of them."""
-    at_once(lambda n: store.write(key(n), to_json(Move(n, f"run-{n}"))), range(first, last + 1))
+    records = {key(n): to_json(Move(n, f"run-{n}")) for n in range(first, last + 1)}
+    if s3:
+        s3.put(store, records)
+        return log_of(store)
+    for name, content in records.items():
+        path = Path(store.root.removeprefix("file://"), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     return log_of(store)
 
 
@@ -146,6 +152,21 @@ def test_a_whole_segment_that_is_gone_is_found_by_everybody(tmp_path: Path) -> N
             call()
 
 
+@pytest.mark.parametrize("hidden", ["001002.json", "000999.json", "001/"])
+def test_a_listing_that_is_older_than_the_newest_records_hides_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    """NFS shows a listing for some seconds after it has changed, but not an old state of a file that is opened."""
+    log = fill(Store(str(tmp_path)), 1002)
+    children = Store.children
+    monkeypatch.setattr(
+        Store, "children", lambda self, key: [name for name in children(self, key) if name != hidden]
+    )
+    assert log.newest() == Move(1002, "run-1002")
+    if hidden == "000999.json":
+        assert len(log.entries()) == 1002
+
+
 def test_a_record_that_is_looked_for_by_a_field_and_gone_is_named(tmp_path: Path) -> None:
     log = log_of(Store(str(tmp_path)))
     for number in range(1, 4):
@@ -191,16 +212,17 @@ def test_a_long_log_costs_no_more_requests_than_a_short_one(
     s3: LocalS3, bucket: tuple[str, Connection]
 ) -> None:
     store = Store(*bucket)
-    log = fill(store, 3)
+    log = fill(store, 3, s3=s3)
     log.append(Move(4, "one"))
     log_ends_at = 4
     calls = {
-        "state": (log.newest, 3),
+        "state": (log.newest, 4),
         "nothing new": (lambda: log.after(log_ends_at), 1),
         "one value": (lambda: log.find("who", "one"), 2),
+        "a value of none": (lambda: log.find("who", "nobody"), 3),
     }
     short = {name: s3.count(call) for name, (call, _) in calls.items()}
-    fill(store, 1100, first=5)
+    fill(store, 1100, first=5, s3=s3)
     log_ends_at = 1100
     assert {name: s3.count(call) for name, (call, _) in calls.items()} == short
     assert short == {name: most for name, (_, most) in calls.items()}
@@ -208,7 +230,7 @@ def test_a_long_log_costs_no_more_requests_than_a_short_one(
 
 def test_the_history_is_read_sixteen_at_a_time(s3: LocalS3, bucket: tuple[str, Connection]) -> None:
     store = Store(*bucket)
-    log = fill(store, 200)
+    log = fill(store, 200, s3=s3)
     s3.most_at_once, s3.latency_s = 0, 0.02
     try:
         assert s3.count(lambda: store_sequences(log)) == 202  # two lists and every record

@@ -60,7 +60,7 @@ def query_database(source: Source, run: RunInfo) -> Iterator[pa.RecordBatch]:
         for secret in (connection.password, percent(connection.password or "", safe="")):
             text = text.replace(secret, "***") if secret else text
         state = str(getattr(error, "sqlstate", None))[:2]
-        kind = LeptonError if state in _TRANSIENT_STATES or is_transient(str(error)) else BadInput
+        kind = LeptonError if state in _TRANSIENT_STATES or is_transient(first_line(error)) else BadInput
         raise kind(
             f"source {source.name!r}: Connection {connection.id!r} or its sql failed: {text}"
         ) from None

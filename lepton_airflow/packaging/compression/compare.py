@@ -220,6 +220,7 @@ def _try_in_a_process(model: bytes, output: str, feed: Feed) -> None:
                 check=False,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=_TRY_S,
             )
         except subprocess.TimeoutExpired:
@@ -238,8 +239,8 @@ def _feed_as_json(feed: Feed) -> str:
 
 
 _TRY_S = 120
-# It imports nothing of this package, so that it runs wherever onnxruntime does. An exit status above 0 is passed over, because
-# what raises here raises again where the model is asked for predictions.
+# It imports nothing of this package, so that it runs wherever onnxruntime does. A positive exit status is ignored: the
+# same error is raised again when the model is asked for predictions.
 _TRY = """
 import json, sys, numpy, onnxruntime
 options = onnxruntime.SessionOptions()

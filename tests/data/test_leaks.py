@@ -1,0 +1,73 @@
+"""What gives a leak away, and what only looks like one."""
+
+from __future__ import annotations
+
+import duckdb
+import pytest
+
+from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.leaks import copies_of_target, differing_columns, perfect_separators
+
+
+def table(select: str) -> duckdb.DuckDBPyConnection:
+    con = duckdb.connect()
+    con.execute(f"CREATE TABLE t AS {select}")
+    return con
+
+
+CLASSES = DatasetInfo(
+    target="y", task="classification", features=["f", "g"], categorical=["g"], classes=[0, 1]
+)
+NUMBERS = DatasetInfo(target="y", task="regression", features=["f", "g"], categorical=["g"])
+
+
+@pytest.mark.parametrize(
+    ("info", "select", "copies"),
+    [
+        (CLASSES, "SELECT i % 2 AS y, 5 - i % 2 AS f, i % 7 || '' AS g FROM range(40) r(i)", ["f"]),
+        (CLASSES, "SELECT i % 2 AS y, i AS f, ['no', 'yes'][1 + i % 2] AS g FROM range(40) r(i)", ["g"]),
+        (CLASSES, "SELECT i % 2 AS y, i AS f, ['no', 'yes', NULL][1 + i % 3] AS g FROM range(40) r(i)", []),
+        (CLASSES, "SELECT i % 2 AS y, (i // 20)::INT AS f, 'x' AS g FROM range(40) r(i)", []),
+        (NUMBERS, "SELECT i AS y, 3 - 2 * i AS f, i || '' AS g FROM range(40) r(i)", ["f"]),
+        (NUMBERS, "SELECT i AS y, i * i AS f, 'x' AS g FROM range(40) r(i)", []),
+        (
+            NUMBERS,
+            "SELECT i AS y, 1 AS f, 'x' AS g FROM range(40) r(i)",
+            [],
+        ),  # no correlation with a constant
+    ],
+)
+def test_the_target_is_found_under_another_name(info: DatasetInfo, select: str, copies: list[str]) -> None:
+    assert copies_of_target(table(select), "t", info) == copies
+
+
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [("y * 10 + i % 5", ["f"]), ("-y * 10 - i % 5", ["f"]), ("y * 4 + i % 5", []), ("NULL::INT", [])],
+)
+def test_a_number_that_separates_two_classes_is_found(f: str, found: list[str]) -> None:
+    con = table(f"SELECT i % 2 AS y, i, {f} AS f, 'x' AS g FROM (SELECT i, i % 2 AS y FROM range(40) r(i))")
+    assert perfect_separators(con, "t", CLASSES) == found
+    assert perfect_separators(con, "t", NUMBERS) == []
+
+
+TYPES = {"n": "DOUBLE", "c": "VARCHAR"}
+ROWS = "SELECT i AS k, i / 7 AS n, 'c' || i % 5 AS c FROM range(1000) r(i)"
+
+
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        (f"SELECT * FROM ({ROWS}) ORDER BY k DESC", []),
+        (f"SELECT * REPLACE (n * (1 + 1e-14) AS n) FROM ({ROWS})", []),  # the last bits of a float
+        (f"SELECT * REPLACE (n + (k = 3)::INT AS n) FROM ({ROWS})", ["n"]),
+        (f"SELECT * REPLACE (CASE WHEN k = 3 THEN NULL ELSE n END AS n) FROM ({ROWS})", ["n"]),
+        # Two rows have exchanged their values: all sums are equal, and all but the weighted one.
+        (f"SELECT * REPLACE (CASE k WHEN 3 THEN 700 / 7 WHEN 700 THEN 3 / 7 ELSE n END AS n) FROM ({ROWS})", ["n"]),
+        (f"SELECT * REPLACE (CASE k WHEN 3 THEN 'c4' WHEN 4 THEN 'c3' ELSE c END AS c) FROM ({ROWS})", ["c"]),
+        (f"SELECT * FROM ({ROWS}) WHERE k <> 0", ["*", "n", "c"]),
+    ],
+)  # fmt: skip
+def test_tables_differ_where_a_value_does(other: str, differing: list[str]) -> None:
+    con = table(ROWS)
+    assert differing_columns(con, "t", f"({other})", TYPES, key="k") == differing
