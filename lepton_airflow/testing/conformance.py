@@ -211,9 +211,8 @@ class WorkerRunnerConformance(RunnerConformance):
 class IsolatedRunnerConformance(RunnerConformance):
     """The contract of a runner whose stages run in a process of their own, here or elsewhere."""
 
-    many_lines: ClassVar[int] = (
-        100_000  # lines that a stage may write at once; set fewer where logs are rotated
-    )
+    # Lines that a stage may write at once; set fewer where logs are rotated.
+    many_lines: ClassVar[int] = 100_000
 
     def test_killed_stage_is_a_sentence_and_a_retry_works(self, store: Path, tmp_path: Path) -> None:
         request = probe("Fail", store, how="SIGKILL", once=str(tmp_path / "once"))
