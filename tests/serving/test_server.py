@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
-from moto.server import ThreadedMotoServer
 from starlette.requests import Request
 
 from lepton_airflow.contract import split_pin
@@ -37,6 +36,7 @@ from lepton_airflow.serving.server import Endpoint, Limits, Metrics, serve
 from lepton_airflow.stages.deploy_model import DeployModel
 from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalEndpoint, processes
+from lepton_airflow.testing.local_s3 import LocalS3
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -412,23 +412,17 @@ def test_a_client_that_stalls_or_leaves_gives_its_place_back(
 def test_a_store_on_s3_serves_too(
     shelf: Any, run_at: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    s3.start()
-    try:
-        host, port = s3.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    with LocalS3() as s3:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        store = Store("s3://models/root")
-        store.fs.mkdir("models")
+        store = s3.store("served")
         uri = store.put("model", shelf.wine.package.path).uri
         with LocalEndpoint("clouds", store.root, tmp_path, options=QUICK) as server:
             deploy(replace(run_at, store=store), "clouds", uri)
             answer = outputs(server.infer({"inputs": tensors(shelf.wine.rows, shelf.wine.package)}))
         assert endpoints.read_statuses(store, "clouds") == []
-    finally:
-        s3.stop()
     wanted = shelf.wine.package.predict(shelf.wine.rows)
     np.testing.assert_allclose(answer["probabilities"], wanted, rtol=0, atol=1e-7)
 
