@@ -28,7 +28,7 @@ from lepton_airflow.errors import LeptonError
 from lepton_airflow.testing import LocalAirflow
 
 HERE = Path(__file__).parent
-SLOW_S = 240  # until something happens on a busy machine
+SLOW_S = 480  # until something happens on a busy machine
 
 
 @dataclass
