@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _UNSORTED = "query.parquet"
-_SCHEMA_BYTES = 3000  # of the receipt's 8 KB; the snapshot itself has the whole schema
+_SCHEMA_BYTES = 2500  # of the receipt's 8 KB; the snapshot itself has the whole schema
+_TYPES_BYTES = 2000  # the same of the types that were found, of all sources together
 
 
 @dataclass(kw_only=True)
@@ -119,8 +120,8 @@ class IngestData(Stage):
         """Land the sources, run the query, and save the snapshot.
 
         :return: artifacts ``snapshot`` and, if a row was unreadable, ``rejected`` (source, file, line, column,
-            error, raw); values ``rows``, ``sources`` (rows, rejected, digest, and version if it is a lake's table) and
-            ``schema``.
+            error, raw); values ``rows``, ``sources`` (rows, rejected, digest, the version of a lake's table, and the types of
+            columns that nobody stated) and ``schema``.
         """
         from lepton_airflow.data.sorting import MIN_MEMORY_MB
         from lepton_airflow.data.sources.files import find_files
@@ -158,6 +159,7 @@ class IngestData(Stage):
         counts = {
             one.name: {"rows": one.rows, "rejected": one.rejected, "digest": source_digest(source, run)}
             | ({"version": one.version} if one.version is not None else {})
+            | ({"types": _bounded(one.inferred, _TYPES_BYTES // len(sources))} if one.inferred else {})
             for one, source in zip(landed, sources, strict=True)
         }
         taken, left = sum(one.rows for one in landed), sum(one.rejected for one in landed)
@@ -292,11 +294,11 @@ def _rejected(con: duckdb.DuckDBPyConnection, workdir: Path) -> Path:
     return target
 
 
-def _bounded(schema: dict[str, str]) -> dict[str, str]:
+def _bounded(schema: dict[str, str], limit: int = _SCHEMA_BYTES) -> dict[str, str]:
     """As many columns as fit into the receipt, and how many more there are."""
     kept: dict[str, str] = {}
     for name, kind in schema.items():
-        if len(json.dumps(kept | {name: kind})) > _SCHEMA_BYTES:
+        if len(json.dumps(kept | {name: kind})) > limit:
             kept["…"] = f"and {len(schema) - len(kept)} more"
             break
         kept[name] = kind

@@ -493,7 +493,12 @@ REFUSALS: list[tuple[dict[str, str | bytes], dict[str, Any], type[LeptonError], 
         BadInput,
         "types names column 'A1'",
     ),
-    ({"s.csv": CSV}, {"sources": {"s": {"uri": "s.csv", "types": {"a": "INTEGR"}}}}, BadInput, "INTEGR"),
+    (
+        {"s.csv": CSV},
+        {"sources": {"s": {"uri": "s.csv", "types": {"a": "INTEGR"}}}},
+        BadConfiguration,
+        "INTEGR",
+    ),
     (
         {"s.csv": CSV},
         {"query": "SELECT 1; SELECT 2"},

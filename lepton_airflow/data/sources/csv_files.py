@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
-from lepton_airflow.data.sources.files import Reader, check_no_doubles, parquet_scan
+from lepton_airflow.data.sources.files import Reader, check_no_doubles, open_bytes, parquet_scan
+from lepton_airflow.data.sources.text_types import ALL_KINDS
 from lepton_airflow.data.sql import SCRATCH, literal, quote
 from lepton_airflow.errors import BadInput, did_you_mean
 
@@ -16,7 +18,8 @@ log = logging.getLogger(__name__)
 # Texts that people write for "no value".
 _MISSING = "'na', 'n/a', '#n/a', 'nan', 'nil', 'none', 'null', 'missing', 'unknown', '?', '.', '-', '--'"
 _FIRST_ROWS = 20_000  # in these, most columns of text show that they hold no numbers
-_SNIFFED = ["NULL", "BOOLEAN", "BIGINT", "DOUBLE", "DATE", "TIMESTAMP", "TIMESTAMPTZ", "VARCHAR"]
+_RECORDS_AT_ONCE = 1000  # held in memory before they are written
+_RAW_CHARACTERS = 65_536  # of a rejected record that are kept
 
 _Header = tuple[str, ...]
 
@@ -24,28 +27,27 @@ _Header = tuple[str, ...]
 class CsvFiles(Reader):
     """Delimited text with a header line."""
 
-    applies_types: ClassVar[bool] = True
-
     def land(self) -> list[Path]:
-        by_header: dict[_Header, list[Path]] = {}
+        self._by_header: dict[_Header, list[Path]] = {}
         for path, uri in self.files.items():
-            by_header.setdefault(self._header(path, uri), []).append(path)
-        self.check_same_columns({paths[0]: names for names, paths in by_header.items()})
-        types = self._types(by_header)
-        landed = [
-            self._copy(number, names, paths, types) for number, (names, paths) in enumerate(by_header.items())
-        ]
-        guessed = [n for n, kind in types.items() if kind == "VARCHAR" and n not in self.source.types]
-        self._warn_of_numbers(guessed, landed)
-        return landed
+            self._by_header.setdefault(self._header(path, uri), []).append(path)
+        self.check_same_columns({paths[0]: names for names, paths in self._by_header.items()})
+        self.texts = {name: ALL_KINDS for names in self._by_header for name in names}
+        return [self._copy(number, *group) for number, group in enumerate(self._by_header.items())]
 
     def _options(self, path: Path) -> str:
         source = self.source
         delimiter = source.delimiter or ("\t" if source.file_format(path.name) == "tsv" else ",")
         return (
             f"delim={literal(delimiter)}, quote='\"', escape='\"', encoding={literal(source.encoding)}, "
-            f"dateformat={literal(source.date_format)}, nullstr={literal(['', *source.null_values])}, "
-            "buffer_size=8388608"
+            f"nullstr={literal(['', *source.null_values])}, buffer_size=8388608"
+        )
+
+    def _scan(self, names: _Header, paths: Sequence[Path], more: str) -> str:
+        """SQL that reads files with this header, every column as text."""
+        return (
+            f"read_csv({literal(paths)}, {self._options(paths[0])}, header=true, auto_detect=false, "
+            f"columns={literal(dict.fromkeys(names, 'VARCHAR'))}, {more})"
         )
 
     def _header(self, path: Path, uri: str) -> _Header:
@@ -81,53 +83,110 @@ class CsvFiles(Reader):
                 )
         return tuple(header)
 
-    def _types(self, by_header: Mapping[_Header, Sequence[Path]]) -> dict[str, str]:
-        """The type of each column: as stated, else one that all values of all files fit."""
-        types: dict[str, str] = {}
-        for names, paths in by_header.items():
-            if not set(names) <= set(self.source.types):
-                for path in paths:
-                    for name, kind in self._sniffed(names, path).items():
-                        types[name] = _common(types.get(name, kind), kind)
-        return types | dict(self.source.types)
-
-    def _sniffed(self, names: _Header, path: Path) -> dict[str, str]:
-        """The types of one file's columns, from all of its rows."""
-        stated = {n: t for n, t in self.source.types.items() if n in names}
-        ((columns, odd_timestamps),) = self.query(
-            self.files[path],
-            f"SELECT Columns, TimestampFormat FROM sniff_csv({literal(path)}, {self._options(path)}, "
-            "header=true, sample_size=-1, ignore_errors=true, "
-            f"auto_type_candidates={literal(_SNIFFED)}{', types=' + literal(stated) if stated else ''})",
-        )
-        kinds = [column["type"] for column in columns]
-        if odd_timestamps:
-            # A timestamp in a guessed format could be read day-first one month and month-first the next.
-            kinds = ["VARCHAR" if kind.startswith("TIMESTAMP") else kind for kind in kinds]
-        return dict(zip(names, kinds, strict=True))
-
-    def _copy(self, number: int, names: _Header, paths: Sequence[Path], types: Mapping[str, str]) -> Path:
-        """Write files with equal headers as Parquet, and rows that do not fit the types into ``rejected``."""
+    def _copy(self, number: int, names: _Header, paths: Sequence[Path]) -> Path:
+        """Write the text of files with equal headers as Parquet, and lines that are no such row into ``rejected``."""
         target = self.folder / f"{self.source.name}-{number}.parquet"
+        rejects = (
+            "store_rejects=true, rejects_table='csv_errors', rejects_scan='csv_scans', "
+            f"rejects_line_size_limit={_RAW_CHARACTERS}"
+        )
         self.query(
             self.first_uris(paths),
-            f"COPY (SELECT * FROM read_csv({literal(paths)}, {self._options(paths[0])}, header=true, auto_detect=false, "
-            f"columns={literal({n: types[n] for n in names})}, store_rejects=true, rejects_table='csv_errors', "
-            f"rejects_scan='csv_scans', rejects_line_size_limit=65536)) TO {literal(target)} ({SCRATCH})",
+            f"COPY (FROM {self._scan(names, paths, rejects)}) TO {literal(target)} ({SCRATCH})",
         )
         self.con.execute(
-            "INSERT INTO rejected SELECT $1, file_path, line, column_name, error_type || ': ' || error_message, csv_line "
-            "FROM csv_errors JOIN csv_scans USING (scan_id, file_id)",
+            "CREATE TEMP TABLE IF NOT EXISTS csv_rejects (source TEXT, path TEXT, line BIGINT, first_byte BIGINT, "
+            '"column" TEXT, error TEXT, raw TEXT)'
+        )
+        self.con.execute(
+            "INSERT INTO csv_rejects SELECT $1, file_path, line, line_byte_position - 1, column_name, "
+            "error_type || ': ' || error_message, csv_line FROM csv_errors JOIN csv_scans USING (scan_id, file_id)",
             [self.source.name],
         )
         self.con.execute("DROP TABLE csv_errors; DROP TABLE csv_scans")
         for path in paths:
-            self.con.execute("UPDATE rejected SET file = $1 WHERE file = $2", [self.files[path], str(path)])
+            self._write_rejects(path)
         return target
 
-    def _warn_of_numbers(self, texts: Sequence[str], landed: Sequence[Path]) -> None:
-        """Warn of columns that would hold numbers but for a few texts that mean "no value"."""
-        scan = parquet_scan(landed, union=True)
+    def _write_rejects(self, path: Path) -> None:
+        """Put the lines of a file that are no row into ``rejected``. DuckDB counts records; a quoted value may hold line ends."""
+        of_file = [self.source.name, str(path)]
+        ((found,),) = self.con.execute(
+            "SELECT count(*) FROM csv_rejects WHERE source = $1 AND path = $2", of_file
+        ).fetchall()
+        if found:
+            self.con.execute(
+                'INSERT INTO rejected SELECT source, $3, coalesce(records.line, csv_rejects.line), "column", error, '
+                f"csv_rejects.raw FROM csv_rejects LEFT JOIN {parquet_scan([self._records(path)], union=False)} records "
+                "USING (first_byte) WHERE source = $1 AND path = $2",
+                [*of_file, self.files[path]],
+            )
+
+    def reject(self, wrong: Mapping[str, tuple[str, str]]) -> bool:
+        for names, paths in self._by_header.items():
+            conditions = {column: sql for column, (sql, _) in wrong.items() if column in names}
+            for path in paths if conditions else ():
+                self._write_misfits(path, names, conditions, {c: reason for c, (_, reason) in wrong.items()})
+        return True
+
+    def _write_misfits(
+        self, path: Path, names: _Header, conditions: Mapping[str, str], reasons: Mapping[str, str]
+    ) -> None:
+        """Put the rows of a file with values that do not fit into ``rejected``."""
+        uri, found = self.files[path], self.folder / "misfits.parquet"
+        # One thread, so that rows are numbered in the order of the file; and all columns, since a value that no query asks for
+        # is not found to be no text either, and its line would be counted.
+        scan = self._scan(names, [path], "ignore_errors=true, parallel=false")
+        number = _unused("number", names)
+        cases = ", ".join(f"CASE WHEN {sql} THEN {literal(c)} END" for c, sql in conditions.items())
+        self.query(
+            uri,
+            f"COPY (SELECT {number} AS number, list_filter([{cases}], lambda x: x IS NOT NULL) AS columns, "
+            f"hash({', '.join(map(quote, names))}) AS every FROM (SELECT row_number() OVER () AS {number}, * FROM {scan}) "
+            f"WHERE len(columns) > 0) TO {literal(found)} ({SCRATCH})",
+        )
+        ((rows, *_),) = self.query(uri, f"SELECT count(*), count(COLUMNS(*)) FROM {scan}")
+        records = (
+            f"(SELECT row_number() OVER (ORDER BY first_byte) AS number, line, raw FROM {parquet_scan([self._records(path)], union=False)} "
+            f"WHERE NOT header AND (raw <> '' OR {len(names) == 1}) AND first_byte NOT IN (SELECT first_byte FROM csv_rejects "
+            f"WHERE source = {literal(self.source.name)} AND path = {literal(path)} AND first_byte IS NOT NULL))"
+        )
+        ((counted,),) = self.con.execute(f"SELECT count(*) FROM {records}").fetchall()
+        # Where our records differ from DuckDB's, as they may beside stray quotes, no line is better than a wrong one.
+        join = (
+            f"LEFT JOIN {records} USING (number)"
+            if counted == rows
+            else "CROSS JOIN (SELECT NULL AS line, NULL AS raw)"
+        )
+        for column, reason in reasons.items():
+            self.con.execute(
+                f"INSERT INTO rejected SELECT $1, $2, line, $3, $4, raw FROM {parquet_scan([found], union=False)} {join} "
+                "WHERE list_contains(columns, $3)",
+                [self.source.name, uri, column, reason],
+            )
+
+    def _records(self, path: Path) -> Path:
+        """A table of a file's records: the byte at which each begins, its line and its text."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = pa.schema(
+            {"first_byte": pa.int64(), "line": pa.int64(), "header": pa.bool_(), "raw": pa.string()}
+        )
+        target, waiting = self.folder / "records.parquet", list[tuple[Any, ...]]()
+        with pq.ParquetWriter(target, schema) as writer:
+            for record in _each_record(path, self.source.encoding):
+                waiting.append(record)
+                if len(waiting) == _RECORDS_AT_ONCE:
+                    writer.write_batch(
+                        pa.record_batch([*map(list, zip(*waiting, strict=True))], schema=schema)
+                    )
+                    waiting.clear()
+            if waiting:
+                writer.write_batch(pa.record_batch([*map(list, zip(*waiting, strict=True))], schema=schema))
+        return target
+
+    def warn_of(self, texts: Sequence[str], scan: str) -> None:
         # The first rows rule most columns out; only the others are read whole.
         for table in (f"(FROM {scan} LIMIT {_FIRST_ROWS})", scan):
             looked = self._look(texts, table) if texts else {}
@@ -156,11 +215,35 @@ class CsvFiles(Reader):
         return {c: (row[3 * i], row[3 * i + 1], row[3 * i + 2] or []) for i, c in enumerate(columns)}
 
 
-def _common(one: str, other: str) -> str:
-    """A type that the values of both types fit."""
-    if one == other:
-        return one
-    for pair, both in ((("BIGINT", "DOUBLE"), "DOUBLE"), (("DATE", "TIMESTAMP"), "TIMESTAMP")):
-        if {one, other} == set(pair):
-            return both
-    return "VARCHAR"
+def _unused(name: str, names: Sequence[str]) -> str:
+    """A name that no column has."""
+    taken = {n.lower() for n in names}
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _each_record(path: Path, encoding: str) -> Iterator[tuple[int, int, bool, str]]:
+    """The byte at which each record of a CSV file begins, its line, whether it is the header, and its text."""
+    with (
+        open_bytes(path) as stream,
+        io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="") as lines,
+    ):
+        at = position = 0
+        begin, parts, within, header = 1, list[bytes](), False, True
+        for number, text in enumerate(lines, 1):
+            line = text.encode(
+                errors="surrogateescape"
+            )  # DuckDB counts the bytes of UTF-8, whatever the file's encoding
+            parts.append(line)
+            position += len(line)
+            within ^= bool(line.count(b'"') % 2)
+            if within:  # a quoted value goes on in the next line
+                continue
+            yield (
+                at,
+                begin,
+                header,
+                b"".join(parts).rstrip(b"\r\n").decode(errors="replace")[:_RAW_CHARACTERS],
+            )
+            at, begin, header, parts = position, number + 1, False, []

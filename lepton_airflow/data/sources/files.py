@@ -6,12 +6,13 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, Self
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.data.sources.spec import Source
+from lepton_airflow.data.sources.text_types import TIMES_ONLY
 from lepton_airflow.data.sql import SCRATCH, literal
 from lepton_airflow.errors import BadConfiguration, BadInput, first_line
 from lepton_airflow.store.files import Store, total_bytes
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from lepton_airflow.sdk.stage import RunInfo
 
+_REALS = ("DOUBLE", "JSON")  # what DuckDB finds where numbers have a point, or stand beside texts
+_NEAREST = ("DOUBLE", "FLOAT", "REAL", "FLOAT4", "FLOAT8", "BOOLEAN")  # types that lose nothing by it
+_TEXTS = ("VARCHAR", "DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "UUID")
 _REJECTED_AT_ONCE = 1000  # bad lines held in memory before they go into the table ``rejected``
 
 
@@ -68,21 +72,31 @@ def local_bytes(source: Source, store: Store) -> int | None:
 class Reader(ABC):
     """Lands the files of one source, which all have one format, as Parquet.
 
-    :ivar applies_types: whether :meth:`land` gives columns the types that the source states.
     :ivar files: local paths, each with its URI for messages.
     :ivar folder: where the Parquet is written.
+    :ivar texts: the columns that are landed as text, and the types that each may have, the narrowest first.
     """
-
-    applies_types: ClassVar[bool] = False
 
     con: duckdb.DuckDBPyConnection
     source: Source
     files: Mapping[Path, str]
     folder: Path
+    texts: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @abstractmethod
     def land(self) -> list[Path]:
         """Write the rows as Parquet, and those that cannot be read into DuckDB's table ``rejected``."""
+
+    def reject(self, wrong: Mapping[str, tuple[str, str]]) -> bool:
+        """Write the rows with a value that does not fit into ``rejected``, with file and line.
+
+        :param wrong: by column, the SQL condition under which its value does not fit, and what to say of it.
+        :return: whether it did; where a format has no lines, nothing is written.
+        """
+        return False
+
+    def warn_of(self, texts: Sequence[str], scan: str) -> None:  # noqa: B027 - most formats have nothing to warn of
+        """Warn of columns that look as if they should hold something else than text."""
 
     def query(self, what: str, sql: str) -> list[tuple[Any, ...]]:
         """Run a query that reads ``what``; raises BadInput if that cannot be read."""
@@ -114,15 +128,47 @@ class JsonLines(Reader):
 
     def land(self) -> list[Path]:
         paths = [self._without_bad_lines(path, uri) for path, uri in self.files.items()]
+        types = self._types(paths)
+        if numbers := [
+            c
+            for c, kind in self.source.types.items()
+            if types.get(c) in _REALS and kind.upper() not in _NEAREST
+        ]:
+            paths = [self._with_texts(path, numbers) for path in paths]
+        for column, kind in types.items():
+            if column in self.source.types and not kind.endswith((")", "]")):  # nested values have no text
+                types[column] = "VARCHAR"
+            elif kind == "DOUBLE":  # whole numbers that no DOUBLE holds may be among them
+                types[column], self.texts[column] = "VARCHAR", ("DOUBLE",)
+            elif kind in _TEXTS:
+                types[column], self.texts[column] = "VARCHAR", TIMES_ONLY
         target = self.folder / f"{self.source.name}.parquet"
-        # DuckDB looks at every row, so that the type of a field does not depend on where it first appears.
         self.query(
             self.first_uris(list(self.files)),
-            f"COPY (SELECT * FROM read_ndjson({literal(paths)}, records=true, sample_size=-1, "
-            "maximum_sample_files=1000000, map_inference_threshold=-1, field_appearance_threshold=0)) "
-            f"TO {literal(target)} ({SCRATCH})",
+            f"COPY (FROM read_ndjson({literal(paths)}, records=true, columns={literal(types)})) TO {literal(target)} ({SCRATCH})",
         )
         return [target]
+
+    def _types(self, paths: Sequence[Path]) -> dict[str, str]:
+        """What DuckDB finds in each field; it looks at every row, so that this does not depend on where a field first appears."""
+        found = self.query(
+            self.first_uris(list(self.files)),
+            f"DESCRIBE FROM read_ndjson({literal(paths)}, records=true, sample_size=-1, maximum_sample_files=1000000, "
+            "map_inference_threshold=-1, field_appearance_threshold=0)",
+        )
+        # Parquet holds a HUGEINT as a DOUBLE, which rounds it.
+        return {str(name): re.sub(r"\bU?HUGEINT\b", "VARCHAR", str(kind)) for name, kind, *_ in found}
+
+    def _with_texts(self, path: Path, columns: Sequence[str]) -> Path:
+        """A copy in which the numbers of some fields are texts: DuckDB reads a number with a point as a DOUBLE, which rounds it."""
+        target = self.folder / f"{self.source.name}-{path.name}-text.jsonl"
+        with open_bytes(path) as lines, target.open("w") as out:
+            for line in lines:
+                if line.strip():
+                    row = json.loads(line, parse_float=_Written)
+                    row |= {c: getattr(row[c], "text", row[c]) for c in columns if c in row}
+                    out.write(json.dumps(row) + "\n")
+        return target
 
     def _without_bad_lines(self, path: Path, uri: str) -> Path:
         """The file itself, or a copy without the lines that are no JSON object, which become rejected rows."""
@@ -135,7 +181,7 @@ class JsonLines(Reader):
             return path
         target = self.folder / f"{self.source.name}-{path.name}.jsonl"
         good, rejected = 0, list[list[Any]]()
-        with _open_bytes(path) as lines, target.open("wb") as out:
+        with open_bytes(path) as lines, target.open("wb") as out:
             for number, line in enumerate(lines, 1):
                 error = _json_error(line)
                 if error is None:
@@ -158,6 +204,17 @@ class JsonLines(Reader):
         if lines:
             self.con.executemany("INSERT INTO rejected VALUES ($1, $2, $3, $4, $5, $6)", lines)
             lines.clear()
+
+
+class _Written(float):
+    """A number that remembers how it was written."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Self:
+        self = super().__new__(cls, text)
+        self.text = text
+        return self
 
 
 class ParquetFiles(Reader):
@@ -221,11 +278,19 @@ def parquet_scan(paths: Sequence[Path], *, union: bool) -> str:
     return f"read_parquet({literal(paths)}, union_by_name={str(union or len(paths) > 1).lower()})"
 
 
-def _open_bytes(path: Path) -> Any:
-    if path.suffix == ".gz":
+def open_bytes(path: Path) -> Any:
+    """Open a file that may be compressed, as its name says."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         import gzip
 
         return gzip.open(path, "rb")
+    if suffix == ".zst":
+        import io
+
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 

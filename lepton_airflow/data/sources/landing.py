@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from lepton_airflow.data.sources.files import (
 )
 from lepton_airflow.data.sources.lakes import lake_digest, open_lake
 from lepton_airflow.data.sources.spec import Source
+from lepton_airflow.data.sources.text_types import canonical, cast, fits, fits_again, infer
 from lepton_airflow.data.sql import SCRATCH, literal, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, first_line
 from lepton_airflow.store.files import digest_path
@@ -56,12 +57,18 @@ def source_digest(source: Source, run: RunInfo) -> str | None:
 
 @dataclass(frozen=True)
 class Landed:
-    """What was landed of a source: rows, rejected rows, columns with their types, and the version of a lake's table."""
+    """What was landed of a source.
+
+    :ivar columns: with their types.
+    :ivar inferred: the types among these that nobody stated and that were found from the values.
+    :ivar version: of a lake's table.
+    """
 
     name: str
     rows: int
     rejected: int
     columns: dict[str, str]
+    inferred: dict[str, str]
     version: int | None = None
 
 
@@ -81,32 +88,30 @@ class Landing:
 
         :raises BadInput: a file is empty, damaged, or its columns do not fit the others'.
         """
-        version, typed, unfit = None, False, 0
+        version, reader = None, None
         if files:
-            paths, typed = self._files(source, files)
+            reader = self._reader(source, files)
+            paths = self._files(reader)
         elif source.is_lake:
             lake = open_lake(source, self.run)
             paths, version = [self._table(source, lake.batches())], lake.version
         else:
             paths = [self._table(source, query_database(source, self.run))]
-        if source.types and not typed:
-            paths, unfit = self._cast(source, paths)
+        # One line may be wrong in several columns: it is one rejected row.
+        lines = self._count(
+            "FROM (SELECT DISTINCT file, line FROM rejected WHERE source = $1)", [source.name]
+        )
+        paths, inferred, unfit = self._cast(source, paths, reader)
         name = quote(source.name)
         self.con.execute(
             f"CREATE TEMP VIEW {name} AS SELECT * FROM {parquet_scan(paths, union=source.union)}"
         )
         columns = {str(r[0]): str(r[1]) for r in self.con.execute(f"DESCRIBE {name}").fetchall()}
         rows = self._count(f"FROM {name}")
-        # One line may be wrong in several columns: it is one rejected row.
-        lines = self._count(
-            "FROM (SELECT DISTINCT file, line FROM rejected WHERE source = $1 AND line IS NOT NULL)",
-            [source.name],
-        )
-        return Landed(source.name, rows, lines + unfit, columns, version)
+        return Landed(source.name, rows, lines + unfit, columns, inferred, version)
 
-    def _files(self, source: Source, files: Mapping[Path, str]) -> tuple[list[Path], bool]:
-        """Land files; returns the Parquet, and whether its columns have the stated types."""
-        before = {path: _stamp(path) for path in files}
+    def _reader(self, source: Source, files: Mapping[Path, str]) -> Reader:
+        """What reads these files; raises when they are no files of one format."""
         formats = {source.file_format(path.name) for path in files}
         if len(formats) > 1:
             raise BadConfiguration(
@@ -117,14 +122,18 @@ class Landing:
                 raise BadInput(
                     f"source {source.name!r}: {uri} is empty (0 bytes): expected at least a header or a row."
                 )
-        reader = _READERS[formats.pop()](self.con, source, files, self.folder)
+        return _READERS[formats.pop()](self.con, source, files, self.folder)
+
+    def _files(self, reader: Reader) -> list[Path]:
+        """Land files that nobody may change meanwhile."""
+        before = {path: _stamp(path) for path in reader.files}
         paths = reader.land()
-        for path, uri in files.items():
+        for path, uri in reader.files.items():
             if _stamp(path) != before[path]:
                 raise LeptonError(
-                    f"source {source.name!r}: {uri} changed while it was read; try again when it is complete."
+                    f"source {reader.source.name!r}: {uri} changed while it was read; try again when it is complete."
                 )
-        return paths, reader.applies_types
+        return paths
 
     def _table(self, source: Source, batches: Iterator[pa.RecordBatch]) -> Path:
         """Write batches, the first of which has no rows, as one Parquet file."""
@@ -153,42 +162,87 @@ class Landing:
             write()
         return target
 
-    def _cast(self, source: Source, paths: Sequence[Path]) -> tuple[list[Path], int]:
-        """Give columns their stated types; returns the Parquet, and how many rows had a value that does not fit."""
+    def _cast(
+        self, source: Source, paths: Sequence[Path], reader: Reader | None
+    ) -> tuple[list[Path], dict[str, str], int]:
+        """Give columns their types, as stated, else as found from their values.
+
+        :return: the Parquet, the types that were found, and how many rows had a value that does not fit its stated type.
+        """
+        scan = parquet_scan(paths, union=source.union)
+        found = self.con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
+        of = {str(name): str(kind) for name, kind, *_ in found}
+        stated = self._stated(source, of)
+        inferred = {} if reader is None else self._inferred(reader, scan, stated)
+        wrong = {
+            column: f"({quote(column)} IS NOT NULL AND NOT {self._fits(column, kind, of[column], source)})"
+            for column, kind in stated.items()
+            if kind not in ("VARCHAR", of[column])
+        }
+        any_wrong = " OR ".join(wrong.values()) or "false"
+        unfit = self._count(f"FROM {scan} WHERE {any_wrong}") if wrong else 0
+        if unfit:
+            reasons = {column: f"CAST: not exactly a {stated[column]}" for column in wrong}
+            by_line = reader is not None and reader.reject({c: (wrong[c], reasons[c]) for c in wrong})
+            for column, condition in {} if by_line else wrong.items():
+                self.con.execute(
+                    f"INSERT INTO rejected SELECT $1, NULL, NULL, $2, $3, to_json(t)::TEXT FROM {scan} t WHERE {condition}",
+                    [source.name, column, reasons[column]],
+                )
+        casts = {
+            column: cast(quote(column), kind, source.date_format) if of[column] == "VARCHAR"
+            else f"CAST({quote(column)} AS {kind})"
+            for column, kind in (inferred | stated).items()
+            if kind != of[column]
+        }  # fmt: skip
+        if reader is not None:
+            reader.warn_of([column for column, kind in inferred.items() if kind == "VARCHAR"], scan)
+        if not casts:
+            return list(paths), inferred, 0
+        target = self.folder / f"{source.name}-typed.parquet"
+        columns = ", ".join(f"{sql} AS {quote(column)}" for column, sql in casts.items())
+        query(
+            self.con,
+            source,
+            "its rows",
+            f"COPY (SELECT * REPLACE ({columns}) FROM {scan} WHERE NOT ({any_wrong})) TO {literal(target)} ({SCRATCH})",
+        )
+        return [target], inferred, unfit
+
+    def _stated(self, source: Source, names: Iterable[str]) -> dict[str, str]:
+        """The stated types by DuckDB's names for them; raises when one is none, or its column is not there."""
         import duckdb
 
-        scan = parquet_scan(paths, union=source.union)
-        names = [str(r[0]) for r in self.con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()]
+        stated = {}
         for column, kind in source.types.items():
             if column not in names:
                 raise BadInput(
                     f"source {source.name!r}: types names column {column!r}; {did_you_mean(column, names)}"
                 )
             try:
-                self.con.execute(f"SELECT CAST(NULL AS {kind})")
+                stated[column] = canonical(self.con, kind)
             except duckdb.Error as error:
                 raise BadConfiguration(
                     f"source {source.name!r}: types[{column!r}]={kind!r}: {first_line(error)}"
                 ) from None
-            self.con.execute(
-                f"INSERT INTO rejected SELECT $1, NULL, NULL, $2, 'CAST: not a ' || $3, to_json(t)::TEXT FROM {scan} t "
-                f"WHERE {quote(column)} IS NOT NULL AND TRY_CAST({quote(column)} AS {kind}) IS NULL",
-                [source.name, column, kind],
-            )
-        target = self.folder / f"{source.name}-typed.parquet"
-        casts = ", ".join(f"TRY_CAST({quote(c)} AS {k}) AS {quote(c)}" for c, k in source.types.items())
-        fits = " AND ".join(
-            f"({quote(c)} IS NULL OR TRY_CAST({quote(c)} AS {k}) IS NOT NULL)"
-            for c, k in source.types.items()
-        )
-        query(
-            self.con,
-            source,
-            "its rows",
-            f"COPY (SELECT * REPLACE ({casts}) FROM {scan} WHERE {fits}) TO {literal(target)} ({SCRATCH})",
-        )
-        unfit = self._count(f"FROM {scan}") - self._count(f"FROM {parquet_scan([target], union=False)}")
-        return [target], unfit
+            if "HUGEINT" in stated[column]:
+                raise BadConfiguration(
+                    f"source {source.name!r}: types[{column!r}]={kind!r}: Parquet would hold it as a DOUBLE, which rounds; state "
+                    "DECIMAL(38,0) or VARCHAR."
+                )
+        return stated
+
+    def _inferred(self, reader: Reader, scan: str, stated: Mapping[str, str]) -> dict[str, str]:
+        """The types of the columns of text that nobody stated."""
+        found: dict[str, str] = {}
+        for kinds in dict.fromkeys(tuple(kinds) for kinds in reader.texts.values()):
+            columns = [c for c, own in reader.texts.items() if tuple(own) == kinds and c not in stated]
+            found |= infer(self.con, scan, columns, reader.source.date_format, kinds)
+        return found
+
+    def _fits(self, column: str, kind: str, of: str, source: Source) -> str:
+        value = quote(column)
+        return fits(value, kind, source.date_format) if of == "VARCHAR" else fits_again(value, kind, of)
 
     def _count(self, of: str, parameters: Sequence[Any] = ()) -> int:
         ((rows,),) = self.con.execute(f"SELECT count(*) {of}", list(parameters)).fetchall()

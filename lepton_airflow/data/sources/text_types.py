@@ -1,0 +1,218 @@
+"""Find the type of a column of text from all of its values, and cast values only where nothing is lost.
+
+DuckDB's own casts round (``12.7`` to the BIGINT 13), drop (the offset of ``14:38+02:00`` as a TIMESTAMP) and guess (``0x1F`` is 31).
+Here a value fits a type when the type can hold exactly what is written, or, for FLOAT and DOUBLE, the nearest number to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lepton_airflow.data.duckdb_types import WHOLE
+from lepton_airflow.data.sql import literal, quote
+
+if TYPE_CHECKING:
+    import duckdb
+
+ISO_DATE = "%Y-%m-%d"
+# What a column of text may turn out to hold; JSON says by itself which of its values are numbers.
+ALL_KINDS = ("BOOLEAN", "BIGINT", "DOUBLE", "DATE", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE")
+TIMES_ONLY = ALL_KINDS[3:]
+
+_FIRST_ROWS = 20_000  # in these, most columns show what they cannot hold
+_COLUMNS_AT_ONCE = 8  # in one query, which DuckDB would plan longer than run with more
+_EXACT_IN_DOUBLE = 2**53  # whole numbers below it are
+_SPACES = r"\s*"
+_WHOLE = r"[+-]?[0-9]+(\.0*)?"
+_NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+_NO_NUMBER = r"[+-]?(nan|inf|infinity)"
+_DATE = r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}"
+_OFFSET = r" ?(Z|z|[+-][0-9]{2}(:?[0-9]{2})?)"
+_TRUE_FALSE = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
+_FRACTION_DIGITS = {"TIMESTAMP_S": 0, "TIMESTAMP_MS": 3, "TIMESTAMP_NS": 9}
+_TIME_DIRECTIVE = re.compile(r"%[-]?[HIMSpfgnLcXTRrsz]")
+
+
+def canonical(con: duckdb.DuckDBPyConnection, kind: str) -> str:
+    """DuckDB's own name of a type, such as BIGINT for INT8; raises duckdb.Error for what is none."""
+    ((name,),) = con.execute(f"SELECT typeof(CAST(NULL AS {kind}))").fetchall()
+    return str(name)
+
+
+def has_time(date_format: str) -> bool:
+    """Whether dates in this format bring a time of day."""
+    return _TIME_DIRECTIVE.search(date_format.replace("%%", "")) is not None
+
+
+def cast(value: str, kind: str, date_format: str = ISO_DATE) -> str:
+    """SQL that casts text to a type (by its canonical name); NULL where DuckDB cannot."""
+    if date_format != ISO_DATE and _of_format(kind, date_format):
+        return f"CAST(try_strptime(trim({value}), {literal(date_format)}) AS {kind})"
+    return f"TRY_CAST({value} AS {kind})"
+
+
+def fits(value: str, kind: str, date_format: str = ISO_DATE) -> str:
+    """SQL that says of a text, not NULL, whether a type (by its canonical name) can hold what it says."""
+    if kind == "VARCHAR":
+        return "true"
+    if kind.endswith("[]"):
+        # Of each element in turn. The text of a list is DuckDB's own, as in '[1, 2]'.
+        inner = fits("x", kind[:-2], date_format)
+        elements = f"TRY_CAST({value} AS VARCHAR[])"
+        return (
+            f"coalesce(TRY_CAST({value} AS {kind}) IS NOT NULL "
+            f"AND len(list_filter({elements}, lambda x: x IS NOT NULL AND NOT ({inner}))) = 0, false)"
+        )
+    done = f"{cast(value, kind, date_format)} IS NOT NULL"
+    if date_format != ISO_DATE and _of_format(kind, date_format):
+        read = f"try_strptime(trim({value}), {literal(date_format)})"
+        # A year of two digits read by %Y is one of antiquity.
+        whole = f" AND CAST({read} AS TIMESTAMP) = date_trunc('day', CAST({read} AS TIMESTAMP))"
+        return f"({done} AND year({read}) >= 1000{whole * (kind == 'DATE')})"
+    return f"({done} AND {_as_written(value, kind)})"
+
+
+def _of_format(kind: str, date_format: str) -> bool:
+    """Whether values of this type are written in the source's format of dates."""
+    if kind == "DATE":
+        return True
+    return kind == format_kind(date_format) and has_time(date_format)
+
+
+def format_kind(date_format: str) -> str:
+    """The type that holds dates written in this format."""
+    if not has_time(date_format):
+        return "DATE"
+    return "TIMESTAMP WITH TIME ZONE" if "%z" in date_format.replace("%%", "") else "TIMESTAMP"
+
+
+def _as_written(value: str, kind: str) -> str:
+    """SQL: whether a text that DuckDB can cast is written in a form of which the cast loses nothing."""
+    if kind in WHOLE:
+        # Comparing is quicker than matching, and most whole numbers are written as DuckDB would.
+        return f"(TRY_CAST({value} AS {kind})::VARCHAR = {value} OR {_match(value, _WHOLE)})"
+    if kind in ("DOUBLE", "FLOAT"):
+        return (
+            f"CASE WHEN isfinite(TRY_CAST({value} AS {kind})) THEN {_match(value, _NUMBER)} "
+            f"ELSE {_match(f'lower({value})', _NO_NUMBER)} END"
+        )
+    if decimal := re.fullmatch(r"DECIMAL\(\d+,(\d+)\)", kind):
+        return _match(value, rf"[+-]?[0-9]*(\.[0-9]{{0,{decimal[1]}}}0*)?")
+    if kind == "BOOLEAN":
+        return f"lower(trim({value})) IN ({', '.join(map(literal, _TRUE_FALSE))})"
+    if kind == "DATE":
+        return _match(value, rf"{_DATE}([ T]0?0:00(:00(\.0*)?)?)?")
+    if kind.startswith("TIMESTAMP"):
+        digits = _FRACTION_DIGITS.get(kind, 6)
+        offset = f"({_OFFSET})?" if "ZONE" in kind else ""
+        return _match(value, rf"{_DATE}([ T]{_clock(digits)}{offset})?")
+    if kind.startswith("TIME"):
+        return _match(value, _clock(6) + (_OFFSET if "ZONE" in kind else ""))
+    return "true"
+
+
+def _clock(digits: int) -> str:
+    # DuckDB reads 24:00 as midnight of the next day.
+    return rf"([01]?[0-9]|2[0-3]):[0-9]{{2}}(:[0-9]{{2}}(\.[0-9]{{0,{digits}}}0*)?)?"
+
+
+def _match(value: str, pattern: str) -> str:
+    """SQL: whether a whole text, but for spaces around it, has this form."""
+    return f"regexp_full_match({value}, {literal(_SPACES + '(' + pattern + ')' + _SPACES)})"
+
+
+def fits_again(value: str, kind: str, of: str) -> str:
+    """SQL that says of a typed value, not NULL, whether another type can hold it: cast there and back it is the same.
+
+    :param of: the type that it has.
+    """
+    done = f"TRY_CAST({value} AS {kind}) IS NOT NULL"
+    nearest = kind in ("DOUBLE", "FLOAT") and not _is_whole(of)
+    if kind in (of, "VARCHAR") or nearest:
+        return done
+    # TIMESTAMPTZ to TIMESTAMP is the same moment: DuckDB's time zone is UTC here.
+    return f"({done} AND coalesce(TRY_CAST(TRY_CAST({value} AS {kind}) AS {of}) = {value}, false))"
+
+
+def _is_whole(kind: str) -> bool:
+    return kind in WHOLE or kind in ("HUGEINT", "UHUGEINT")
+
+
+def infer(
+    con: duckdb.DuckDBPyConnection,
+    scan: str,
+    columns: Sequence[str],
+    date_format: str,
+    kinds: Sequence[str] = ALL_KINDS,
+) -> dict[str, str]:
+    """The narrowest type that holds what every value of each column of text says, whichever file and row it stands in.
+
+    VARCHAR where there is no value, and where one would lose something: a code with leading zeros, a whole number that neither
+    BIGINT nor, beside fractions, DOUBLE holds, a time without an offset beside one with an offset. Single letters are no BOOLEAN: a
+    column of codes may hold only F in one month.
+    """
+    if date_format != ISO_DATE:
+        # The stated format comes first, since the dates of %Y%m%d are whole numbers, too.
+        kinds = [format_kind(date_format), *(kind for kind in kinds if kind not in TIMES_ONLY)]
+    found = dict.fromkeys(columns, "VARCHAR")
+    open_kinds = {column: list(kinds) for column in columns}
+    for table in (f"(FROM {scan} LIMIT {_FIRST_ROWS})", scan):
+        asked = {c: k for c, k in open_kinds.items() if k}
+        values, misfits = _misfits(con, table, asked, date_format)
+        for column, candidates in asked.items():
+            open_kinds[column] = [k for k in candidates if not misfits[column, k]]
+    for column, candidates in open_kinds.items():
+        if candidates and values.get(column):
+            found[column] = candidates[0]
+    return found
+
+
+def _misfits(
+    con: duckdb.DuckDBPyConnection, table: str, asked: Mapping[str, Sequence[str]], date_format: str
+) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """How many values each column has, and how many of them rule out each type that it may still have."""
+    values: dict[str, int] = {}
+    misfits: dict[tuple[str, str], int] = {}
+    columns = list(asked)
+    for first in range(0, len(columns), _COLUMNS_AT_ONCE):
+        parts, keys = [], list[tuple[str, str]]()
+        for column in columns[first : first + _COLUMNS_AT_ONCE]:
+            name = quote(column)
+            parts.append(f"count({name})")
+            keys.append((column, ""))
+            for kind in asked[column]:
+                may_be = f"coalesce({_may_be(name, kind, date_format)}, false)"
+                parts.append(f"count(*) FILTER ({name} IS NOT NULL AND NOT {may_be})")
+                keys.append((column, kind))
+        (row,) = con.execute(f"SELECT {', '.join(parts)} FROM {table}").fetchall()
+        for (column, kind), count in zip(keys, row, strict=True):
+            if kind:
+                misfits[column, kind] = count
+            else:
+                values[column] = count
+    return values, misfits
+
+
+def _may_be(value: str, kind: str, date_format: str) -> str:
+    """SQL: whether a text may be taken for a value of this type where nobody has stated one; stricter than :func:`fits`."""
+    if kind == "BOOLEAN":
+        return f"lower({value}) IN ('true', 'false')"
+    if kind == "BIGINT":
+        # With a point it is a DOUBLE; with leading zeros a code.
+        return (
+            f"(TRY_CAST({value} AS BIGINT)::VARCHAR = {value} "
+            f"OR (TRY_CAST({value} AS BIGINT) IS NOT NULL AND {_match(value, '[+-]?(0|[1-9][0-9]*)')}))"
+        )
+    if kind == "DOUBLE":
+        exact = f"abs(TRY_CAST({value} AS DOUBLE)) < {_EXACT_IN_DOUBLE}"
+        return (
+            f"({fits(value, kind)} AND NOT {_match(value, '[+-]?0[0-9]+')} "
+            f"AND (NOT {_match(value, '[+-]?[0-9]+')} OR {exact}))"
+        )
+    if kind == "DATE" and date_format == ISO_DATE:
+        return f"({fits(value, kind)} AND {_match(value, _DATE)})"  # with 00:00 it is a TIMESTAMP
+    if kind == "TIMESTAMP WITH TIME ZONE" and date_format == ISO_DATE:
+        return f"({fits(value, kind)} AND {_match(value, f'.*:.*{_OFFSET}')})"
+    return fits(value, kind, date_format)
