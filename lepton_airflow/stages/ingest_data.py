@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lepton_airflow.contract import Artifact, split_pin
+from lepton_airflow.contract import Artifact, digest_of, split_pin
 from lepton_airflow.data.sql import (
     PARQUET,
     SCRATCH,
@@ -147,6 +147,7 @@ class IngestData(Stage):
             landed, schema, rejected = interruptible(con, lambda: self._collect(con, sources, files, run))
         finally:
             con.close()
+        _compare_with_former(run, landed)
         snapshot = run.workdir / "snapshot.parquet"
         rows = self._sort(run.workdir / _UNSORTED, snapshot, run)
         if not rows and self.on_empty != "keep":
@@ -286,6 +287,28 @@ class IngestData(Stage):
 
 def _span(run: RunInfo) -> str:
     return f" for the window {run.window.start} to {run.window.end}" if run.window else ""
+
+
+def _compare_with_former(run: RunInfo, landed: list[Landed]) -> None:
+    """Warn of each column whose type was found from its values and is another than in the run of this task before."""
+    own = run.identity
+    key = f"schemas/{digest_of([own.deployment, own.dag_id, own.task_id, own.map_index])}.json"
+    types = {one.name: one.inferred for one in landed if one.inferred}
+    try:
+        former = json.loads(run.store.read(key) or b"{}")
+    except ValueError:  # half written by a killed run: only a warning depends on it
+        former = {}
+    for source, columns in types.items():
+        for column, kind in columns.items():
+            before = former.get(source, {}).get(column, kind)
+            if kind != before:
+                log.warning(
+                    "source %r: column %r is %s by its values, and was %s in the run before: state types={%r: %r} so that "
+                    "every run gives it the same.",
+                    source, column, kind, before, column, before,
+                )  # fmt: skip
+    if types and types != former:
+        run.store.write(key, json.dumps(types).encode())
 
 
 def _rejected(con: duckdb.DuckDBPyConnection, workdir: Path) -> Path:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lepton_airflow.connections import Connection
-from lepton_airflow.contract import Receipt, Request, Window
+from lepton_airflow.contract import Receipt, Request, RunIdentity, Window
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Skipped
 from lepton_airflow.execution.run_stage import run_stage
 from lepton_airflow.sdk.fingerprint import cache_key
@@ -175,8 +175,27 @@ def test_numbers_spoiled_by_a_few_texts_are_named(tmp_path: Path, caplog: Any) -
     assert (
         ingest(tmp_path, {"s": {"uri": source, "null_values": ["NA"]}}).values["schema"]["delay"] == "DOUBLE"
     )
+    caplog.clear()
     ingest(tmp_path, {"s": {"uri": source, "types": {"delay": "VARCHAR"}}})
     assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+def test_a_type_that_another_run_found_otherwise_is_warned_of(tmp_path: Path, caplog: Any) -> None:
+    one = write(tmp_path / "1.csv", "id,code,day\n1,F,2013-05-01\n")
+    two = write(tmp_path / "2.csv", "id,code,day\nA1,T,\n")
+
+    def warnings(task: str, source: str, **options: Any) -> list[str]:
+        caplog.clear()
+        run = RunInfo.local(tmp_path, identity=RunIdentity(dag_id="d", task_id=task))
+        IngestData(sources={"s": {"uri": source} | options}, query="FROM s").run(run)
+        return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    assert warnings("a", one) == []
+    assert warnings("another", two) == []
+    says = "source 's': column %r is VARCHAR by its values, and was %s in the run before: state types={%r: %r} so that every run gives it the same."
+    assert warnings("a", two) == [says % (c, k, c, k) for c, k in {"id": "BIGINT", "day": "DATE"}.items()]
+    assert warnings("a", two) == []
+    assert warnings("a", two, types={"id": "VARCHAR", "day": "DATE"}) == []
 
 
 def test_columns_in_another_order_are_matched_by_name(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_a_file_without_values_changes_no_type(tmp_path: Path, other: str) -> No
     ("date_format", "texts", "kind", "values"),
     [
         ("%d/%m/%Y", ["01/02/2013", "13/02/2013"], "DATE", [date(2013, 2, 1), date(2013, 2, 13)]),
-        ("%d/%m/%Y %H:%M", ["01/02/2013 14:38"], "TIMESTAMP", [datetime(2013, 2, 1, 14, 38)]),
+        ("%d/%m/%Y %H:%M", ["01/02/2013 14:38"], "TIMESTAMP", [datetime.fromisoformat("2013-02-01 14:38")]),
         ("%Y%m%d", ["20130201"], "DATE", [date(2013, 2, 1)]),
         ("%d/%m/%Y", ["01/02/13"], "VARCHAR", ["01/02/13"]),  # not the year 13
         ("%d.%m.%Y %H:%M%z", ["01.02.2013 14:38+0200"], "TIMESTAMP WITH TIME ZONE", [datetime(2013, 2, 1, 12, 38, tzinfo=UTC)]),
