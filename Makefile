@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-cluster demo-stop images test test-quick coverage lint docs bench  # bench-% cannot be listed, and no file is called so
 python := .venv/bin/python
+unexport PYTHONDONTWRITEBYTECODE # where it is set, every task and every test would compile each library again
 
 help: ## Show this list
 	@sed -nE 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,7 +24,7 @@ demo-stop: setup ## End what make demo and make demo-cluster started
 images: ## Build the stages' image with docker or podman; EXTRAS="validate train,s3" builds one for each
 	@images/build
 
-pytest := $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+pytest := $(python) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 test: setup ## Run all tests; those on a Kubernetes cluster when KUBECONFIG names one, for which an image is built
 	@$(pytest)
