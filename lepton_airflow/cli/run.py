@@ -43,7 +43,8 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from lepton_airflow.execution.processes import end_with_parent
-    from lepton_airflow.execution.run_stage import run_stage, stop_on_sigterm
+    from lepton_airflow.execution.run_stage import run_stage
+    from lepton_airflow.execution.stop import StopOnSigterm
 
     if args.parent_fd is not None:
         end_with_parent(args.parent_fd, args.scratch)
@@ -55,7 +56,8 @@ def _run(args: argparse.Namespace) -> int:
         kind = get_stage(request.stage)
     except Exception:  # noqa: BLE001 - whatever importing a user's module raises: run_stage raises it again and says it
         kind = None
-    receipt = run_stage(request, connections, stop_on_sigterm(kind))
+    stop = StopOnSigterm(interrupts=kind is None or not kind.resumable)
+    receipt = run_stage(request, connections, stop)
     _write(receipt, args.receipt, args.termination_message)
     level = logging.ERROR if receipt.error else logging.INFO
     logging.getLogger("lepton_airflow").log(

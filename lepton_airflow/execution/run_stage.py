@@ -1,13 +1,11 @@
-"""One run of a stage, wherever it runs: ask the cache, make scratch space, do the work, write the receipt, obey SIGTERM."""
+"""One run of a stage, wherever it runs: ask the cache, make scratch space, do the work, write the receipt."""
 
 from __future__ import annotations
 
 import bisect
 import json
 import logging
-import signal
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +24,7 @@ from lepton_airflow.errors import (
     OutOfMemory,
     Preempted,
 )
+from lepton_airflow.execution.stop import StopOnSigterm, Stopped
 from lepton_airflow.sdk.fingerprint import cache_key_parts, in_short, versions
 from lepton_airflow.sdk.stage import Result, RunInfo, Stage
 from lepton_airflow.sdk.values import plain_json
@@ -38,6 +37,7 @@ log = logging.getLogger(__name__)
 # Up to this size [bytes] inputs are digested on the worker before a process is started: a tenth of a second, where the
 # process takes half a second to start.
 _QUICKLY_READ = 64 << 20
+_STOPPED = "asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again."
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
 
@@ -52,21 +52,17 @@ def run_stage(
     """
     connections = connections or {}
     started = time.monotonic()
-    store: Store | None = None
+    stop = should_stop if isinstance(should_stop, StopOnSigterm) else None
+    stores: list[Store] = []
     try:
-        store = Store(request.store, connections.get(request.store_connection or ""))
-        receipt = _perform(request, store, connections, should_stop)
-    except MemoryError:
-        receipt = _failed(
-            request, OutOfMemory(f"{request.stage} ran out of memory: give it more, or lower its limits.")
-        )
-    except SystemExit as error:
-        ended = f"{request.stage}: its code called sys.exit({error.code!r}); raise an error, or Skipped, to end a stage."
-        receipt = _failed(request, LeptonError(ended), connections)
-    except Exception as error:  # noqa: BLE001 - every failure gets a receipt
-        if not isinstance(error, LeptonError):
-            log.error("%s", redact(traceback.format_exc(), connections))  # noqa: TRY400 - log.exception would not redact
-        receipt = _failed(request, error, connections)
+        receipt = _attempt(request, stores, connections, should_stop)
+        if stop:
+            stop.end()
+    except Stopped:
+        if stop:
+            stop.end()
+        receipt = _failed(request, Preempted(_STOPPED))
+    store = stores[0] if stores else None
     if receipt.status not in ("done", "cached"):
         receipt = replace(receipt, seconds=round(time.monotonic() - started, 3))
     # The cache entry was written without it: the entry answers any request, this receipt one alone.
@@ -79,6 +75,36 @@ def run_stage(
             if not receipt.error:
                 return replace(_failed(request, error, connections), nonce=request.nonce)
     return receipt
+
+
+def _attempt(
+    request: Request,
+    stores: list[Store],
+    connections: Mapping[str, Connection],
+    should_stop: Callable[[], bool],
+) -> Receipt:
+    """Run the stage; what came of it, also of a failure. Its store is added to ``stores`` once it is open."""
+    try:
+        stores.append(Store(request.store, connections.get(request.store_connection or "")))
+        return _perform(request, stores[0], connections, should_stop)
+    except MemoryError:
+        error: Exception = OutOfMemory(
+            f"{request.stage} ran out of memory: give it more, or lower its limits."
+        )
+    except SystemExit as ended:
+        error = LeptonError(
+            f"{request.stage}: its code called sys.exit({ended.code!r}); raise an error, or Skipped, to end a stage."
+        )
+    except Exception as caught:  # noqa: BLE001 - every failure gets a receipt
+        error = caught
+    if should_stop() and not isinstance(error, Preempted):
+        # The signal ends this stage's children too, and libraries make all sorts of errors of that: no verdict on anything.
+        log.info("asked to stop; what then failed does not count: %s", redact(repr(error), connections))
+        error = Preempted(_STOPPED)
+    elif not isinstance(error, LeptonError):
+        trace = "".join(traceback.format_exception(error))
+        log.error("%s", redact(trace, connections))
+    return _failed(request, error, connections)
 
 
 def recall(request: Request, connections: Mapping[str, Connection]) -> Receipt | None:
@@ -152,6 +178,10 @@ def _perform(
         kind, key = type(stage), run.cache_key
         started = time.monotonic()
         result = _run(kind, stage, run)
+        if isinstance(should_stop, StopOnSigterm):
+            should_stop.end()  # from here on it is quicker to finish
+            if should_stop.interrupts and should_stop():
+                raise Preempted(_STOPPED)  # something took the interruption for an error, and went on with it
         receipt = Receipt(
             stage=request.stage,
             run_key=request.run_key,
@@ -279,20 +309,3 @@ def in_brief(receipt: Receipt) -> str:
             return text
     error = receipt.error and receipt.error | {"message": _clipped(receipt.error["message"], 2000)}
     return replace(receipt, **spare, summary=_clipped(receipt.summary, 1000), error=error).to_json()
-
-
-def stop_on_sigterm(kind: type[Stage] | None) -> Callable[[], bool]:
-    """Handle SIGTERM: a resumable stage is told through ``should_stop``, any other ends at once as preempted."""
-    asked = threading.Event()
-
-    def handle(_signum: int, _frame: Any) -> None:
-        first = not asked.is_set()
-        asked.set()
-        # Raised once only: a second signal must not interrupt the cleaning up after the first.
-        if first and (kind is None or not kind.resumable):
-            raise Preempted(
-                "asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again."
-            )
-
-    signal.signal(signal.SIGTERM, handle)
-    return asked.is_set

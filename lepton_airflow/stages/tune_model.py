@@ -371,6 +371,7 @@ class _Search:
                     "from the finished trials; set fewer workers or max_rows."
                 ) from None
             except Exception as error:  # noqa: BLE001  hyperparameters that cannot be fitted end their trial only
+                self.run.check_stop()  # the signal came to its process, too: no verdict on the hyperparameters
                 own = isinstance(error, LeptonError)  # its message is a whole sentence
                 self._fail(running, str(error) if own else f"{type(error).__name__}: {error}")
                 continue
@@ -380,6 +381,7 @@ class _Search:
         from optuna.trial import TrialState
 
         if not math.isfinite(value):
+            self.run.check_stop()
             self._fail(running, f"{self.metric} is {value} on fold {len(running.values) + 1}")
             return
         running.values.append(value)

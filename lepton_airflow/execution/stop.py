@@ -1,0 +1,65 @@
+"""Obey SIGTERM wherever it comes: also inside a library that catches every exception.
+
+A signal's handler runs wherever the interpreter happens to be. An exception from there can be taken by an ``except Exception`` of a
+library, be replaced by an error of DuckDB ("Query interrupted"), or be ignored in a destructor. So what is raised is no Exception, it is
+raised again until it arrives, and :func:`~lepton_airflow.execution.run_stage.run_stage` believes nothing that comes after it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+_AGAIN_S = 0.1
+
+
+class Stopped(BaseException):
+    """SIGTERM came, to a stage that does not ask for it."""
+
+
+class StopOnSigterm:
+    """Whether SIGTERM came: a call answers. A resumable stage asks; any other is interrupted, until it ends.
+
+    :param interrupts: raise :class:`Stopped` in the main thread, where this must be made.
+    :ivar interrupts: whether a stage may have been interrupted, so that nothing that it says after the signal counts.
+    """
+
+    def __init__(self, *, interrupts: bool) -> None:
+        self.interrupts = interrupts
+        self._asked = self._over = False
+        self._main = threading.get_ident()
+        signal.signal(signal.SIGTERM, self._handle)
+        if interrupts:
+            # Started now, since a handler can start no thread: the signal may come where the threads' own lock is held.
+            threading.Thread(target=self._ask_again, daemon=True).start()
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def end(self) -> None:
+        """Interrupt nothing from now on; not even the end of the process, at which Python gives up its handlers."""
+        self._over = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _handle(self, *_: Any) -> None:
+        first = not self._asked
+        self._asked = True
+        if self.interrupts and not self._over and (first or not _is_unwinding()):
+            raise Stopped
+
+    def _ask_again(self) -> None:
+        while not self._over:
+            time.sleep(_AGAIN_S)
+            if self._asked and not self._over:
+                signal.pthread_kill(self._main, signal.SIGTERM)
+
+
+def _is_unwinding() -> bool:
+    """Whether the main thread is cleaning up on its way out, which must not be interrupted."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
