@@ -52,9 +52,12 @@ def _pods(args: argparse.Namespace) -> tuple[Cluster, list[Item]]:
             "pods: Airflow and its Kubernetes provider are not installed here: run it where a worker or scheduler runs."
         )
     from lepton_airflow import settings
+    from lepton_airflow.airflow.connections import connection_of
     from lepton_airflow.pods.cluster import Cluster
     from lepton_airflow.pods.sweep import inventory
     from lepton_airflow.runners import Pod, default_runner
+    from lepton_airflow.store.files import Store
+    from lepton_airflow.store.identity import identity_of
 
     runner = default_runner()
     pod = runner if isinstance(runner, Pod) else Pod(image="none")  # it is only asked for its cluster
@@ -63,7 +66,12 @@ def _pods(args: argparse.Namespace) -> tuple[Cluster, list[Item]]:
         replace(pod, **{n: v for n in names if (v := getattr(args, n)) is not None}), in_airflow=False
     )
     deployment = settings.setting("deployment", "airflow") or "airflow"
-    return cluster, inventory(cluster, deployment, older_than_s=args.older_than_s, now=time.time())
+    conn_id = settings.setting("store_conn_id")
+    store = Store(settings.default_store(), connection_of(conn_id) if conn_id else None)
+    found = inventory(
+        cluster, deployment, identity_of(store), older_than_s=args.older_than_s, now=time.time()
+    )
+    return cluster, found
 
 
 def _pods_ls(args: argparse.Namespace) -> int:

@@ -27,7 +27,8 @@ PodJson = Mapping[str, Any]  # a pod as the API server sends it
 # Labels.
 MANAGED_BY = "app.kubernetes.io/managed-by"  # with the value below, on everything that this package creates
 MANAGER = "lepton-airflow"
-RUN_KEY = "lepton-airflow/run-key"  # the task instance that a pod or Secret belongs to
+RUN_KEY = "lepton-airflow/run-key"  # the task instance that a pod or Secret belongs to, and its store: see manifest.pod_key
+STORE = "lepton-airflow/store"  # the id of that store: another installation, with another store, touches nothing of it
 STAGE = "lepton-airflow/stage"
 QUEUE = "kueue.x-k8s.io/queue-name"  # read by Kueue
 

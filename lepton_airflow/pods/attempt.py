@@ -47,10 +47,19 @@ from lepton_airflow.pods.lifecycle import (
     submission_of,
     termination,
 )
-from lepton_airflow.pods.manifest import check_store, labels, pod_base, pod_name, request_digest, submission
+from lepton_airflow.pods.manifest import (
+    check_store,
+    labels,
+    pod_base,
+    pod_key,
+    pod_name,
+    request_digest,
+    submission,
+)
 from lepton_airflow.pods.settings import PodSettings, load_template
 from lepton_airflow.pods.task_state import is_wanted
 from lepton_airflow.store import Store
+from lepton_airflow.store.identity import identity_of
 
 log = logging.getLogger("lepton_airflow.stage")
 
@@ -130,12 +139,14 @@ class Attempt:
         known = {f.name for f in fields(AttemptState)}
         self.state = AttemptState(**{name: value for name, value in (state or {}).items() if name in known})
         self.try_id = str(ti.id) if ti is not None else LOCAL_TRY
-        self.base = pod_base(settings, request, load_template(settings))
+        self.base = pod_base(settings, load_template(settings))
         self.digest = request_digest(self.base, request)
         check_store(request, self.base)
         by_id = {c.id: c for c in connections}
         self.hide = redactor(by_id)
         self.store = Store(request.store, by_id.get(request.store_connection or ""))
+        self.store_id = identity_of(self.store)
+        self.key = pod_key(request, self.store_id)
         self.store.receipt(request.run_key)  # a store that cannot be read fails before the pod is created
         self.cluster = Cluster(settings, in_airflow=ti is not None)
         self.clocks = Clocks(
@@ -162,7 +173,7 @@ class Attempt:
             raise error_of(error.diagnosis) from None
 
     def _look(self) -> tuple[Action, str, list[dict[str, Any]]]:
-        pods, version = self.cluster.list_pods(self.request.run_key)
+        pods, version = self.cluster.list_pods(self.key)
         own = next((p for p in pods if p["metadata"]["uid"] == self.state.uid), None)
         # Once the stage runs, no event changes what is done.
         events = self.cluster.events(own) if own and container_state(own)[0] == "waiting" else []
@@ -214,10 +225,16 @@ class Attempt:
     def _submit(self, pods: Sequence[PodJson]) -> Waiting | None:
         number, nonce = next_submission(pods, self.state.submission), secrets.token_hex(16)
         secret, pod = submission(
-            self.base, self.request, self.connections, number=number, nonce=nonce, try_id=self.try_id
+            self.base,
+            self.request,
+            self.connections,
+            number=number,
+            nonce=nonce,
+            try_id=self.try_id,
+            store_id=self.store_id,
         )
         if self.state.refused_since is None:
-            self.cluster.sweep_secrets()
+            self.cluster.sweep_secrets(self.store_id)
             if not self.state.resubmissions:
                 self._delete_ended(pods)
         try:
@@ -262,7 +279,7 @@ class Attempt:
         any_lines = self._read_logs(action.pod, min(action.until, time.time() + _FOLLOW_S))
         if not any_lines or time.monotonic() - started < 1:
             within_s = max(1.0, min(_POLL_S, action.until - time.time()))
-            self.cluster.wait_for_change(self.request.run_key, version, within_s)
+            self.cluster.wait_for_change(self.key, version, within_s)
         return None
 
     def _wait_for_room(self, diagnosis: Diagnosis, pod: dict[str, Any]) -> Waiting | None:
@@ -307,7 +324,7 @@ class Attempt:
                 "in_cluster": self.cluster.in_cluster,
             },
             "namespace": self.cluster.namespace,
-            "run_key": self.request.run_key,
+            "run_key": self.key,
             "owned": self.state.uid,
             "try_id": self.try_id,
             "digest": self.digest,
@@ -387,9 +404,12 @@ class Attempt:
 
     def _gone_pod(self) -> PodJson:
         """Our pod as far as it is known without the cluster, which no longer has it: its events may tell why."""
-        name = pod_name(self.request, self.state.submission)
+        name = pod_name(self.request, self.state.submission, self.store_id)
         known = {"name": name, "uid": self.state.uid, "namespace": self.cluster.namespace}
-        return {"metadata": known | {"labels": labels(self.request), "deletionTimestamp": "some time ago"}}
+        return {
+            "metadata": known
+            | {"labels": labels(self.request, self.store_id), "deletionTimestamp": "some time ago"}
+        }
 
     def _receipt(self, pod: PodJson | None) -> Receipt | None:
         """The receipt that this very pod left in the store.
@@ -464,7 +484,7 @@ class Attempt:
             elif is_terminating(pod) or self.cluster.delete(pod):
                 return
             uid = pod["metadata"]["uid"]  # it has changed since it was looked at: look again
-            pods, _ = self.cluster.list_pods(self.request.run_key)
+            pods, _ = self.cluster.list_pods(self.key)
             pod = next((p for p in pods if p["metadata"]["uid"] == uid), None)
 
     # -- being stopped -------------------------------------------------------------------------------------------------
@@ -485,7 +505,7 @@ class Attempt:
         cluster = self.cluster.for_signal_handler()
         try:
             for _ in range(5):  # a pod may change between the list and the deletion
-                pods, _version = cluster.list_pods(self.request.run_key)
+                pods, _version = cluster.list_pods(self.key)
                 if all(cluster.delete(pod) for pod in pods if self._is_to_delete(pod)):
                     return
         except (ApiRefused, RunnerError) as error:  # must not hide what stopped the task

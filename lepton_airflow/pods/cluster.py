@@ -25,6 +25,7 @@ from lepton_airflow.pods import (
     ORPHANED_S,
     REFUSAL_SURE_S,
     RUN_KEY,
+    STORE,
 )
 from lepton_airflow.pods.diagnosis import ApiRefused, diagnose_refusal
 from lepton_airflow.pods.lifecycle import unix_time
@@ -240,13 +241,15 @@ class Cluster:
         )
         return done is not False
 
-    def sweep_secrets(self) -> None:
-        """Delete Secrets whose task died before it created their pod; does nothing where that is forbidden."""
+    def sweep_secrets(self, store_id: str) -> None:
+        """Delete a store's Secrets whose task died before it created their pod; does nothing where that is forbidden."""
         with suppress(ApiRefused):
             found = self._call(
                 f"list secrets in namespace {self.namespace}",
                 lambda: self._core.list_namespaced_secret(
-                    self.namespace, label_selector=f"{MANAGED_BY}={MANAGER}", _preload_content=False
+                    self.namespace,
+                    label_selector=f"{MANAGED_BY}={MANAGER},{STORE}={store_id}",
+                    _preload_content=False,
                 ),
                 {403: {"items": []}},
             )

@@ -28,6 +28,7 @@ from lepton_airflow.pods import (
     REQUEST,
     RUN_KEY,
     STAGE,
+    STORE,
     SUBMISSION,
     TRY,
 )
@@ -42,10 +43,8 @@ _VOLUME_OF_SECRET, _VOLUME_OF_WORK, _VOLUME_OF_TMP = "lepton", "lepton-work", "l
 _DEADLINE_MARGIN_S = 300
 
 
-def pod_base(
-    settings: PodSettings, request: Request, template: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The pod of a request, without what differs between its submissions.
+def pod_base(settings: PodSettings, template: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The pod that these settings make, without what belongs to one request.
 
     :param template: the pod that ``settings.pod_template`` names; only the defaults lie below it.
     """
@@ -53,7 +52,7 @@ def pod_base(
         _defaults(),
         _from_template(template or {}),
         _from_settings(settings),
-        _required(settings, request),
+        _required(settings),
     )
     return reduce(merge, layers)
 
@@ -90,17 +89,19 @@ def submission(
     number: int,
     nonce: str,
     try_id: str,
+    store_id: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The Secret and the pod of one submission.
 
     :param number: how often the run has been submitted, this time included. It is in the pod's name, so when two tries
         create the same submission, the API server refuses the second.
+    :param store_id: what tells the run's store from others (:func:`~lepton_airflow.store.identity.identity_of`).
     """
-    name = pod_name(request, number)
+    name = pod_name(request, number, store_id)
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {"name": f"{name}-{nonce[:8]}", "labels": labels(request)},
+        "metadata": {"name": f"{name}-{nonce[:8]}", "labels": labels(request, store_id)},
         "type": "Opaque",
         "stringData": {
             "request.json": replace(request, nonce=nonce).to_json(),
@@ -111,6 +112,7 @@ def submission(
     over = {
         "metadata": {
             "name": name,
+            "labels": labels(request, store_id),
             "annotations": {
                 TRY: try_id,
                 REQUEST: request_digest(base, request),
@@ -124,15 +126,24 @@ def submission(
     return secret, merge(base, over)
 
 
-def labels(request: Request) -> dict[str, str]:
+def pod_key(request: Request, store_id: str) -> str:
+    """What a run's pods and Secrets are known by: its run key and its store.
+
+    Two Airflows with the same DAGs have equal run keys, unless ``[lepton] deployment`` tells them apart. In one namespace each would
+    take the other's pods for its own.
+    """
+    return digest_of([store_id, request.run_key])[:24]
+
+
+def labels(request: Request, store_id: str) -> dict[str, str]:
     """The labels by which a run's pods and Secrets are found."""
     stage = re.sub(r"[^A-Za-z0-9_.-]", "-", request.stage.rpartition(":")[2])[:63].strip("-_.")
-    return {MANAGED_BY: MANAGER, RUN_KEY: request.run_key, STAGE: stage}
+    return {MANAGED_BY: MANAGER, RUN_KEY: pod_key(request, store_id), STORE: store_id, STAGE: stage}
 
 
-def pod_name(request: Request, number: int) -> str:
-    """A name that people recognise and that exists once: DAG, task, run key, number of the submission."""
-    end = f"{request.run_key}-{number}"
+def pod_name(request: Request, number: int, store_id: str) -> str:
+    """A name that people recognise and that exists once: DAG, task, key of the run, number of the submission."""
+    end = f"{pod_key(request, store_id)}-{number}"
     slug = re.sub(r"[^a-z0-9]+", "-", f"{request.identity.dag_id}-{request.identity.task_id}".lower())
     return f"{slug[: 62 - len(end)].strip('-') or 'stage'}-{end}"
 
@@ -263,12 +274,11 @@ def _from_settings(settings: PodSettings) -> dict[str, Any]:
     return {"metadata": metadata, "spec": _without_empty(spec) | own}
 
 
-def _required(settings: PodSettings, request: Request) -> dict[str, Any]:
-    """What the entry point needs to start, and we to find the pod and to read how it ended."""
+def _required(settings: PodSettings) -> dict[str, Any]:
+    """What the entry point needs to start, and we to read how it ended."""
     command = [settings.python, "-P", "-m", "lepton_airflow", "run", f"{HANDED_OVER}/request.json"]
     command += [f"{WORK}/receipt.json", "--connections-file", f"{HANDED_OVER}/connections.json"]
     return {
-        "metadata": {"labels": labels(request)},
         "spec": {
             "restartPolicy": "Never",
             "activeDeadlineSeconds": math.ceil(settings.start_timeout_s + settings.run_timeout_s)

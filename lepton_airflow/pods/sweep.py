@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lepton_airflow.pods import IDENTITY, ORPHANED_S, RUN_KEY, SETTLED, STAGE, PodJson
+from lepton_airflow.pods import IDENTITY, ORPHANED_S, RUN_KEY, SETTLED, STAGE, STORE, PodJson
 from lepton_airflow.pods.cluster import Cluster
 from lepton_airflow.pods.diagnosis import diagnose
 from lepton_airflow.pods.lifecycle import annotation, is_terminating, termination, unix_time
@@ -56,21 +56,36 @@ class Item:
 
 
 def inventory(
-    cluster: Cluster, deployment: str, *, older_than_s: float | None = None, now: float
+    cluster: Cluster, deployment: str, store_id: str, *, older_than_s: float | None = None, now: float
 ) -> list[Item]:
     """All pods and Secrets of this package in the cluster's namespace, oldest first, and whether each may go.
 
     :param deployment: name of this Airflow (``[lepton] deployment``); its database knows nothing of pods of another one.
+    :param store_id: what tells its store from others; what belongs to another store stays.
     :param older_than_s: age from which a pod may go whose task this Airflow does not know [seconds]; None: never.
     :param now: Unix time.
     """
     pods, secrets = cluster.list_all()
-    ours = [who for pod in pods if (who := identity(pod)).get("deployment") == deployment]
+    ours = [
+        who
+        for pod in pods
+        if _store_of(pod) == store_id and (who := identity(pod)).get("deployment") == deployment
+    ]
     # Read after the pods were listed: an older state could be that of an earlier try, and condemn the pod of a newer one.
     states = states_in_database({_task(who) for who in ours})
-    items = [_pod(pod, states, deployment, older_than_s, now) for pod in pods]
+    items = [
+        _foreign("pod", pod, now)
+        if _store_of(pod) not in ("", store_id)
+        else _pod(pod, states, deployment if _store_of(pod) else None, older_than_s, now)
+        for pod in pods
+    ]
     used = {secret_name(pod) for pod in pods}
-    items += [_secret(secret, used, now) for secret in secrets]
+    items += [
+        _foreign("secret", secret, now)
+        if _store_of(secret) not in ("", store_id)
+        else _secret(secret, used, now)
+        for secret in secrets
+    ]
     return sorted(items, key=lambda item: -item.age_s)
 
 
@@ -94,10 +109,21 @@ def identity(thing: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _store_of(thing: Mapping[str, Any]) -> str:
+    """The id of the store that a pod or Secret belongs to; empty for those of versions that wrote none."""
+    return str((thing["metadata"].get("labels") or {}).get(STORE, ""))
+
+
+def _foreign(kind: str, thing: Mapping[str, Any], now: float) -> Item:
+    age_s = now - unix_time(thing["metadata"]["creationTimestamp"])
+    state = (thing.get("status") or {}).get("phase") or "Unknown"
+    return Item(kind, thing, age_s, state, "", "", "it belongs to another installation, with another store")
+
+
 def _pod(
     pod: PodJson,
     states: Mapping[TaskKey, str],
-    deployment: str,
+    deployment: str | None,
     older_than_s: float | None,
     now: float,
 ) -> Item:

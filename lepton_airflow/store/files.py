@@ -10,6 +10,8 @@ Layout under the root::
     studies/<run key>….db                                    the same for TuneModel, where the store is a local directory
     leases/<key>/…                                           whose turn it is (lease.py)
     index/names.json                                         what eviction has read before (eviction.py)
+    identity                                                 what tells this store from another (identity.py)
+    schemas/<task>.json                                      the types that IngestData found in a task's last run
 
 The path of an artifact holds its digest, so writing it again writes the same bytes: concurrent writers do no harm,
 and the next run that makes an artifact repairs one that was altered.
@@ -376,9 +378,14 @@ class Store:
                 raise
             return True
 
+    @property
+    def can_create_exclusively(self) -> bool:
+        """Whether this store can create a key exactly once."""
+        return self._local or self.protocol in ("s3", "s3a")
+
     def check_exclusive(self) -> None:
         """Raise BadConfiguration when this store cannot create a key exactly once."""
-        if not self._local and self.protocol not in ("s3", "s3a"):
+        if not self.can_create_exclusively:
             raise BadConfiguration(
                 f"store {self.root}: {self.protocol}:// cannot create a key exactly once, which registration and "
                 "promotion need: use a local (or NFS) directory or s3://."

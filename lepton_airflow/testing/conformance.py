@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -515,7 +516,12 @@ STAGES: dict[str, Callable[[Chain], dict[str, Any]]] = {
 
 
 class StageConformance:
-    """Every stage runs on a runner as it does in this process, and makes the same bytes."""
+    """Every stage runs on a runner as it does in this process, and makes the same bytes.
+
+    :cvar stops: how often each stage is asked to stop, at a random moment, before it is left to end: that must change nothing.
+    """
+
+    stops: ClassVar[int] = 0
 
     @abstractmethod
     def make_runner(self) -> Runner:
@@ -529,7 +535,7 @@ class StageConformance:
     @pytest.fixture(scope="class")
     def chain(self, folder: Path) -> Chain:
         """The whole life of a model, on the runner."""
-        return _lived(self.make_runner(), folder)
+        return _lived(self.make_runner(), folder, self.stops)
 
     @pytest.fixture(scope="class")
     def reference(self) -> Chain:
@@ -597,7 +603,7 @@ def _beginning() -> Path:
         return folder
 
 
-def _lived(runner: Runner, folder: Path) -> Chain:
+def _lived(runner: Runner, folder: Path, stops: int = 0) -> Chain:
     chain = Chain(folder)
     for name in ("tumours.csv", "mlflow.db"):
         # The stages may run as another user, in a container.
@@ -611,8 +617,26 @@ def _lived(runner: Runner, folder: Path) -> Chain:
                 store=store,
                 identity=RunIdentity(dag_id="conformance", task_id=stage),
             )
-            chain.receipts[stage] = runner.run(request, [], {})
+            stopped = (_stopped(runner, request, _reference().receipts[stage].seconds) for _ in range(stops))
+            done = next((receipt for receipt in stopped if receipt), None)
+            chain.receipts[stage] = done or runner.run(request, [], {})
     return chain
+
+
+_START_S = 4.0  # until a stage has imported its libraries, roughly
+
+
+def _stopped(runner: Runner, request: Request, seconds: float) -> Receipt | None:
+    """The receipt of a run that was asked to stop at a random moment; None when it stopped, and said so."""
+    after_s = random.uniform(0, _START_S + seconds)  # noqa: S311 - no secret
+    receipts: list[Receipt] = []
+    with _Background(lambda: receipts.append(runner.run(request, [], {}))) as task:
+        task.join(after_s)
+        runner.cancel()
+    assert receipts or isinstance(task.error, Preempted), (
+        f"{request.stage}, asked to stop after {after_s:.2f} s, ended with {task.error!r}"
+    )
+    return receipts[0] if receipts else None
 
 
 class _TimeIsOver(BaseException):

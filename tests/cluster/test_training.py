@@ -14,10 +14,12 @@ import pandas as pd
 import pytest
 
 from lepton_airflow.contract import Request, RunIdentity
+from lepton_airflow.pods.manifest import pod_key
 from lepton_airflow.runners import Runner
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.prepare_data import PrepareData
 from lepton_airflow.store import Store
+from lepton_airflow.store.identity import identity_of
 from lepton_airflow.testing.conformance import until
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +80,7 @@ def test_a_trainer_whose_pod_is_deleted_resumes(
         (mine,) = [
             p["metadata"]["name"]
             for p in cluster.items("pods", namespace)
-            if p["metadata"]["labels"]["lepton-airflow/run-key"] == disturbed.run_key
+            if p["metadata"]["labels"]["lepton-airflow/run-key"] == pod_key(disturbed, identity_of(store))
         ]
         subprocess.run(
             ["kubectl", "delete", "pod", "-n", namespace, mine, "--wait=false", *force],

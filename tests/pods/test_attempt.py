@@ -38,7 +38,7 @@ class Recorder:
     def log_lines(self, *_: Any) -> list[tuple[str, str]]:
         return []
 
-    def sweep_secrets(self) -> None:
+    def sweep_secrets(self, _store_id: str) -> None:
         pass
 
     def set_secret_owner(self, _pod: Any) -> None:

@@ -9,8 +9,16 @@ import pytest
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request, RunIdentity
-from lepton_airflow.pods import IDENTITY, NONCE, REQUEST, RUN_KEY, SUBMISSION, TRY
-from lepton_airflow.pods.manifest import merge, pod_base, pod_name, request_digest, secret_name, submission
+from lepton_airflow.pods import IDENTITY, NONCE, REQUEST, RUN_KEY, STORE, SUBMISSION, TRY
+from lepton_airflow.pods.manifest import (
+    merge,
+    pod_base,
+    pod_key,
+    pod_name,
+    request_digest,
+    secret_name,
+    submission,
+)
 from lepton_airflow.runners import Pod
 
 REQUESTED = Request(
@@ -20,19 +28,21 @@ REQUESTED = Request(
     identity=RunIdentity(dag_id="Flights_Retrain", task_id="models.train", run_id="r1"),
     connections=("db",),
 )
+STORE_ID = "5" * 24
 SECRET = Connection("db", "postgres", password="hunter2-of-the-lake")
 
 
 def base(template: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    return pod_base(Pod(image="stage:1", **settings), REQUESTED, template)
+    return pod_base(Pod(image="stage:1", **settings), template)
 
 
 def stage(manifest: dict[str, Any]) -> dict[str, Any]:
     return next(c for c in manifest["spec"]["containers"] if c["name"] == "stage")
 
 
-def made(**settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    return submission(base(**settings), REQUESTED, [SECRET], number=2, nonce="n" * 32, try_id="try-7")
+def made(store_id: str = STORE_ID, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    names: dict[str, Any] = {"number": 2, "nonce": "n" * 32, "try_id": "try-7", "store_id": store_id}
+    return submission(base(**settings), REQUESTED, [SECRET], **names)
 
 
 def test_a_pod_has_few_rights_unless_it_is_given_more() -> None:
@@ -146,7 +156,15 @@ def test_secrets_are_in_the_secret_and_nowhere_in_the_pod() -> None:
     assert SECRET.password not in json.dumps(pod)
     assert json.loads(secret["stringData"]["request.json"])["nonce"] == "n" * 32
     assert secret_name(pod) == secret["metadata"]["name"]
-    assert secret["metadata"]["labels"][RUN_KEY] == pod["metadata"]["labels"][RUN_KEY] == REQUESTED.run_key
+    key = pod_key(REQUESTED, STORE_ID)
+    assert secret["metadata"]["labels"][RUN_KEY] == pod["metadata"]["labels"][RUN_KEY] == key
+    assert secret["metadata"]["labels"][STORE] == pod["metadata"]["labels"][STORE] == STORE_ID
+
+
+def test_equal_runs_of_two_installations_have_pods_of_their_own() -> None:
+    ours, theirs = made()[1], made(store_id="theirs")[1]
+    assert ours["metadata"]["name"] != theirs["metadata"]["name"]
+    assert ours["metadata"]["labels"][RUN_KEY] != theirs["metadata"]["labels"][RUN_KEY]
 
 
 def test_a_pod_says_whose_it_is() -> None:
@@ -158,15 +176,15 @@ def test_a_pod_says_whose_it_is() -> None:
 def test_equal_requests_have_equal_digests_whatever_the_try() -> None:
     digest = made()[1]["metadata"]["annotations"][REQUEST]
     later = replace(REQUESTED, nonce="z", identity=replace(REQUESTED.identity, try_number=4))
-    assert request_digest(pod_base(Pod(image="stage:1"), later), later) == digest
+    assert request_digest(pod_base(Pod(image="stage:1")), later) == digest
     other = replace(REQUESTED, parameters={"trainer": "linear_regression"})
-    assert request_digest(pod_base(Pod(image="stage:1"), other), other) != digest
+    assert request_digest(pod_base(Pod(image="stage:1")), other) != digest
     assert request_digest(base(memory="3Gi"), REQUESTED) != digest
 
 
 @pytest.mark.parametrize("task_id", ["train", "t" * 200, "__Größe__", "---"])
 def test_names_are_dns_labels(task_id: str) -> None:
-    name = pod_name(replace(REQUESTED, identity=replace(REQUESTED.identity, task_id=task_id)), 12)
+    name = pod_name(replace(REQUESTED, identity=replace(REQUESTED.identity, task_id=task_id)), 12, STORE_ID)
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name)
     assert name.endswith("-12")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lepton_airflow.pods import IDENTITY, RUN_KEY, SETTLED, sweep
+from lepton_airflow.pods import IDENTITY, RUN_KEY, SETTLED, STORE, sweep
 from lepton_airflow.pods.sweep import Item, inventory, table
 from lepton_airflow.pods.task_state import TaskKey
 
@@ -50,7 +50,7 @@ def _pod(
             "name": name,
             "namespace": "ml",
             "creationTimestamp": created,
-            "labels": {RUN_KEY: "k" * 24, "lepton-airflow/stage": "TrainModel"},
+            "labels": {RUN_KEY: "k" * 24, STORE: "ours", "lepton-airflow/stage": "TrainModel"},
             "annotations": {IDENTITY: json.dumps(who)} | {k.replace("_", "/"): v for k, v in notes.items()},
         },
         "spec": {
@@ -62,7 +62,8 @@ def _pod(
 
 
 def _secret(name: str, created: str, owned: bool = False) -> dict[str, Any]:
-    meta: dict[str, Any] = {"name": name, "creationTimestamp": created, "labels": {RUN_KEY: "k" * 24}}
+    meta: dict[str, Any] = {"name": name, "creationTimestamp": created}
+    meta["labels"] = {RUN_KEY: "k" * 24, STORE: "ours"}
     return {"metadata": meta | ({"ownerReferences": [{"kind": "Pod"}]} if owned else {})}
 
 
@@ -80,7 +81,7 @@ TASK: TaskKey = ("retrain", "train", "r1", 2)
 
 
 def _judge(cluster: Listed, **options: Any) -> list[Item]:
-    return inventory(cluster, "airflow", now=NOW, **options)  # type: ignore[arg-type]
+    return inventory(cluster, "airflow", "ours", now=NOW, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,26 @@ def test_another_airflows_pod_is_not_judged_by_this_ones_database(airflow_says: 
     who = json.loads(theirs["metadata"]["annotations"][IDENTITY]) | {"deployment": "theirs"}
     theirs["metadata"]["annotations"][IDENTITY] = json.dumps(who)
     assert [i.why for i in _judge(Listed([theirs], []))] == [""]
+
+
+def test_what_belongs_to_another_store_stays(airflow_says: dict[TaskKey, str]) -> None:
+    airflow_says[TASK] = "failed"
+    theirs, settled = _pod(), _pod("settled")
+    settled["metadata"]["annotations"][SETTLED] = "yes"
+    orphan = _secret("orphan", EARLIER)
+    for thing in (theirs, settled, orphan):
+        thing["metadata"]["labels"][STORE] = "theirs"
+    items = _judge(Listed([theirs, settled], [orphan]), older_than_s=1)
+    assert [item.why for item in items] == ["", "", ""]
+    assert {item.stays for item in items} == {"it belongs to another installation, with another store"}
+
+
+def test_a_pod_of_a_version_that_named_no_store_goes_by_age_alone(airflow_says: dict[TaskKey, str]) -> None:
+    airflow_says[TASK] = "failed"
+    old = _pod()
+    del old["metadata"]["labels"][STORE]
+    assert [i.why for i in _judge(Listed([old], []))] == [""]
+    assert [bool(i.why) for i in _judge(Listed([old], []), older_than_s=1)] == [True]
 
 
 def test_settled_pods_go_and_terminating_ones_are_left(airflow_says: dict[TaskKey, str]) -> None:

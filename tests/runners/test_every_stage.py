@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import ClassVar
 
 from lepton_airflow.runners import InProcess, Runner, Subprocess, Venv
 from lepton_airflow.stages import all_stages
@@ -20,6 +22,9 @@ class TestInProcess(StageConformance):
 
 
 class TestSubprocess(StageConformance):
+    # LEPTON_STOPS=100 makes a drill of it, half an hour long.
+    stops: ClassVar[int] = int(os.environ.get("LEPTON_STOPS", "1"))
+
     def make_runner(self) -> Runner:
         return Subprocess()
 
