@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Request
 from lepton_airflow.errors import BadConfiguration, LeptonError
+from lepton_airflow.pods import RUN_KEY
+from lepton_airflow.pods.manifest import pod_key
 from lepton_airflow.runners import Runner
 from lepton_airflow.store import Store
+from lepton_airflow.store.identity import identity_of
 from lepton_airflow.testing import probe
 
 
@@ -44,6 +48,20 @@ def test_s3(
     assert hidden(s3.password) == []
     assert "Copy done" in "\n".join(said)
     assert s3.password not in "\n".join(said)
+
+
+def test_two_installations_in_one_namespace_leave_each_other_alone(
+    cluster: Any, namespace: str, make_pod: Callable[..., Runner], shared: Path
+) -> None:
+    """Staging and production run the same DAG at the same time, each with its own store, and nobody has named either."""
+    requests = [probe("Copy", shared / name, text=name) for name in ("staging", "production")]
+    assert len({request.run_key for request in requests}) == 1
+    with ThreadPoolExecutor(2) as pool:
+        receipts = list(pool.map(lambda r: make_pod(keep_pod="always").run(r, [], {}), requests))
+    assert [receipt.values["length"] for receipt in receipts] == [7, 10]
+    keys = {pod_key(request, identity_of(Store(request.store))) for request in requests}
+    made = [pod["metadata"]["labels"][RUN_KEY] for pod in cluster.items("pods", namespace)]
+    assert sorted(key for key in made if key in keys) == sorted(keys)  # one pod each
 
 
 def test_altered_in_s3(make_pod: Callable[..., Runner], s3: Connection, bucket: str) -> None:
