@@ -22,10 +22,18 @@ from great_expectations.execution_engine import SqlAlchemyExecutionEngine
 from great_expectations.expectations.metrics.column_aggregate_metric_provider import (
     ColumnAggregateMetricProvider,
 )
+from great_expectations.expectations.metrics.column_aggregate_metrics.column_outlier_statistics import (
+    IQR_METHOD,
+    ColumnOutlierStatistics,
+    OutlierStatistics,
+    validate_method,
+)
 from great_expectations.expectations.metrics.map_metric_provider import (
     ColumnMapMetricProvider,
+    ColumnPairMapMetricProvider,
     MulticolumnMapMetricProvider,
     column_condition_partial,
+    column_pair_condition_partial,
     multicolumn_condition_partial,
 )
 from great_expectations.expectations.metrics.metric_provider import metric_value
@@ -178,6 +186,10 @@ class DuckDBExecutionEngine(SqlAlchemyExecutionEngine):
 
 # -- metrics that are slow or differ ----------------------------------------------------------------------------------
 
+_DOMAIN = ("batch_id", "table", "row_condition", "condition_parser", "ignore_row_if")
+_PAIR = (*_DOMAIN, "column_A", "column_B")
+_SEVERAL = (*_DOMAIN, "column_list")
+
 
 def _duplicated(table: Any, columns: list[Any]) -> Any:
     """A condition that is true where a row's values occur more than once; nulls equal each other. It reads its own source.
@@ -219,6 +231,84 @@ class _CompoundColumnsUnique(MulticolumnMapMetricProvider):
     )
     def _duckdb(cls, column_list: list[Any], _table: Any, **kwargs: Any) -> Any:
         return sa.not_(_duplicated(_table, column_list))
+
+
+def _surely(condition: Any) -> Any:
+    """The condition, false where a value is missing: as on pandas, where nothing compares with NaN. SQL would count neither."""
+    return sa.func.coalesce(condition, sa.false())
+
+
+class _PairGreater(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.a_greater_than_b"
+    condition_domain_keys = _PAIR
+    condition_value_keys = ("or_equal",)
+
+    @column_pair_condition_partial(engine=DuckDBExecutionEngine)
+    def _duckdb(cls, column_A: Any, column_B: Any, **kwargs: Any) -> Any:  # noqa: N803 - names of Great Expectations
+        return _surely(column_A >= column_B if kwargs.get("or_equal") else column_A > column_B)
+
+
+class _PairEqual(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.equal"
+    condition_domain_keys = _PAIR
+    condition_value_keys = ()
+
+    @column_pair_condition_partial(engine=DuckDBExecutionEngine)
+    def _duckdb(cls, column_A: Any, column_B: Any, **kwargs: Any) -> Any:  # noqa: N803
+        return _surely(column_A == column_B)
+
+
+class _PairInSet(ColumnPairMapMetricProvider):
+    condition_metric_name = "column_pair_values.in_set"
+    condition_domain_keys = _PAIR
+    condition_value_keys = ("value_pairs_set",)
+
+    @column_pair_condition_partial(engine=DuckDBExecutionEngine)
+    def _duckdb(cls, column_A: Any, column_B: Any, **kwargs: Any) -> Any:  # noqa: N803
+        pairs = kwargs.get("value_pairs_set")
+        if pairs is None:
+            return sa.true()
+        return _surely(sa.or_(sa.false(), *(sa.and_(column_A == a, column_B == b) for a, b in pairs)))
+
+
+class _MulticolumnSum(MulticolumnMapMetricProvider):
+    condition_metric_name = "multicolumn_sum.equal"
+    condition_domain_keys = _SEVERAL
+    condition_value_keys = ("sum_total",)
+
+    @multicolumn_condition_partial(engine=DuckDBExecutionEngine)
+    def _duckdb(cls, column_list: list[Any], **kwargs: Any) -> Any:
+        return _surely(sum(column_list) == kwargs.get("sum_total"))
+
+
+class _OutlierStatistics(ColumnOutlierStatistics):
+    @metric_value(engine=DuckDBExecutionEngine)
+    def _duckdb(
+        cls,
+        execution_engine: DuckDBExecutionEngine,
+        metric_domain_kwargs: dict[str, Any],
+        metric_value_kwargs: dict[str, Any],
+        **kwargs: Any,
+    ) -> OutlierStatistics:
+        """The quartiles, interpolated as by pandas; or mean and standard deviation."""
+        validate_method(metric_value_kwargs["method"])
+        selectable, _, accessor = execution_engine.get_compute_domain(
+            metric_domain_kwargs, domain_type=MetricDomainTypes.COLUMN
+        )
+        if isinstance(selectable, sa.Select):  # with a row_condition
+            selectable = selectable.subquery()
+        column = sa.cast(sa.column(accessor["column"]), sa.Float)
+        of_iqr = metric_value_kwargs["method"] == IQR_METHOD
+        asked = (
+            (sa.func.quantile_cont(column, 0.25), sa.func.quantile_cont(column, 0.75))
+            if of_iqr
+            else (sa.func.avg(column), sa.func.stddev_samp(column))
+        )
+        one, two = execution_engine.execute_query(sa.select(*asked).select_from(selectable)).fetchone()
+        if not of_iqr:
+            return OutlierStatistics.symmetric(center=one, spread=two)
+        spread = None if one is None or two is None else two - one
+        return OutlierStatistics(lower_reference=one, upper_reference=two, spread=spread)
 
 
 class _ColumnQuantileValues(ColumnAggregateMetricProvider):

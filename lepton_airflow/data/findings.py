@@ -65,8 +65,10 @@ def _line(result: ExpectationValidationResult) -> str:
         shown = ", ".join(list(examples)[:_MAX_EXAMPLES_SHOWN])
         return f"{name}: {count}{share} unexpected" + (f", e.g. {shown}" if shown else "")
     mismatched = (found.get("details") or {}).get("mismatched")
-    if mismatched:
+    if isinstance(mismatched, dict) and mismatched:
         return f"{name}: {_shorten(_arguments(dict(sorted(mismatched.items()))), _MAX_ARGUMENTS)}"
+    if mismatched:  # a list of positions, each with what was expected and found there
+        return f"{name}: {_shorten(_as_written(mismatched), _MAX_ARGUMENTS)}"
     if "observed_value" in found:
         return f"{name}: observed {_shorten(_as_written(found['observed_value']), 100)}"
     return name

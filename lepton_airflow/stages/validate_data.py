@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
+from lepton_airflow.data.duckdb_types import has_zone, is_time
 from lepton_airflow.data.findings import call_text, failure_text, severity
+from lepton_airflow.data.row_conditions import whole_condition
 from lepton_airflow.data.sql import connect, fetch_row, literal, nan_as_null, quote
 from lepton_airflow.data.suites import checked_suite, propose_suite
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line, require
@@ -88,7 +91,7 @@ class ValidateData(Stage):
             if self.suite == INFER:
                 return self._infer(con, columns, run)
             require("great-expectations", "ValidateData", self.extra)
-            return self._validate(con, path, self._suite(run), run)
+            return self._validate(con, path, columns, self._suite(run), run)
         finally:
             con.close()
 
@@ -108,12 +111,17 @@ class ValidateData(Stage):
         return Result(summary, {"suite": artifact}, {}, {"rows": rows, "expectations": proposed})
 
     def _validate(
-        self, con: duckdb.DuckDBPyConnection, path: Path, suite: dict[str, Any], run: RunInfo
+        self,
+        con: duckdb.DuckDBPyConnection,
+        path: Path,
+        columns: Mapping[str, str],
+        suite: dict[str, Any],
+        run: RunInfo,
     ) -> Result:
         log.info("loading Great Expectations, which takes some seconds")
         with _quiet():
             validator = _validator(con, path, self.engine)
-            expectations = _expectations(suite, set(self.suite_parameters))
+            expectations = _expectations(suite, set(self.suite_parameters), columns)
             log.info(
                 "checking %d expectations of suite %r on %s", len(expectations), suite["name"], self.engine
             )
@@ -231,7 +239,9 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
     return Validator(execution_engine=in_database, data_context=context, batches=[batch])
 
 
-def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[ExpectationConfiguration]:
+def _expectations(
+    suite: dict[str, Any], parameters: set[str], columns: Mapping[str, str]
+) -> list[ExpectationConfiguration]:
     """Check each expectation of the suite; raises BadConfiguration with the first that is none."""
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
     from great_expectations.expectations.registry import list_registered_expectation_implementations
@@ -246,7 +256,7 @@ def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[Expectati
             raise BadConfiguration(
                 f"{where}: there is no expectation {kind!r}; {close.partition(' Known')[0]}"
             )
-        kwargs = item.get("kwargs", {})
+        kwargs = _with_moments(whole_condition(item.get("kwargs", {}), f"{where}: {kind}"), columns)
         for name in _parameter_names(kwargs):
             if name not in parameters:
                 raise BadConfiguration(
@@ -268,6 +278,28 @@ def _expectations(suite: dict[str, Any], parameters: set[str]) -> list[Expectati
             ) from None
         checked.append(config)
     return checked
+
+
+def _with_moments(kwargs: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments, with the ISO texts of a value_set as dates or timestamps where the column holds such.
+
+    JSON has no dates, and no text equals a date: on pandas every such value would be unexpected, or none.
+    """
+    kind = columns.get(str(kwargs.get("column")), "")
+    values = kwargs.get("value_set")
+    if not is_time(kind) or not isinstance(values, list):
+        return kwargs
+
+    def moment(value: Any) -> Any:
+        with suppress(ValueError):
+            if isinstance(value, str):
+                found = datetime.fromisoformat(value)
+                if kind == "DATE":
+                    return found.date() if found.time() == time() else value
+                return found.replace(tzinfo=found.tzinfo or UTC) if has_zone(kind) else found
+        return value
+
+    return kwargs | {"value_set": [moment(value) for value in values]}
 
 
 def _parameter_names(value: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -200,6 +201,145 @@ def test_every_family_has_the_same_verdict_and_count_on_both_engines(
         if result["success"] != holds or (observed is not None and found != pytest.approx(observed)):
             wrong.append((expectation, result["success"], found, result["exception_info"]))
     assert not wrong
+
+
+def counted(expectations: list[dict[str, Any]], dataset: str, run: RunInfo, engine: Any) -> list[Any]:
+    """Of each expectation the number of unexpected values; what went wrong, where it could not be evaluated."""
+    results = full_result(run, ValidateData(dataset=dataset, suite=suite(*expectations), engine=engine))
+    return [r["result"].get("unexpected_count", r["exception_info"]) for r in results]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_missing_values_beside_others_are_unexpected_on_both_engines(
+    tmp_path: Path, run: RunInfo, engine: Any
+) -> None:
+    path = tmp_path / "pairs.parquet"
+    table = {"a": [1, 1, None, None, 3], "b": [1, None, 1, None, 2], "c": [1, 1, 1, None, 1]}
+    pq.write_table(pa.table({n: pa.array(v, pa.int64()) for n, v in table.items()}), path)
+    pair, pairs = {"column_A": "a", "column_B": "b"}, [[1, 1], [3, 2]]
+    never, any_missing = {"ignore_row_if": "neither"}, {"ignore_row_if": "either_value_is_missing"}
+    asked = {
+        # by default rows are left out in which both values are missing
+        "equal": (expect("column_pair_values_to_be_equal", **pair), 3),
+        "equal, all rows": (expect("column_pair_values_to_be_equal", **pair, **never), 4),
+        "equal, whole rows": (expect("column_pair_values_to_be_equal", **pair, **any_missing), 1),
+        "greater": (expect("column_pair_values_a_to_be_greater_than_b", **pair), 3),
+        "greater or equal": (expect("column_pair_values_a_to_be_greater_than_b", **pair, or_equal=True), 2),
+        "in set": (expect("column_pair_values_to_be_in_set", **pair, value_pairs_set=pairs), 2),
+        "sum": (expect("multicolumn_sum_to_equal", column_list=["a", "b", "c"], sum_total=3), 3),
+        "unique": (expect("select_column_values_to_be_unique_within_record", column_list=["a", "b", "c"]), 3),
+    }
+    found = counted([e for e, _ in asked.values()], str(path), run, engine)
+    assert dict(zip(asked, found, strict=True)) == {name: count for name, (_, count) in asked.items()}
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_a_row_condition_is_read_to_its_end(mixed: str, run: RunInfo, engine: Any) -> None:
+    conditions = {
+        'col("id") < 10': 10,
+        'col("id") < 10 AND col("id") > 4': 5,
+        'col("id") < 10 or col("id") >= 990': 20,
+        'col("id")<10 and col("text")=="v3" OR col("id") == 7': 2,
+        'col("text") == "v1 OR v2"': 0,
+        'col("few").notNull() AND col("id") < 10': 8,
+    }
+    asked = [
+        expect(
+            "column_values_to_be_between",
+            column="id",
+            max_value=-1,
+            row_condition=text,
+            condition_parser="great_expectations",
+        )
+        for text in conditions
+    ]
+    found = counted(asked, mixed, run, engine)
+    assert [count or 0 for count in found] == list(conditions.values())  # of no rows DuckDB's count is null
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['(col("id") < 10)', 'col("id") < 10 AND', 'col("id") < 10 XOR col("id") > 4', 'col("id") BETWEEN 1'],
+)
+def test_a_row_condition_that_would_be_read_in_part_is_refused(mixed: str, run: RunInfo, text: str) -> None:
+    asked = expect(
+        "column_values_to_not_be_null", column="id", row_condition=text, condition_parser="great_expectations"
+    )
+    with pytest.raises(BadConfiguration, match=r"expectation 1: .* is no comparison such as"):
+        ValidateData(dataset=mixed, suite=suite(asked)).run(run)
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_dates_are_compared_with_the_texts_of_a_suite(mixed: str, run: RunInfo, engine: Any) -> None:
+    days = [f"2013-01-{day:02}" for day in range(1, 29)]
+    asked = [
+        expect("column_values_to_be_in_set", column="day", value_set=days),
+        expect("column_values_to_be_in_set", column="day", value_set=days[1:]),
+        expect("column_values_to_not_be_in_set", column="day", value_set=days[:1]),
+        expect("column_values_to_not_be_in_set", column="day", value_set=["2014-01-01"]),
+        expect("column_values_to_be_between", column="day", max_value="2013-01-27"),
+    ]
+    assert counted(asked, mixed, run, engine) == [0, 36, 36, 0, 35]
+    of_all = [
+        (expect("column_distinct_values_to_be_in_set", column="day", value_set=days), True),
+        (expect("column_distinct_values_to_be_in_set", column="day", value_set=days[1:]), False),
+        (expect("column_distinct_values_to_equal_set", column="day", value_set=days), True),
+        (expect("column_distinct_values_to_contain_set", column="day", value_set=["2014-01-01"]), False),
+        (expect("column_most_common_value_to_be_in_set", column="day", value_set=days, ties_okay=True), True),
+        (
+            expect(
+                "column_values_to_be_in_set", column="at", value_set=["2013-01-01T00:00:00"], mostly=0.001
+            ),
+            True,
+        ),
+        (expect("column_values_to_not_be_in_set", column="at", value_set=["2013-01-01T05:00:00"]), False),
+        (expect("column_distinct_values_to_contain_set", column="at", value_set=["2013-01-01 05:00"]), True),
+    ]
+    stage = ValidateData(dataset=mixed, suite=suite(*[e for e, _ in of_all]), engine=engine)
+    assert [r["success"] for r in full_result(run, stage)] == [holds for _, holds in of_all]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_outliers_are_the_same_on_both_engines(mixed: str, run: RunInfo, engine: Any) -> None:
+    kind = "column_values_to_not_be_outliers"
+    asked = [
+        expect(kind, column="id", method="iqr", multiplier=1.5),
+        expect(kind, column="id", method="iqr", multiplier=0.3),
+        expect(kind, column="number", method="iqr", multiplier=0.3),
+        expect(kind, column="id", method="std", multiplier=1.0),
+        expect(kind, column="nothing", method="iqr"),
+        expect(
+            kind,
+            column="number",
+            method="iqr",
+            multiplier=0.0,
+            row_condition='col("id") < 100',
+            condition_parser="great_expectations",
+        ),
+    ]
+    of_id, of_number = range(1000), sorted(NUMBERS)
+
+    def outside(values: Any, reach: float) -> int:
+        low, high = (pd.Series(values).quantile(q) for q in (0.25, 0.75))
+        return sum(not low - reach * (high - low) <= v <= high + reach * (high - low) for v in values)
+
+    spread = pd.Series(of_id).std()
+    wanted = [
+        0,
+        outside(of_id, 0.3),
+        outside(of_number, 0.3),
+        sum(abs(v - 499.5) >= spread for v in of_id),
+        0,
+        outside([i * 0.5 for i in range(100) if i % 10 and i % 11], 0.0),
+    ]
+    assert wanted[1] > 0
+    assert counted(asked, mixed, run, engine) == wanted
+
+
+def test_columns_in_another_order_are_said(mixed: str, run: RunInfo) -> None:
+    asked = expect("table_columns_to_match_ordered_list", column_list=["next", "id"])
+    with pytest.raises(BadInput, match=r"expect_table_columns_to_match_ordered_list\(.*'next'.*Found.*'id'"):
+        ValidateData(dataset=mixed, suite=suite(asked)).run(run)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")], ids=["a null too", "no null"])

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lepton_airflow.data.row_conditions import whole_condition
+from lepton_airflow.errors import BadConfiguration
+
+
+def read(text: str, parser: str | None = "great_expectations") -> Any:
+    return whole_condition({"row_condition": text, "condition_parser": parser}, "here")["row_condition"]
+
+
+def compare(column: str, operator: str, parameter: Any) -> dict[str, Any]:
+    return {"type": "comparison", "column": {"name": column}, "operator": operator, "parameter": parameter}
+
+
+A, B, C = compare("a", "==", 1), compare("b c", ">", "x"), compare("d", "<=", -2.5)
+TEXTS = {"A": 'col("a") == 1', "B": 'col("b c")>"x"', "C": 'col("d") <= -2.5'}
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("A AND B", {"type": "and", "conditions": [A, B]}),
+        ("A or B", {"type": "or", "conditions": [A, B]}),
+        ("A & B && C", {"type": "and", "conditions": [A, B, C]}),
+        ("A AND B OR C", {"type": "or", "conditions": [{"type": "and", "conditions": [A, B]}, C]}),
+        ("A | B and C", {"type": "or", "conditions": [A, {"type": "and", "conditions": [B, C]}]}),
+    ],
+)
+def test_joined_comparisons_become_a_condition_of_json(text: str, meaning: dict[str, Any]) -> None:
+    assert read("".join(TEXTS.get(sign, sign) for sign in text.replace("AND", "and"))) == meaning
+
+
+@pytest.mark.parametrize(
+    "text", [TEXTS["A"], 'col("a") == "x AND y"', 'col("a").notNull()', 'col("and") == "or"']
+)
+def test_one_comparison_stays_as_it_is(text: str) -> None:
+    assert read(text) == text
+
+
+def test_what_another_parser_reads_stays_as_it_is() -> None:
+    assert read("a == 1 and b == 2", "pandas") == "a == 1 and b == 2"
+    assert whole_condition({"column": "a"}, "here") == {"column": "a"}
+
+
+@pytest.mark.parametrize(
+    "text", ['col("a") == 1 AND', "a == 1", '(col("a") == 1)', 'col("a") == 1 col("b") == 2']
+)
+def test_what_is_not_read_to_its_end_is_refused(text: str) -> None:
+    with pytest.raises(BadConfiguration, match=r"^here: row_condition .* is no comparison such as"):
+        read(text)
