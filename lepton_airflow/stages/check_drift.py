@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -48,8 +49,8 @@ class CheckDrift(Stage):
     Every column is judged on all rows of the window. It has drifted if its population stability index over the bins of the
     reference profile is at least ``threshold`` and chance does not explain that; the test allows for dependent rows and for
     the number of columns (see ``lepton_airflow/evaluation/drift.py``). The data have drifted if ``min_columns`` columns have;
-    with 1, ``alpha`` is the chance of a false alarm over all columns. Evidently draws its report from a sample and decides
-    nothing.
+    with 1, ``alpha`` is the chance of a false alarm over all columns. Evidently draws its report from a sample, with the
+    verdict's numbers, and decides nothing.
 
     Returns the artifacts ``verdict`` (JSON, every column) and ``report`` (Evidently's HTML, one file), and the values
     ``drifted``, ``retrain`` (drifted, and this run may act), ``columns`` (names of those that drifted, at most 20) and
@@ -112,12 +113,12 @@ class CheckDrift(Stage):
         try:
             rows, verdicts = interruptible(con, lambda: self._judge(con, current, reference))
             run.check_stop()
-            page = interruptible(con, lambda: self._report(con, run, current, rows_before, verdicts))
+            reason = self._reason(verdicts, rows, reference)
+            page = interruptible(con, lambda: self._report(con, run, current, rows_before, verdicts, reason))
         finally:
             con.close()
         drifted = self._drifted(verdicts)
         retrain = drifted and may_start
-        reason = self._reason(verdicts, rows, reference)
         if drifted and not retrain:
             reason += f" Nothing is started: {backfill.reason(self.on_backfill)}"
         if not rows_before:
@@ -272,8 +273,9 @@ class CheckDrift(Stage):
         current: Path,
         rows_before: Path | None,
         verdicts: Sequence[ColumnVerdict],
+        reason: str,
     ) -> Path:
-        """Draw Evidently's page, whose numbers are those of a sample."""
+        """Draw Evidently's page: its pictures are of a sample, its numbers are the verdict's, of all rows."""
         os.environ.setdefault("DO_NOT_TRACK", "1")  # otherwise Evidently reports its use to its makers
         from evidently import DataDefinition, Dataset, Report
         from evidently.presets import DataDriftPreset, DataSummaryPreset
@@ -291,18 +293,24 @@ class CheckDrift(Stage):
         definition = DataDefinition(
             numerical_columns=numbers, categorical_columns=[n for n in shown if n not in numbers]
         )
+        share = sum(v.drifted for v in verdicts if v.name in shown) / len(shown)
+        wanted = self.min_columns / len(shown)
         preset = (
             DataSummaryPreset()
             if before is None
             else DataDriftPreset(
                 columns=shown,
-                method="psi",
+                method=_teach_evidently(verdicts),
                 threshold=self.threshold,
-                drift_share=min(1.0, self.min_columns / len(verdicts)),
+                # Columns that it does not show count, too.
+                drift_share=min(wanted, share) if self._drifted(verdicts) else wanted,
             )
         )
         data = [Dataset.from_pandas(side[shown], definition) for side in sides]
         Report([preset]).run(*data, *([None] if before is None else [])).save_html(str(path))
+        page = path.read_text(encoding="utf-8")
+        head, body, rest = page.partition("<body>")
+        path.write_text(head + body + _above(verdicts, shown, reason, len(now)) + rest, encoding="utf-8")
         return path
 
     def _sample(self, con: duckdb.DuckDBPyConnection, path: Path, names: Sequence[str]) -> pd.DataFrame:
@@ -328,6 +336,42 @@ class CheckDrift(Stage):
             f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}.",
             _REASON_BYTES,
         )
+
+
+def _teach_evidently(verdicts: Sequence[ColumnVerdict]) -> str:
+    """Register the verdict as a test of Evidently, so that its page shows our numbers; returns the name of the test.
+
+    Its own would be those of a sample, in bins of its own, without a test of chance: they contradicted the verdict.
+    """
+    from evidently.legacy.calculations.stattests.registry import StatTest, register_stattest
+    from evidently.legacy.core import ColumnType
+
+    by_name = {v.name: v for v in verdicts}
+
+    def look_up(_before: Any, now: pd.Series, _kind: Any, _threshold: float) -> tuple[float, bool]:
+        verdict = by_name[str(now.name)]
+        return verdict.distance or 0.0, verdict.drifted
+
+    kinds = [ColumnType.Numerical, ColumnType.Categorical]
+    test = StatTest("lepton_verdict", "PSI of all rows, beyond chance", kinds)
+    register_stattest(test, look_up)
+    return test.name
+
+
+def _above(verdicts: Sequence[ColumnVerdict], shown: Sequence[str], reason: str, rows: int) -> str:
+    """What stands above Evidently's part of the page: the verdict, and what that part does not show."""
+    hidden = [v for v in verdicts if v.name not in shown]
+    items = "".join(
+        f"<li><b>{escape(v.name)}</b> {'has drifted' if v.drifted else 'has not drifted'}: {escape(v.reason)}</li>"
+        for v in hidden[:_DRAWN]
+    )
+    more = f" and {len(hidden) - _DRAWN} more, in verdict.json" if len(hidden) > _DRAWN else ""
+    not_shown = f"<p>Columns that are not drawn{more}:</p><ul>{items}</ul>" if hidden else ""
+    return (
+        '<section style="font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 1.5em auto; padding: 0 1em">'
+        f"<p>{escape(reason)}</p><p>Distances and verdicts below are those of all rows; the pictures are of "
+        f"{rows:,} rows drawn from them.</p>{not_shown}</section>"
+    )
 
 
 _NOTHING_SHOWN = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,8 +131,28 @@ def test_drift_from_the_champion_is_named_drawn_and_starts_a_retraining(bench: B
     assert result.metrics["largest_distance"] == verdict["columns"][0]["distance"] > 1
     page = bench.read(result.artifacts["report"])
     assert "Dataset Drift is detected" in page  # a quarter of the columns, as we asked
-    assert "wind" in page
+    shown = re.findall(r'"column_name": "(\w+)".*?"data_drift": "([\w ]+)", "drift_score": ([\d.e-]+)', page)
+    assert {name: (drifted, float(score)) for name, drifted, score in shown} == {
+        c["name"]: ("Detected" if c["drifted"] else "Not Detected", c["distance"]) for c in verdict["columns"]
+    }
+    assert f"<p>{result.summary.partition(' The report')[0]}</p>" in page
     assert receipt_of(result).to_json()
+
+
+def test_the_report_says_what_the_verdict_says_where_a_sample_would_say_otherwise(bench: Bench) -> None:
+    """Five rows differ from the reference by chance alone, and two of the columns that have drifted cannot be drawn."""
+    few = bench.check(rows(4)[:5], reference=bench.profile.uri, reference_rows=bench.put(rows(0)).uri)
+    page = bench.read(few.artifacts["report"])
+    assert few.values["drifted"] is False
+    assert "Dataset Drift is NOT detected" in page
+    assert '"data_drift": "Detected"' not in page
+    gone = rows(4).drop(columns=["wind"]).assign(origin=None)
+    two = bench.check(gone, reference=bench.profile.uri, reference_rows=bench.put(rows(0)).uri, min_columns=2)
+    page = bench.read(two.artifacts["report"])
+    assert two.values["drifted"] is True
+    assert "Dataset Drift is detected" in page
+    assert "<b>wind</b> has drifted: the column is gone" in page
+    assert "<b>origin</b> has drifted: every value is missing" in page
 
 
 def test_without_drift_nothing_starts_and_equal_rows_give_an_equal_verdict(bench: Bench) -> None:
@@ -244,7 +265,7 @@ def test_receipt_and_report_stay_small_however_many_columns_drift(
     assert receipt_of(result).to_json()
     verdict = json.loads(bench.read(result.artifacts["verdict"]))
     page = bench.read(result.artifacts["report"])
-    assert [c["name"] in page for c in verdict["columns"][:60]] == [True] * 2 + [False] * 58
+    assert [c["name"] in page for c in verdict["columns"][:60]] == [True] * 4 + [False] * 56
 
 
 def test_without_a_champion_there_is_nothing_to_do(bench: Bench) -> None:
