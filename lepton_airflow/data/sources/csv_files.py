@@ -232,18 +232,13 @@ def _each_record(path: Path, encoding: str) -> Iterator[tuple[int, int, bool, st
         at = position = 0
         begin, parts, within, header = 1, list[bytes](), False, True
         for number, text in enumerate(lines, 1):
-            line = text.encode(
-                errors="surrogateescape"
-            )  # DuckDB counts the bytes of UTF-8, whatever the file's encoding
+            # DuckDB counts the bytes of UTF-8, whatever the file's encoding.
+            line = text.encode(errors="surrogateescape")
             parts.append(line)
             position += len(line)
             within ^= bool(line.count(b'"') % 2)
             if within:  # a quoted value goes on in the next line
                 continue
-            yield (
-                at,
-                begin,
-                header,
-                b"".join(parts).rstrip(b"\r\n").decode(errors="replace")[:_RAW_CHARACTERS],
-            )
+            record = b"".join(parts).rstrip(b"\r\n").decode(errors="replace")
+            yield at, begin, header, record[:_RAW_CHARACTERS]
             at, begin, header, parts = position, number + 1, False, []

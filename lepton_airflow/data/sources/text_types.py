@@ -158,7 +158,8 @@ def infer(
         kinds = [format_kind(date_format), *(kind for kind in kinds if kind not in TIMES_ONLY)]
     found = dict.fromkeys(columns, "VARCHAR")
     open_kinds = {column: list(kinds) for column in columns}
-    for table in (f"(FROM {scan} LIMIT {_FIRST_ROWS})", scan):
+    ((rows,),) = con.execute(f"SELECT count(*) FROM {scan}").fetchall()
+    for table in [f"(FROM {scan} LIMIT {_FIRST_ROWS})", scan] if rows > _FIRST_ROWS else [scan]:
         asked = {c: k for c, k in open_kinds.items() if k}
         values, misfits = _misfits(con, table, asked, date_format)
         for column, candidates in asked.items():
