@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
-from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException
+from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException, XComNotFound
 from airflow.sdk import DAG
 
 from lepton_airflow import operators
@@ -77,8 +77,8 @@ class TaskInstance(SimpleNamespace):
     def xcom_push(self, key: str, value: Any) -> None:
         self.xcoms[self.task_id, key] = json.loads(json.dumps(value))
 
-    def xcom_pull(self, task_ids: str, key: str = "return_value", **_: Any) -> Any:
-        return self.xcoms[task_ids, key]
+    def xcom_pull(self, task_ids: str, key: str = "return_value", default: Any = None, **_: Any) -> Any:
+        return self.xcoms.get((task_ids, key), default)
 
 
 @pytest.fixture
@@ -241,6 +241,17 @@ def test_outputs_travel_from_task_to_task_as_pinned_uris(run: Any, dag: DAG, xco
     assert split_pin(uri)[1] == receipt["artifacts"]["copy"]["sha256"]
     assert xcoms["two", "length"] == 4
     assert len(json.dumps(receipt)) < 8192
+
+
+def test_an_output_that_was_not_made_is_none(run: Any, dag: DAG, xcoms: dict[Any, Any]) -> None:
+    one = CopyOperator(task_id="one", text="a")
+    run(one)
+    del xcoms["one", "copy"]  # as `valid` is absent where a split has no such rows
+    two = CopyOperator(task_id="two", text="b", source=one.output["copy"])
+    assert run(two)["values"] == {"length": 1}
+    wrong = CopyOperator(task_id="three", text="b", source=one.output["cpoy"])
+    with pytest.raises(XComNotFound):
+        run(wrong)
 
 
 def test_mapped_instances_run_each_for_itself(run: Any, dag: DAG) -> None:

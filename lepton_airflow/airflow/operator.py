@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 from airflow.providers.common.compat.sdk import (
     AirflowFailException,
     AirflowSkipException,
+    XComNotFound,
 )
 from airflow.sdk import Asset, AssetAlias, BaseOperator, BaseOperatorLink
 
@@ -185,6 +186,16 @@ class StageOperator(BaseOperator):
         for alias in self.outlets:
             if isinstance(alias, AssetAlias):
                 context["outlet_events"][alias].add(Asset(alias.name), extra=extra)
+
+    def render_template(self, content: Any, *args: Any, **kwargs: Any) -> Any:
+        """Render a field; an output that a stage declares and did not make, such as ``valid`` without such rows, is None."""
+        try:
+            return super().render_template(content, *args, **kwargs)
+        except XComNotFound:
+            source = getattr(content, "operator", None)
+            if isinstance(source, StageOperator) and getattr(content, "key", None) in source.stage.outputs:
+                return None
+            raise
 
     def on_kill(self) -> None:
         """Stop the stage when Airflow stops the task."""

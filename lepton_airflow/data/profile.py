@@ -110,7 +110,7 @@ def unseen_categories(
         return None
     return dict(
         con.execute(
-            f"SELECT left({quote(name)}::TEXT, {_LABEL}) AS x, count(*) AS n FROM {table} "
+            f"SELECT x, count(*) AS n FROM (SELECT left({quote(name)}::TEXT, {_LABEL}) AS x FROM {table}) "
             "WHERE x NOT IN (SELECT unnest($1::TEXT[])) GROUP BY x ORDER BY n DESC, x LIMIT $2",
             [[label for label, _ in column["top"]], limit],
         ).fetchall()
@@ -183,7 +183,8 @@ def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str
         con, f"SELECT count({column}), count(*) - count({column}), count(DISTINCT {column}) FROM {table}"
     )
     top = con.execute(
-        f"SELECT {column}::TEXT AS v, count(*) AS n FROM {table} WHERE {column} IS NOT NULL GROUP BY v ORDER BY n DESC, v LIMIT {TOP}"
+        f"SELECT v, count(*) AS n FROM (SELECT {column}::TEXT AS v FROM {table} WHERE {column} IS NOT NULL) "
+        f"GROUP BY v ORDER BY n DESC, v LIMIT {TOP}"
     ).fetchall()
     return {
         "kind": "category",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import duckdb
 
 SPLIT, TIME, ROW = "__split", "__time", "__row"
-_START, _PLACE = "__start", "place"
+_START, _PLACE = "__start", "__place"
 # Names that no column of the user's may have.
 RESERVED = (
     SPLIT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime
@@ -65,7 +67,9 @@ def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duc
     try:
         statements = con.extract_statements(sql)
     except duckdb.Error as error:
-        raise BadConfiguration(f"{what}: {first_line(error)}. Expected one SELECT of DuckDB's SQL.") from None
+        raise BadConfiguration(
+            f"{what}: {sql_message(error)}. Expected one SELECT of DuckDB's SQL."
+        ) from None
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(s.type.name for s in statements) or "nothing"
         raise BadConfiguration(f"{what} must be one SELECT, and is {found}: {' '.join(sql.split())[:80]!r}.")
@@ -78,6 +82,15 @@ def select_statement(con: duckdb.DuckDBPyConnection, sql: str, what: str) -> duc
 
 def _byte(sql: str, position: int) -> str:
     return sql.encode()[position : position + 1].decode(errors="replace")
+
+
+def sql_message(error: BaseException) -> str:
+    """What DuckDB says of a user's SQL, in one line: with the line of the text that it drew, and the words under its mark."""
+    for shown, mark in itertools.pairwise(str(error).splitlines()):
+        found = re.match(r"LINE (\d+): ", shown)
+        if found and set(mark.strip()) == {"^"}:
+            return f"{first_line(error)} (line {found[1]}, at {shown[mark.index('^') :][:40].rstrip()!r})"
+    return first_line(error)
 
 
 def total_order(first: Sequence[str], columns: Sequence[str]) -> str:

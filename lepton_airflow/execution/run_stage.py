@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import logging
+import re
 import tempfile
 import time
 import traceback
@@ -103,7 +104,7 @@ def _attempt(
         error = Preempted(_STOPPED)
     elif not isinstance(error, LeptonError):
         trace = "".join(traceback.format_exception(error))
-        log.error("%s", redact(trace, connections))
+        log.error("%s", _without_long_values(redact(trace, connections)))
     return _failed(request, error, connections)
 
 
@@ -261,9 +262,8 @@ def _failed(
     exit_code = error.exit_code if isinstance(error, LeptonError) else 1
     kind = type(error).__name__
     text = str(error) or kind
-    message = _clipped(
-        redact(text if isinstance(error, LeptonError) else f"{kind}: {text}", connections or {})
-    )
+    text = text if isinstance(error, LeptonError) else f"{kind}: {text}"
+    message = _clipped(_without_long_values(redact(text, connections or {})))
     return Receipt(
         stage=request.stage,
         run_key=request.run_key,
@@ -273,6 +273,16 @@ def _failed(
         created=now(),
         error={"kind": kind, "message": message, "exit_code": exit_code},
     )
+
+
+# In quotes; an apostrophe within or after a word is none.
+_LONG_VALUE = re.compile(r"""(?s)(?<!\w)(['"])(?=(?:(?!\1)[^\\]|\\.){201})((?:(?!\1)[^\\]|\\.)+)\1(?!\w)""")
+_SHOWN = 80
+
+
+def _without_long_values(text: str) -> str:
+    """The text with the beginnings only of long values in quotes: a library may quote a whole document, with what is personal in it."""
+    return _LONG_VALUE.sub(lambda m: f"{m[1]}{m[2][:_SHOWN]}…{m[1]} ({len(m[2]):,} characters)", text)
 
 
 # As JSON. The message stands in a receipt twice, and a receipt has at most 8 KB.

@@ -102,6 +102,15 @@ def check_model_name(name: str) -> None:
         )
 
 
+def check_alias(alias: str) -> None:
+    """Raise BadConfiguration for an alias that MLflow does not take; it would say so only once the version is made."""
+    if not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch(r"(?i)v\d+|latest", alias):
+        raise BadConfiguration(
+            f"alias={alias!r}: expected letters, digits, _ and -, at most 255, and neither 'latest' nor a version such as 'v1', "
+            "which MLflow keeps for itself; None for no alias."
+        )
+
+
 class Registrations(Log[Registration]):
     """The registrations of one model, in the order in which they were made; the newest one knows the aliases."""
 

@@ -322,9 +322,10 @@ class CheckDrift(Stage):
             for n in names
             if n in kinds
         ]
-        chosen = f"SELECT file_row_number AS n FROM {scan} ORDER BY hash(n, {int(self.seed)}), n LIMIT {int(self.sample_rows)}"
+        row = "file_row_number"
+        chosen = f"SELECT {row} FROM {scan} ORDER BY hash({row}, {int(self.seed)}), {row} LIMIT {int(self.sample_rows)}"
         return con.execute(
-            f"SELECT {', '.join(columns) or 'file_row_number'} FROM {scan} WHERE file_row_number IN (SELECT n FROM ({chosen})) ORDER BY file_row_number"
+            f"SELECT {', '.join(columns) or 'file_row_number'} FROM {scan} WHERE {row} IN ({chosen}) ORDER BY {row}"
         ).df()
 
     def _reason(self, verdicts: Sequence[ColumnVerdict], rows: int, reference: _Reference) -> str:

@@ -21,6 +21,7 @@ from lepton_airflow.data.sql import (
     interruptible,
     literal,
     select_statement,
+    sql_message,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, Skipped, did_you_mean, first_line, require
 from lepton_airflow.sdk.stage import Result, RunInfo, Stage
@@ -276,12 +277,12 @@ class IngestData(Stage):
             ) from None
         except duckdb.PermissionException as error:
             raise BadConfiguration(
-                f"query may read only its sources: {first_line(error)}. Sources: {tables}."
+                f"query may read only its sources: {sql_message(error)}. Sources: {tables}."
             ) from None
         except (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException) as error:
-            raise BadConfiguration(f"query: {first_line(error)}. Sources: {tables}.") from None
+            raise BadConfiguration(f"query: {sql_message(error)}. Sources: {tables}.") from None
         except duckdb.Error as error:
-            raise BadInput(f"query: {first_line(error)}. Sources: {tables}.") from None
+            raise BadInput(f"query: {sql_message(error)}. Sources: {tables}.") from None
         return schema
 
 

@@ -27,6 +27,7 @@ from lepton_airflow.data.sql import (
     literal,
     quote,
     select_statement,
+    sql_message,
     total_order,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line, require
@@ -541,12 +542,12 @@ class _Features:
             ) from None
         except duckdb.PermissionException as error:
             raise BadConfiguration(
-                f"features may read only the table snapshot: {first_line(error)}"
+                f"features may read only the table snapshot: {sql_message(error)}"
             ) from None
         except duckdb.Error as error:
             there = ", ".join(column_types(self.con, "SELECT * FROM snapshot", {}, "snapshot"))
             kind = BadConfiguration if isinstance(error, duckdb.ProgrammingError) else BadInput
-            raise kind(f"features: {first_line(error)}. The table is snapshot({there}).") from None
+            raise kind(f"features: {sql_message(error)}. The table is snapshot({there}).") from None
 
     def _call(self, source: str, name: str) -> Path:
         """Call the user's function with the rows of a table, and write its result as Parquet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -288,12 +289,16 @@ class _Bench:
         )
         judged = paired_verdict(result)
         metrics = metrics | self._interval("champion", scores)
+        # Of too few rows the interval is infinite, which JSON cannot say.
+        comparison = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(result).items()
+        }
         metrics |= {
             "difference": result.difference,
-            "difference_low": result.low,
-            "difference_high": result.high,
+            "difference_low": comparison["low"],
+            "difference_high": comparison["high"],
         }
-        return _Finding(judged.decision, judged.sentence, metrics, asdict(result))
+        return _Finding(judged.decision, judged.sentence, metrics, comparison)
 
     def _scores(self, package: ModelPackage) -> NDArray[np.float32]:
         return package.predict_parquet(self.path)

@@ -16,6 +16,7 @@ from lepton_airflow.registry.ledger import (
     Registration,
     Registrations,
     as_window,
+    check_alias,
     check_model_name,
 )
 from lepton_airflow.registry.mlflow import (
@@ -85,6 +86,8 @@ class RegisterModel(Stage):
         check_model_name(self.name)
         if self.alias in ("champion", "previous"):
             raise BadConfiguration(f"alias={self.alias!r} is moved by PromoteModel alone: pass another one.")
+        if self.alias is not None:
+            check_alias(self.alias)
         metrics = _numbers(self.metrics)
         # `register_only` means that a backfill does register, so only `skip` makes a difference here.
         backfill.may_act(run, self.on_backfill, f"model {self.name!r} is not registered")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,8 @@ class PairedResult:
 
     ``difference``, ``low`` and ``high`` are positive where the candidate is better, for losses too. ``p_value`` is two-sided,
     for the hypothesis that the difference is exactly ``min_effect``. It is below 1 - ``confidence`` exactly when the interval
-    excludes ``min_effect``.
+    excludes ``min_effect``. Rows too few to tell anything from chance give an infinite interval, and ``enough`` says how many of
+    ``units`` could.
     """
 
     metric: str
@@ -39,6 +41,10 @@ class PairedResult:
     n_clusters: int | None  # None: the rows were taken as independent
     df: float  # degrees of freedom of the t quantiles
     method: str
+    enough: int = (
+        0  # the smallest number of units that could tell a difference from chance, where these cannot; else 0
+    )
+    units: str = ""  # what is counted: "rows", "clusters", and for ROC AUC of each label
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ def paired_test(
         raise BadConfiguration(
             f"paired test: confidence={confidence}, expected a number between 0 and 1, such as 0.95."
         )
+    import numpy as np
+
     truth, *scores = _arrays(metric, y, p_champion, p_candidate)
     codes, count = cluster_codes(clusters, len(truth))
     champion, candidate = (_linearise(metric, truth, p, codes, threshold) for p in scores)
@@ -99,6 +107,10 @@ def paired_test(
     error = _standard_error(candidate.influence - champion.influence, codes, count)
     df = _degrees_of_freedom((champion.share + candidate.share) / 2, codes)
     reach, p_value = _by_student(difference - min_effect, error, df, confidence)
+    of_auc, unit = metric == "roc_auc", "rows" if clusters is None else "clusters"
+    floor = _smallest_p_value((champion.share + candidate.share) / 2, codes, truth if of_auc else None)
+    too_few = floor > 1 - confidence
+    reach, p_value = np.inf if too_few else reach, max(p_value, floor)
     return PairedResult(
         metric=metric,
         champion=champion.value,
@@ -113,7 +125,42 @@ def paired_test(
         n_clusters=None if clusters is None else count,
         df=df,
         method=_method(metric, clustered=clusters is not None),
+        enough=_enough(1 - confidence, of_auc=of_auc) if too_few else 0,
+        units=f"{unit} of each label" if of_auc else unit,
     )
+
+
+def _smallest_p_value(
+    share: NDArray[np.float64], codes: NDArray[np.int64], labels: NDArray[np.int64] | None
+) -> float:
+    """The smallest two-sided p-value that an exact test of rows or clusters so few can give, whatever the models say.
+
+    If the models are equally good, each of G units is as likely to favour one as the other, so that all favour one with the
+    probability 2^(1 - G) (Fisher's randomisation test, Ernst 2004). A ROC AUC of 1 against one of 0.5 has the probability of a
+    perfect order of positives and negatives, 1 / C(m + k, m); with several labels, that of the label in which it is smallest.
+    Where all units agree, the estimated error is 0, and without this limit two rows would do.
+
+    :param labels: (n,), for ROC AUC.
+    """
+    import numpy as np
+
+    units = np.count_nonzero(np.bincount(codes, weights=share))
+    floor = 2.0 ** (1 - units)
+    if labels is None:
+        return floor
+    sizes = [
+        (len(np.unique(codes[labels == label])), len(np.unique(codes[labels != label])))
+        for label in np.unique(labels)
+    ]
+    return float(max(floor, min(2 / math.comb(m + k, m) for m, k in sizes)))
+
+
+def _enough(alpha: float, *, of_auc: bool) -> int:
+    """The smallest number of units, of each label for ROC AUC, whose smallest p-value is at most ``alpha``."""
+    units = 2
+    while (2 / math.comb(2 * units, units) if of_auc else 2.0 ** (1 - units)) > alpha:
+        units += 1
+    return units
 
 
 def _arrays(
@@ -155,25 +202,49 @@ def paired_verdict(result: PairedResult, min_effect: float | None = None) -> Pai
     is a non-inferiority margin: a candidate that is at most that much worse is promoted.
     """
     required = result.min_effect if min_effect is None else min_effect
-    if result.low > required:
-        decision: Decision = "promote"
-        because = f"above the required {required:+.3f}"
+    digits = _digits(result, required)
+    if result.enough:
+        decision: Decision = "hold"
+        because = ""
+    elif result.low > required:
+        decision = "promote"
+        because = f"above the required {required:+.{digits}f}"
     elif result.high < 0:
         decision, because = "reject", "below zero"
     else:
         decision = "hold"
-        because = f"which does not lie above the required {required:+.3f}"
+        because = f"which does not lie above the required {required:+.{digits}f}"
     rows = f"{result.n:,} rows"
     if result.n_clusters is not None:
         rows += f" in {result.n_clusters:,} clusters"
     metric = METRICS[result.metric]
     oriented = "" if metric.higher_is_better else " (positive is better)"
+    compared = (
+        f"{decision}: {metric.spoken} {result.candidate:.{digits}f} against {result.champion:.{digits}f} "
+        f"of the champion on {rows}; the difference {result.difference:+.{digits}f}{oriented} "
+    )
+    if result.enough:
+        return PairedVerdict(
+            decision,
+            f"{compared}is of too few rows to be told from chance at {100 * result.confidence:g}%: at least {result.enough} "
+            f"{result.units} could; widen the window.",
+        )
     return PairedVerdict(
         decision,
-        f"{decision}: {metric.spoken} {result.candidate:.3f} against {result.champion:.3f} "
-        f"of the champion on {rows}; the difference {result.difference:+.3f}{oriented} "
-        f"has the {100 * result.confidence:g}% interval [{result.low:+.3f}, {result.high:+.3f}], {because}.",
+        f"{compared}has the {100 * result.confidence:g}% interval [{result.low:+.{digits}f}, {result.high:+.{digits}f}], "
+        f"{because}.",
     )
+
+
+def _digits(result: PairedResult, required: float) -> int:
+    """Decimals with which a reader can see what was compared: the ends of the interval with what they decide about."""
+    if result.enough:
+        return 3
+    pairs = ((result.low, required), (result.high, 0.0))
+    for digits in range(3, 9):
+        if all(f"{a:.{digits}f}" != f"{b:.{digits}f}" or a == b for a, b in pairs):
+            return digits
+    return 9
 
 
 def _linearise(

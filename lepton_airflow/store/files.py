@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 16  # calls of the store that wait for it at the same time
 _CHUNK = 1 << 20  # bytes
+_WRITER = "lepton-writer"  # metadata of an object that is created exactly once: who created it
 _MANY_FILES = 1000  # looking at more takes longer than starting a process
 # s3fs tries a request to S3 five times. Each try waits this long for a connection. With its default of 5 s, a fit failed when
 # the network lost all packets for half a minute. A connection that is refused fails after ten seconds, as with the default.
@@ -368,15 +369,26 @@ class Store:
                 finally:
                     Path(temporary).unlink(missing_ok=True)
                 return True
+            writer = secrets.token_hex(8)
             try:
-                self.fs.pipe_file(path, content, mode="create")
+                self.fs.pipe_file(path, content, mode="create", Metadata={_WRITER: writer})
             except FileExistsError:
-                return False
+                return self._wrote(path, writer)
             except OSError as error:
                 if "PreconditionFailed" in str(error) or "412" in str(error):
-                    return False
+                    return self._wrote(path, writer)
                 raise
             return True
+
+    def _wrote(self, path: str, writer: str) -> bool:
+        """Whether an object that S3 says is there already is this very writer's.
+
+        When the answer to a PUT is lost, the client repeats it, and is told that the key is taken: by itself.
+        """
+        try:
+            return bool(self.fs.metadata(path, refresh=True).get(_WRITER) == writer)
+        except FileNotFoundError:
+            return False
 
     @property
     def can_create_exclusively(self) -> bool:

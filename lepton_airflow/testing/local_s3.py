@@ -20,12 +20,14 @@ class LocalS3:
     :param latency_s: how long each request waits for its answer [seconds].
     :ivar url: where it listens.
     :ivar requests: how many requests came so far, by HTTP method.
+    :ivar lose_answers: to how many PUTs from now on the answer is lost, after their work is done.
     :ivar most_at_once: the largest number of requests that were in work at the same time.
     """
 
     def __init__(self, latency_s: float = 0.0) -> None:
         self.latency_s = latency_s
         self.requests: Counter[str] = Counter()
+        self.lose_answers = 0
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
@@ -93,6 +95,9 @@ class LocalS3:
         try:
             time.sleep(self.latency_s)
             answer: Iterable[bytes] = self._app(environ, start_response)
+            if self.lose_answers and environ["REQUEST_METHOD"] == "PUT":
+                self.lose_answers -= 1
+                raise ConnectionResetError("this answer is lost")
             return answer
         finally:
             with self._lock:

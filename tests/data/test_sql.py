@@ -18,9 +18,30 @@ from lepton_airflow.data.sql import (
     interruptible,
     quote,
     select_statement,
+    sql_message,
     total_order,
 )
 from lepton_airflow.errors import BadConfiguration
+
+
+@pytest.mark.parametrize(
+    ("sql", "where"),
+    [
+        ("SELECT 1 AS one,\n  absent AS two\nFROM t", "(line 2, at 'absent AS two')"),
+        ("SELECT 1\nFROM t\nWHER one > 2", "(line 3, at 'one > 2')"),
+        ("SELECT sum(text) FROM t", "at 'sum(text) FROM t')"),
+        ("SELECT 1 FROM nowhere", "(line 1, at 'nowhere')"),
+    ],
+)
+def test_what_duckdb_says_keeps_the_line_and_the_words(sql: str, where: str) -> None:
+    con = duckdb.connect()
+    con.execute("CREATE TABLE t (one INT, text TEXT)")
+    with pytest.raises(duckdb.Error) as caught:
+        con.execute(sql)
+    said = sql_message(caught.value)
+    assert where in said
+    assert "\n" not in said
+    assert sql_message(duckdb.Error("Some Error: no line\nmore")) == "Some Error: no line"
 
 
 def test_any_name_can_be_quoted() -> None:

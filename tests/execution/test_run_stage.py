@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -306,6 +307,28 @@ def test_what_a_careless_library_prints_is_redacted_where_it_is_printed(
     assert "connecting with ***" in done.stdout.splitlines()
     assert "INFO connecting to db://user:***@host" in done.stdout.splitlines()
     assert "spilled-secret" not in done.stdout + done.stderr + (tmp_path / "receipt.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "BadInput"])
+def test_a_document_that_an_error_quotes_is_cut_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    (tmp_path / "quotes.py").write_text(
+        "from lepton_airflow.errors import BadInput\nfrom lepton_airflow.stages import Stage\n"
+        "class Quotes(Stage):\n    def run(self, run):\n"
+        "        mail = 'Dear doctor, it\\'s about ' + 'my \"illness\" ' * 300\n"
+        f"        raise {kind}(f'the model\\'s words: could not convert {{mail!r}} to a number, the others\\' are short')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level("INFO"):
+        receipt = run_stage(Request("quotes:Quotes", {}, str(tmp_path / "store")))
+    told = [receipt.summary, *(record.getMessage() for record in caplog.records)]
+    assert receipt.error is not None
+    assert max(text.count("illness") for text in told) <= 8
+    assert "the model's words: could not convert" in receipt.error["message"]
+    assert re.search(
+        r"…['\"] \(3,\d{3} characters\) to a number, the others' are short", receipt.error["message"]
+    )
 
 
 def test_a_termination_message_keeps_how_the_stage_ended() -> None:

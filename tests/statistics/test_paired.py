@@ -205,7 +205,7 @@ def test_swapping_the_models_turns_the_result_round(simulation):
 
 @pytest.mark.parametrize("metric", metrics_of("classification"))
 def test_a_model_against_itself_is_held(simulation, metric):
-    day = simulation.days(5, 40)
+    day = simulation.days(8, 40)
     y, signal = simulation.outcome(day)
     p = simulation.model(day, signal)
     found = paired_test(y, p, p, metric, day)
@@ -239,6 +239,54 @@ def test_the_verdict_follows_the_interval_and_says_so(simulation):
     assert paired_verdict(worse).decision == "reject"
     assert "27,161 rows; the difference -0.020 (positive is better)" in paired_verdict(worse).sentence
     assert paired_verdict(worse, min_effect=-0.05).decision == "promote"  # a non-inferiority margin
+
+
+@pytest.mark.parametrize(("positives", "negatives"), [(2, 2), (3, 3), (4, 4), (6, 6), (3, 20), (2, 60)])
+def test_few_rows_are_told_apart_no_more_often_than_many(chance, positives, negatives):
+    """Scores drawn at random, against a champion that says the same of every row: where the error is often estimated as 0."""
+    draw, runs = np.random.default_rng(positives + 100 * negatives), 1000
+    y = np.repeat([1, 0], [positives, negatives])
+    champion = np.full(len(y), 0.5)
+    promoted = [
+        paired_verdict(paired_test(y, champion, draw.random(len(y)))).decision == "promote"
+        for _ in range(runs)
+    ]
+    assert np.mean(promoted) <= 0.025 + chance(0.025, runs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric", "decision"),
+    [(2, "brier", "hold"), (5, "accuracy", "hold"), (6, "accuracy", "promote")],
+)
+def test_so_few_rows_decide_nothing_though_all_agree(rows, metric, decision):
+    y = np.arange(rows) % 2
+    found = paired_test(y, np.where(y, 0.4, 0.6), np.where(y, 0.9, 0.1), metric)
+    verdict = paired_verdict(found)
+    assert verdict.decision == decision
+    assert found.p_value == 2.0 ** (1 - rows)
+    if decision == "hold":
+        assert (found.low, found.high, found.enough) == (-np.inf, np.inf, 6)
+        assert verdict.sentence.endswith(
+            "is of too few rows to be told from chance at 95%: at least 6 rows could; widen the window."
+        )
+
+
+def test_too_few_clusters_or_labels_are_named():
+    y, p = np.arange(40) % 2, np.linspace(0.1, 0.9, 40)
+    found = paired_test(y, p, 0.9 * y, "log_loss", clusters=np.arange(40) // 8, confidence=0.99)
+    assert "at 99%: at least 8 clusters could" in paired_verdict(found).sentence
+    found = paired_test([1, 1, 0, 0], [0.5] * 4, [0.9, 0.8, 0.2, 0.1])
+    assert "at least 4 rows of each label could" in paired_verdict(found).sentence
+
+
+def test_the_digits_show_what_was_compared(simulation):
+    day = simulation.days(10, 10)
+    y, signal = simulation.outcome(day)
+    found = paired_test(y, simulation.model(day, signal), simulation.model(day, signal), clusters=day)
+    close = dataclasses.replace(found, difference=0.0012, low=0.0003, high=0.0021)
+    assert "[+0.0003, +0.0021], above the required +0.0000" in paired_verdict(close).sentence
+    below = dataclasses.replace(found, difference=-0.001, low=-0.002, high=-0.00004)
+    assert "[-0.00200, -0.00004], below zero" in paired_verdict(below).sentence
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,22 @@ def test_without_credentials_s3_says_where_to_name_them(monkeypatch: pytest.Monk
         store.write("a", b"1")
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_who_creates_a_key_is_told_so_though_answers_are_lost(
+    s3: LocalS3, bucket: tuple[str, Connection], lost: int
+) -> None:
+    """The client repeats a PUT whose answer did not come, and S3 says that the key is taken."""
+    store = Store(*bucket)
+    s3.lose_answers = lost
+    try:
+        assert store.create_exclusive("claims/1", b"same words") is True
+    finally:
+        s3.lose_answers = 0
+    assert (
+        Store(*bucket).create_exclusive("claims/1", b"same words") is False
+    )  # another writer, the same content
+
+
 def test_a_missing_bucket_is_a_sentence(s3: LocalS3) -> None:
     store = Store("s3://no-such-bucket/x", s3.connection)
     with pytest.raises(StoreError, match=r"writing a failed: .*bucket does not exist"):

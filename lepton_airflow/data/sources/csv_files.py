@@ -141,8 +141,8 @@ class CsvFiles(Reader):
         cases = ", ".join(f"CASE WHEN {sql} THEN {literal(c)} END" for c, sql in conditions.items())
         self.query(
             uri,
-            f"COPY (SELECT {number} AS number, list_filter([{cases}], lambda x: x IS NOT NULL) AS columns, "
-            f"hash({', '.join(map(quote, names))}) AS every FROM (SELECT row_number() OVER () AS {number}, * FROM {scan}) "
+            f"COPY (FROM (SELECT {number} AS number, list_filter([{cases}], lambda x: x IS NOT NULL) AS columns, "
+            f"hash({', '.join(map(quote, names))}) AS every FROM (SELECT row_number() OVER () AS {number}, * FROM {scan})) "
             f"WHERE len(columns) > 0) TO {literal(found)} ({SCRATCH})",
         )
         ((rows, *_),) = self.query(uri, f"SELECT count(*), count(COLUMNS(*)) FROM {scan}")
