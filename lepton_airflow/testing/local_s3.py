@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import Counter
@@ -97,6 +98,7 @@ class LocalS3:
             answer: Iterable[bytes] = self._app(environ, start_response)
             if self.lose_answers and environ["REQUEST_METHOD"] == "PUT":
                 self.lose_answers -= 1
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
                 raise ConnectionResetError("this answer is lost")
             return answer
         finally:
