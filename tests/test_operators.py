@@ -249,7 +249,7 @@ def test_an_output_that_was_not_made_is_none(run: Any, dag: DAG, xcoms: dict[Any
     del xcoms["one", "copy"]  # as `valid` is absent where a split has no such rows
     two = CopyOperator(task_id="two", text="b", source=one.output["copy"])
     assert run(two)["values"] == {"length": 1}
-    wrong = CopyOperator(task_id="three", text="b", source=one.output["cpoy"])
+    wrong = CopyOperator(task_id="three", text="b", source=one.output["other"])
     with pytest.raises(XComNotFound):
         run(wrong)
 
