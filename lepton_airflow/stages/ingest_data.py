@@ -250,7 +250,7 @@ class IngestData(Stage):
                 raise BadInput(
                     f"source {one.name!r}: {one.rejected} of {total} rows ({one.rejected / total:.2%}) cannot be read, at "
                     f"most {self.max_rejected_share:.2%} may (max_rejected_share); the first is {where}: "
-                    f"{first_line(ValueError(error))} in {raw[:120]!r}. All are kept in {split_pin(kept)[0]}; "
+                    f"{first_line(ValueError(error))}{f' in {raw[:120]!r}' if raw else ''}. All are kept in {split_pin(kept)[0]}; "
                     "correct the source, its types, delimiter or encoding."
                 )
 

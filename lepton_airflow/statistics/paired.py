@@ -41,9 +41,7 @@ class PairedResult:
     n_clusters: int | None  # None: the rows were taken as independent
     df: float  # degrees of freedom of the t quantiles
     method: str
-    enough: int = (
-        0  # the smallest number of units that could tell a difference from chance, where these cannot; else 0
-    )
+    enough: int = 0  # how many units could tell a difference from chance, where these cannot
     units: str = ""  # what is counted: "rows", "clusters", and for ROC AUC of each label
 
 

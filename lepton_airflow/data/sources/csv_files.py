@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class CsvFiles(Reader):
     def _header(self, path: Path, uri: str) -> _Header:
         """The names of the columns as the file has them; DuckDB would rename doubles without a word."""
         source = self.source
+        self._check_first_line(path, uri)
         lines = self.query(
             uri,
             f"SELECT * FROM read_csv({literal(path)}, {self._options(path)}, header=false, "
@@ -83,6 +85,28 @@ class CsvFiles(Reader):
                 )
         return tuple(header)
 
+    def _check_first_line(self, path: Path, uri: str) -> None:
+        """Raise unless a file begins with a line that can be read: DuckDB would take the first that can for the header."""
+        encoding = self.source.encoding
+        first = b""
+        # What is no archive is named when it is read.
+        with suppress(OSError, EOFError), open_bytes(path) as stream:
+            first = stream.readline(_RAW_CHARACTERS)
+        try:
+            if not encoding.lower().startswith("utf-16"):  # in which a line end is no byte
+                first.decode(encoding)
+        except UnicodeError:
+            raise BadInput(
+                f"source {self.source.name!r}: {uri} has no header line that can be read as {encoding}: set its encoding, "
+                "such as latin-1."
+            ) from None
+        except LookupError:  # an encoding that DuckDB knows by another name, or refuses
+            pass
+        if first in (b"\n", b"\r\n", b"\r"):
+            raise BadInput(
+                f"source {self.source.name!r}: {uri} begins with a blank line: expected the header; take the line away."
+            )
+
     def _copy(self, number: int, names: _Header, paths: Sequence[Path]) -> Path:
         """Write the text of files with equal headers as Parquet, and lines that are no such row into ``rejected``."""
         target = self.folder / f"{self.source.name}-{number}.parquet"
@@ -98,9 +122,11 @@ class CsvFiles(Reader):
             "CREATE TEMP TABLE IF NOT EXISTS csv_rejects (source TEXT, path TEXT, line BIGINT, first_byte BIGINT, "
             '"column" TEXT, error TEXT, raw TEXT)'
         )
+        # Where lines end with CR and LF, DuckDB's record begins with the LF of the line before, and with blank lines.
+        record = "ltrim(csv_line, chr(13) || chr(10))"
         self.con.execute(
-            "INSERT INTO csv_rejects SELECT $1, file_path, line, line_byte_position - 1, column_name, "
-            "error_type || ': ' || error_message, csv_line FROM csv_errors JOIN csv_scans USING (scan_id, file_id)",
+            f"INSERT INTO csv_rejects SELECT $1, file_path, line, line_byte_position - 1 + length(csv_line) - length({record}), "
+            f"column_name, error_type || ': ' || error_message, {record} FROM csv_errors JOIN csv_scans USING (scan_id, file_id)",
             [self.source.name],
         )
         self.con.execute("DROP TABLE csv_errors; DROP TABLE csv_scans")
@@ -112,13 +138,16 @@ class CsvFiles(Reader):
         """Put the lines of a file that are no row into ``rejected``. DuckDB counts records; a quoted value may hold line ends."""
         of_file = [self.source.name, str(path)]
         ((found,),) = self.con.execute(
-            "SELECT count(*) FROM csv_rejects WHERE source = $1 AND path = $2", of_file
+            "SELECT count(DISTINCT coalesce(first_byte, -line)) FROM csv_rejects WHERE source = $1 AND path = $2",
+            of_file,
         ).fetchall()
+        self.unreadable += found
         if found:
             self.con.execute(
-                'INSERT INTO rejected SELECT source, $3, coalesce(records.line, csv_rejects.line), "column", error, '
-                f"csv_rejects.raw FROM csv_rejects LEFT JOIN {parquet_scan([self._records(path)], union=False)} records "
-                "USING (first_byte) WHERE source = $1 AND path = $2",
+                'INSERT INTO rejected SELECT source, $3, records.line, "column", error, csv_rejects.raw '
+                f"FROM csv_rejects LEFT JOIN {parquet_scan([self._records(path)], union=False)} records "
+                "USING (first_byte) "
+                "WHERE source = $1 AND path = $2",
                 [*of_file, self.files[path]],
             )
 
@@ -147,7 +176,8 @@ class CsvFiles(Reader):
         )
         ((rows, *_),) = self.query(uri, f"SELECT count(*), count(COLUMNS(*)) FROM {scan}")
         records = (
-            f"(SELECT row_number() OVER (ORDER BY first_byte) AS number, line, raw FROM {parquet_scan([self._records(path)], union=False)} "
+            "(SELECT row_number() OVER (ORDER BY first_byte) AS number, line, raw "
+            f"FROM {parquet_scan([self._records(path)], union=False)} records "
             f"WHERE NOT header AND (raw <> '' OR {len(names) == 1}) AND first_byte NOT IN (SELECT first_byte FROM csv_rejects "
             f"WHERE source = {literal(self.source.name)} AND path = {literal(path)} AND first_byte IS NOT NULL))"
         )
@@ -175,15 +205,18 @@ class CsvFiles(Reader):
         )
         target, waiting = self.folder / "records.parquet", list[tuple[Any, ...]]()
         with pq.ParquetWriter(target, schema) as writer:
-            for record in _each_record(path, self.source.encoding):
-                waiting.append(record)
-                if len(waiting) == _RECORDS_AT_ONCE:
-                    writer.write_batch(
-                        pa.record_batch([*map(list, zip(*waiting, strict=True))], schema=schema)
-                    )
-                    waiting.clear()
-            if waiting:
+
+            def write() -> None:
                 writer.write_batch(pa.record_batch([*map(list, zip(*waiting, strict=True))], schema=schema))
+                waiting.clear()
+
+            with suppress(UnicodeError):  # UTF-16 without a byte order mark: DuckDB reads it, Python does not
+                for record in _each_record(path, self.source.encoding):
+                    waiting.append(record)
+                    if len(waiting) == _RECORDS_AT_ONCE:
+                        write()
+            if waiting:
+                write()
         return target
 
     def warn_of(self, texts: Sequence[str], scan: str) -> None:

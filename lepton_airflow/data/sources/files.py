@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from lepton_airflow.contract import split_pin
+from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.data.sources.spec import Source
 from lepton_airflow.data.sources.text_types import TIMES_ONLY
 from lepton_airflow.data.sql import SCRATCH, literal
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lepton_airflow.sdk.stage import RunInfo
 
-_REALS = ("DOUBLE", "JSON")  # what DuckDB finds where numbers have a point, or stand beside texts
+_REALS = ("DOUBLE", "JSON", "DOUBLE[]")  # what DuckDB finds where numbers have a point, or stand beside texts
 _NEAREST = ("DOUBLE", "FLOAT", "REAL", "FLOAT4", "FLOAT8", "BOOLEAN")  # types that lose nothing by it
 _TEXTS = ("VARCHAR", "DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "UUID")
 _REJECTED_AT_ONCE = 1000  # bad lines held in memory before they go into the table ``rejected``
@@ -74,6 +74,7 @@ class Reader(ABC):
 
     :ivar files: local paths, each with its URI for messages.
     :ivar folder: where the Parquet is written.
+    :ivar unreadable: how many lines were no row.
     :ivar texts: the columns that are landed as text, and the types that each may have, the narrowest first.
     """
 
@@ -82,6 +83,7 @@ class Reader(ABC):
     files: Mapping[Path, str]
     folder: Path
     texts: dict[str, Sequence[str]] = field(default_factory=dict)
+    unreadable: int = 0
 
     @abstractmethod
     def land(self) -> list[Path]:
@@ -109,6 +111,8 @@ class Reader(ABC):
     def check_same_columns(self, columns: Mapping[Path, Sequence[str]]) -> None:
         """Raise unless all files have the same columns, or the source is a union."""
         if self.source.union or not columns:
+            together = dict.fromkeys(name for names in columns.values() for name in names)
+            check_no_doubles(self.source, "the files together", list(together))
             return
         (first, wanted), *others = columns.items()
         for path, names in others:
@@ -129,14 +133,18 @@ class JsonLines(Reader):
     def land(self) -> list[Path]:
         paths = [self._without_bad_lines(path, uri) for path, uri in self.files.items()]
         types = self._types(paths)
+        stated = self.source.types
+        exact = {c for c, kind in stated.items() if kind.upper().removesuffix("[]") not in _NEAREST}
         if numbers := [
-            c
-            for c, kind in self.source.types.items()
-            if types.get(c) in _REALS and kind.upper() not in _NEAREST
+            c for c, k in types.items() if (k in _REALS and c in exact) or (k == "JSON" and c not in stated)
         ]:
             paths = [self._with_texts(path, numbers) for path in paths]
         for column, kind in types.items():
-            if column in self.source.types and not kind.endswith((")", "]")):  # nested values have no text
+            if kind == "JSON" and column not in stated:  # numbers beside texts
+                types[column], self.texts[column] = "VARCHAR", ()
+            elif kind == "DOUBLE[]" and column in exact:
+                types[column] = "VARCHAR[]"
+            elif column in stated and not kind.endswith((")", "]")):  # other nested values have no text
                 types[column] = "VARCHAR"
             elif kind == "DOUBLE":  # whole numbers that no DOUBLE holds may be among them
                 types[column], self.texts[column] = "VARCHAR", ("DOUBLE",)
@@ -149,6 +157,10 @@ class JsonLines(Reader):
         )
         return [target]
 
+    def _scratch(self, path: Path, what: str) -> Path:
+        """A file of this one file's own: others may have its name in other folders."""
+        return self.folder / f"{self.source.name}-{digest_of(str(path))[:16]}-{what}.jsonl"
+
     def _types(self, paths: Sequence[Path]) -> dict[str, str]:
         """What DuckDB finds in each field; it looks at every row, so that this does not depend on where a field first appears."""
         found = self.query(
@@ -156,17 +168,29 @@ class JsonLines(Reader):
             f"DESCRIBE FROM read_ndjson({literal(paths)}, records=true, sample_size=-1, maximum_sample_files=1000000, "
             "map_inference_threshold=-1, field_appearance_threshold=0)",
         )
+        names = [str(name) for name, *_ in found]
+        # DuckDB gives keys that differ by case alone a number, and would then look for keys of these names.
+        if any(re.fullmatch(rf"(?i){re.escape(one)}_\d+", other) for one in names for other in names):
+            keys = self.query(
+                self.first_uris(list(self.files)),
+                f"SELECT DISTINCT unnest(json_keys(json)) FROM read_ndjson_objects({literal(paths)}) ORDER BY 1",
+            )
+            check_no_doubles(self.source, self.first_uris(list(self.files)), [str(key) for (key,) in keys])
         # Parquet holds a HUGEINT as a DOUBLE, which rounds it.
         return {str(name): re.sub(r"\bU?HUGEINT\b", "VARCHAR", str(kind)) for name, kind, *_ in found}
 
     def _with_texts(self, path: Path, columns: Sequence[str]) -> Path:
         """A copy in which the numbers of some fields are texts: DuckDB reads a number with a point as a DOUBLE, which rounds it."""
-        target = self.folder / f"{self.source.name}-{path.name}-text.jsonl"
+        target = self._scratch(path, "texts")
         with open_bytes(path) as lines, target.open("w") as out:
             for line in lines:
                 if line.strip():
-                    row = json.loads(line, parse_float=_Written)
-                    row |= {c: getattr(row[c], "text", row[c]) for c in columns if c in row}
+                    try:
+                        row = json.loads(line, parse_float=_Written)
+                    except ValueError:  # a number of thousands of digits: DuckDB says what it makes of it
+                        out.write(line.decode(errors="replace"))
+                        continue
+                    row |= {c: _as_text(row[c]) for c in columns if c in row}
                     out.write(json.dumps(row) + "\n")
         return target
 
@@ -179,7 +203,7 @@ class JsonLines(Reader):
         )
         if not bad:
             return path
-        target = self.folder / f"{self.source.name}-{path.name}.jsonl"
+        target = self._scratch(path, "good")
         good, rejected = 0, list[list[Any]]()
         with open_bytes(path) as lines, target.open("wb") as out:
             for number, line in enumerate(lines, 1):
@@ -202,6 +226,7 @@ class JsonLines(Reader):
 
     def _reject(self, lines: list[list[Any]]) -> None:
         if lines:
+            self.unreadable += len(lines)
             self.con.executemany("INSERT INTO rejected VALUES ($1, $2, $3, $4, $5, $6)", lines)
             lines.clear()
 
@@ -215,6 +240,17 @@ class _Written(float):
         self = super().__new__(cls, text)
         self.text = text
         return self
+
+
+def _as_text(value: Any) -> Any:
+    """A value of JSON with the numbers in it as texts, as they were written."""
+    if isinstance(value, _Written):
+        return value.text
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return value
 
 
 class ParquetFiles(Reader):
@@ -300,6 +336,9 @@ def _json_error(line: bytes) -> str | None:
         return None
     try:
         value = json.loads(line)
-    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # broken JSON, bytes that are no UTF-8, or no end of brackets
         return f"JSON: {error}"
     return None if isinstance(value, dict) else f"JSON: a {type(value).__name__}, expected an object"

@@ -6,6 +6,7 @@ Nothing is held in memory whole: files are streamed to disk, DuckDB spills, and 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Landing:
         :raises BadInput: a file is empty, damaged, or its columns do not fit the others'.
         """
         version, reader = None, None
+        self._check_date_format(source)
         if files:
             reader = self._reader(source, files)
             paths = self._files(reader)
@@ -97,10 +99,7 @@ class Landing:
             paths, version = [self._table(source, lake.batches())], lake.version
         else:
             paths = [self._table(source, query_database(source, self.run))]
-        # One line may be wrong in several columns: it is one rejected row.
-        lines = self._count(
-            "FROM (SELECT DISTINCT file, line FROM rejected WHERE source = $1)", [source.name]
-        )
+        lines = reader.unreadable if reader else 0
         paths, inferred, unfit = self._cast(source, paths, reader)
         name = quote(source.name)
         self.con.execute(
@@ -109,6 +108,18 @@ class Landing:
         columns = {str(r[0]): str(r[1]) for r in self.con.execute(f"DESCRIBE {name}").fetchall()}
         rows = self._count(f"FROM {name}")
         return Landed(source.name, rows, lines + unfit, columns, inferred, version)
+
+    def _check_date_format(self, source: Source) -> None:
+        """Raise for a format that DuckDB does not know, or that has no year: it would read one of 1900."""
+        import duckdb
+
+        wrong = f"source {source.name!r}: date_format={source.date_format!r}"
+        if not re.search(r"%-?[YyGxcs]", source.date_format):
+            raise BadConfiguration(f"{wrong} has no year: expected a format of strptime such as %d/%m/%Y.")
+        try:
+            self.con.execute("SELECT try_strptime('', $1)", [source.date_format])
+        except duckdb.Error as error:
+            raise BadConfiguration(f"{wrong}: {first_line(error)}") from None
 
     def _reader(self, source: Source, files: Mapping[Path, str]) -> Reader:
         """What reads these files; raises when they are no files of one format."""
@@ -191,7 +202,7 @@ class Landing:
                 )
         casts = {
             column: cast(quote(column), kind, source.date_format) if of[column] == "VARCHAR"
-            else f"CAST({quote(column)} AS {kind})"
+            else f"TRY_CAST({quote(column)} AS {kind})"
             for column, kind in (inferred | stated).items()
             if kind != of[column]
         }  # fmt: skip
@@ -242,7 +253,8 @@ class Landing:
 
     def _fits(self, column: str, kind: str, of: str, source: Source) -> str:
         value = quote(column)
-        return fits(value, kind, source.date_format) if of == "VARCHAR" else fits_again(value, kind, of)
+        of_text = of == "VARCHAR" or (of == "VARCHAR[]" and kind.endswith("[]"))
+        return fits(value, kind, source.date_format) if of_text else fits_again(value, kind, of)
 
     def _count(self, of: str, parameters: Sequence[Any] = ()) -> int:
         ((rows,),) = self.con.execute(f"SELECT count(*) {of}", list(parameters)).fetchall()

@@ -181,6 +181,10 @@ def _check_options(source: Source, stated: Mapping[str, Any]) -> None:
 
 
 def _check_types(source: Source) -> None:
+    if not isinstance(source.types, Mapping):
+        raise BadConfiguration(
+            f"source {source.name!r}: types={source.types!r}: expected a dict such as {{'id': 'BIGINT'}}."
+        )
     for column, kind in source.types.items():
         if not _TYPE.match(str(kind)):
             raise BadConfiguration(

@@ -28,8 +28,8 @@ _SPACES = r"\s*"
 _WHOLE = r"[+-]?[0-9]+(\.0*)?"
 _NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _NO_NUMBER = r"[+-]?(nan|inf|infinity)"
-_DATE = r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}"
-_OFFSET = r" ?(Z|z|[+-][0-9]{2}(:?[0-9]{2})?)"
+_DATE = r"[1-9][0-9]{3}-[0-9]{1,2}-[0-9]{1,2}"
+_OFFSET = r" ?(Z|z|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)"
 _TRUE_FALSE = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 _FRACTION_DIGITS = {"TIMESTAMP_S": 0, "TIMESTAMP_MS": 3, "TIMESTAMP_NS": 9}
 _TIME_DIRECTIVE = re.compile(r"%[-]?[HIMSpfgnLcXTRrsz]")
@@ -201,15 +201,15 @@ def _may_be(value: str, kind: str, date_format: str) -> str:
     if kind == "BOOLEAN":
         return f"lower({value}) IN ('true', 'false')"
     if kind == "BIGINT":
-        # With a point it is a DOUBLE; with leading zeros a code.
+        # With a point it is a DOUBLE; with leading zeros a code, with a plus perhaps a telephone number.
         return (
             f"(TRY_CAST({value} AS BIGINT)::VARCHAR = {value} "
-            f"OR (TRY_CAST({value} AS BIGINT) IS NOT NULL AND {_match(value, '[+-]?(0|[1-9][0-9]*)')}))"
+            f"OR (TRY_CAST({value} AS BIGINT) IS NOT NULL AND {_match(value, '-?(0|[1-9][0-9]*)')}))"
         )
     if kind == "DOUBLE":
         exact = f"abs(TRY_CAST({value} AS DOUBLE)) < {_EXACT_IN_DOUBLE}"
         return (
-            f"({fits(value, kind)} AND NOT {_match(value, '[+-]?0[0-9]+')} "
+            f"({fits(value, kind)} AND NOT {_match(value, '[+-]?0[0-9]+|[+].*')} "
             f"AND (NOT {_match(value, '[+-]?[0-9]+')} OR {exact}))"
         )
     if kind == "DATE" and date_format == ISO_DATE:

@@ -81,7 +81,7 @@ def exact_moment(plain: str, kind: str) -> Any:
         found = re.fullmatch(clock, plain)
         return made(time, *parts(found.groups())) if found else ABSENT
     offset = r"(?: ?(Z|[+-]\d{2}(?::?\d{2})?))?"
-    found = re.fullmatch(rf"(\d{{4}})-(\d{{1,2}})-(\d{{1,2}})(?:[ T]{clock}{offset})?", plain)
+    found = re.fullmatch(rf"([1-9]\d{{3}})-(\d{{1,2}})-(\d{{1,2}})(?:[ T]{clock}{offset})?", plain)
     if not found:
         return ABSENT
     *numbers, zone = found.groups()
@@ -168,7 +168,10 @@ def test_what_fits_a_stated_type_is_kept_exactly_and_all_else_is_rejected(
     ("texts", "kind"),
     [
         (["1", "2"], "BIGINT"),
-        (["+1", " 2", "-3 "], "BIGINT"),
+        (["1", " 2", "-3 "], "BIGINT"),
+        (["+4912345", "+4998765"], "VARCHAR"),
+        (["0000-01-01", "2013-05-01"], "VARCHAR"),
+        (["2013-05-01T14:38+25:00"], "VARCHAR"),
         (["1", "2.0"], "DOUBLE"),
         (["1", "nan"], "DOUBLE"),
         (["9007199254740993", "1"], "BIGINT"),
