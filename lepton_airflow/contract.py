@@ -195,6 +195,13 @@ class Receipt:
             }
         except (TypeError, AttributeError) as error:
             raise ContractError(f"receipt: an artifact is not {{uri, sha256, bytes}}: {error}.") from None
+        for name, artifact in record["artifacts"].items():
+            if not (
+                isinstance(artifact.uri, str)
+                and isinstance(artifact.sha256, str)
+                and isinstance(artifact.bytes, int)
+            ):
+                raise ContractError(f"receipt: artifact {name!r} is misshapen: {artifact!r}.")
         return _build(cls, record, "receipt")
 
 
@@ -213,6 +220,14 @@ _SHAPES: dict[str, tuple[type, ...]] = {
     "artifacts": (dict,),
     "values": (dict,),
     "error": (dict, type(None)),
+    "status": (str,),
+    "summary": (str,),
+    "cache_key": (str, type(None)),
+    "created": (str,),
+    "seconds": (int, float),
+    "metrics": (dict,),
+    "links": (dict,),
+    "versions": (dict,),
 }
 
 

@@ -51,6 +51,11 @@ def _comparison(part: str, text: str, where: str) -> dict[str, Any]:
     from great_expectations.compatibility.pyparsing import ParseException
     from great_expectations.expectations.legacy_row_conditions import condition
 
+    if re.search(r"""["']\s|\t|\s["'](?!\))\s*$""", part.strip()):  # the parser would drop or change them
+        raise BadConfiguration(
+            f"{where}: row_condition {text!r}: a value or column in {part.strip()!r} begins or ends with a space, or holds a tab, which "
+            "Great Expectations would not compare as written; use a condition in JSON."
+        )
     try:
         found = condition.parse_string(part.strip(), parse_all=True)
     except ParseException:

@@ -56,6 +56,8 @@ def run_stage(
     stop = should_stop if isinstance(should_stop, StopOnSigterm) else None
     stores: list[Store] = []
     try:
+        if stop:
+            stop.begin()
         receipt = _attempt(request, stores, connections, should_stop)
         if stop:
             stop.end()

@@ -29,7 +29,7 @@ class StopOnSigterm:
 
     def __init__(self, *, interrupts: bool) -> None:
         self.interrupts = interrupts
-        self._asked = self._over = False
+        self._asked = self._begun = self._over = False
         self._main = threading.get_ident()
         signal.signal(signal.SIGTERM, self._handle)
         if interrupts:
@@ -39,6 +39,12 @@ class StopOnSigterm:
     def __call__(self) -> bool:
         return self._asked
 
+    def begin(self) -> None:
+        """Interrupt from now on, also for a signal that came before: who calls this catches :class:`Stopped`."""
+        self._begun = True
+        if self._asked and self.interrupts:
+            raise Stopped
+
     def end(self) -> None:
         """Interrupt nothing from now on; not even the end of the process, at which Python gives up its handlers."""
         self._over = True
@@ -47,7 +53,7 @@ class StopOnSigterm:
     def _handle(self, *_: Any) -> None:
         first = not self._asked
         self._asked = True
-        if self.interrupts and not self._over and (first or not _is_unwinding()):
+        if self.interrupts and self._begun and not self._over and (first or not _is_unwinding()):
             raise Stopped
 
     def _ask_again(self) -> None:

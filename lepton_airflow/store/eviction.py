@@ -23,12 +23,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lepton_airflow.contract import digest_of
+from lepton_airflow.errors import IntegrityError
 from lepton_airflow.store.files import Listed, Store, at_once, is_temporary
 from lepton_airflow.store.records import ROOT, refuse_old_layout
 
 # What is younger always stays: a task may be about to name the artifact, to read its receipt, or to resume.
 GRACE_S = 3600.0
 _INDEX = "index/names.json"
+_RECORD = re.compile(rf"{ROOT}/.*/\d+/\d+\.json")  # of a log; what else lies there may be anything
 
 
 def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tuple[int, int]:
@@ -109,11 +111,14 @@ def _named(store: Store, naming: Sequence[Listed], settled: float) -> set[str]:
     known = {
         e.key: index[e.key] for e in naming if e.etag and index.get(e.key, [])[:2] == [e.etag, e.modified]
     }
+    for e in naming:
+        if not e.bytes and _RECORD.fullmatch(e.key):
+            raise _damaged(e.key)
     unread = [e for e in naming if e.key not in known and e.bytes]
     read = dict(
         zip(
             (e.key for e in unread),
-            at_once(lambda e: names_in(store.read(e.key) or b""), unread),
+            at_once(lambda e: _names_of(store, e.key), unread),
             strict=True,
         )
     )
@@ -123,6 +128,24 @@ def _named(store: Store, naming: Sequence[Listed], settled: float) -> set[str]:
     if settled_now or len(known) < len(index):
         _write_index(store, known | settled_now)
     return {name for *_, names in known.values() for name in names}.union(*read.values())
+
+
+def _names_of(store: Store, key: str) -> set[str]:
+    """What a file names; raises IntegrityError for a record that cannot be read: nobody knows what it would keep."""
+    text = store.read(key) or b""
+    if text and _RECORD.fullmatch(key):
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            raise _damaged(key) from None
+    return names_in(text)
+
+
+def _damaged(key: str) -> IntegrityError:
+    return IntegrityError(
+        f"{key} is damaged, and so nobody knows which artifacts it keeps: none is removed. Restore it from a backup of the store, or "
+        "delete it if what it decided may be forgotten."
+    )
 
 
 def names_in(text: bytes) -> set[str]:

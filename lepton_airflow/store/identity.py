@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 
 from lepton_airflow.contract import digest_of
+from lepton_airflow.errors import IntegrityError
 from lepton_airflow.store.files import Store
 
 _KEY = "identity"
@@ -19,4 +21,10 @@ def identity_of(store: Store) -> str:
     if found is None:
         store.create_exclusive(_KEY, secrets.token_hex(_LENGTH // 2).encode())
         found = store.read(_KEY) or b""
-    return found.decode()
+    text = found.decode(errors="replace")
+    if not re.fullmatch(rf"[0-9a-f]{{{_LENGTH}}}", text):
+        raise IntegrityError(
+            f"{store.uri(_KEY)} is damaged: expected the {_LENGTH} hex digits that tell this store from others. Restore it, or delete it "
+            "while no task runs in a pod."
+        )
+    return text

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,10 @@ def _claim(key: str, number: int) -> str:
 
 
 def _numbers(store: Store, key: str) -> list[int]:
-    return [int(found.rpartition("/")[2][:-5]) for found in store.keys(f"leases/{key}")]
+    names = (found.rpartition("/")[2] for found in store.keys(f"leases/{key}"))
+    return [
+        int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)
+    ]  # a Mac leaves files of its own
 
 
 def _content(beats: int = 0, released: bool = False) -> bytes:
@@ -116,7 +120,7 @@ def _is_over(content: bytes) -> bool:
         if claim["released"]:
             return True
         return bool(holder and holder[:2] == _machine() and holder != _process(holder[2]))
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return False  # a claim that we do not understand expires
 
 

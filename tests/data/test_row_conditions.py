@@ -47,6 +47,14 @@ def test_what_another_parser_reads_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ['col("a") == " x" AND col("b") == 1', 'col("a\\tb") == 1', 'col("a") == "x "']
+)
+def test_what_the_parser_would_change_is_refused(text: str) -> None:
+    with pytest.raises(BadConfiguration, match="begins or ends with a space, or holds a tab"):
+        read(text.replace("\\t", "\t"))
+
+
+@pytest.mark.parametrize(
     "text", ['col("a") == 1 AND', "a == 1", '(col("a") == 1)', 'col("a") == 1 col("b") == 2']
 )
 def test_what_is_not_read_to_its_end_is_refused(text: str) -> None:

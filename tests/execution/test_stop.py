@@ -131,6 +131,20 @@ def test_a_stop_is_obeyed_and_counts_for_nothing_else(tmp_path: Path, name: str,
     assert store.keys("cache") == []  # nothing that a later run would take for a result
 
 
+def test_a_stop_before_the_stage_begins_is_kept_for_it(tmp_path: Path) -> None:
+    script = f"""
+import os, signal
+from lepton_airflow.contract import Request
+from lepton_airflow.execution.run_stage import run_stage
+from lepton_airflow.execution.stop import StopOnSigterm
+stop = StopOnSigterm(interrupts=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print(run_stage(Request("lepton_airflow.testing.probe_stages:Copy", {{}}, {str(tmp_path)!r}), {{}}, stop).status)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "preempted"
+
+
 def test_a_stop_after_the_result_changes_nothing(tmp_path: Path) -> None:
     """The signal comes while the receipt is written."""
     script = f"""

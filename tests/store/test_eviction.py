@@ -18,7 +18,7 @@ import pytest
 from lepton_airflow.__main__ import main
 from lepton_airflow.connections import Connection
 from lepton_airflow.contract import Artifact, Receipt, split_pin
-from lepton_airflow.errors import BadConfiguration, StoreError
+from lepton_airflow.errors import BadConfiguration, IntegrityError, StoreError
 from lepton_airflow.store import Store, cache, eviction
 from lepton_airflow.store.eviction import evict, names_in
 from lepton_airflow.store.files import now
@@ -272,6 +272,20 @@ def test_a_store_from_before_the_first_release_is_not_swept(store: Store) -> Non
     with pytest.raises(BadConfiguration, match=r"holds records in registrations/"):
         evict(store, older_than_s=0)
     assert store.intact(made)
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"sequence": 1, "evid', b"\xff\x00", b"[" * 100_000])
+def test_a_damaged_record_keeps_all_artifacts(store: Store, damage: bytes) -> None:
+    kept, nobodys = store.put("text", "kept"), store.put("text", "nobody's")
+    log = Log(store, "verdicts/late", Verdict)
+    assert log.append(Verdict(1, kept.uri))
+    (record,) = [key for key in store.keys("records") if key.endswith("000001.json")]
+    Path(store.root.removeprefix("file://"), record).write_bytes(damage)
+    age(store)
+    with pytest.raises(IntegrityError, match=r"000001\.json is damaged.*none is removed"):
+        evict(store, older_than_s=0)
+    assert store.present(kept)
+    assert store.present(nobodys)
 
 
 def test_a_record_that_cannot_be_read_stops_the_sweep(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

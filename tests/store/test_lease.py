@@ -36,6 +36,13 @@ def count_up(root: str, counter: str) -> None:
             Path(counter).write_text(str(int(Path(counter).read_text()) + 1))  # loses counts unless alone
 
 
+def test_files_of_other_programs_among_the_claims_are_passed_over(store: Store) -> None:
+    store.write("leases/key/.DS_Store", b"")
+    store.write("leases/key/000001.json", b"[" * 100_000)
+    with lease(store, "another"), lease(store, "key/below"):
+        assert claims(store) != []
+
+
 def test_six_processes_take_turns(store: Store, tmp_path: Path) -> None:
     counter = tmp_path / "counter"
     counter.write_text("0")
