@@ -6,10 +6,14 @@ import os
 import sys
 from typing import ClassVar
 
+import pytest
+
 from lepton_airflow.runners import InProcess, Runner, Subprocess, Venv
 from lepton_airflow.stages import all_stages
 from lepton_airflow.testing import StageConformance
 from lepton_airflow.testing.conformance import STAGES
+
+pytestmark = pytest.mark.slow
 
 
 def test_no_stage_is_left_out() -> None:

@@ -272,6 +272,7 @@ print(result.values["rows"], peak_mb() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_csv_several_times_larger_than_the_memory_limit_passes(tmp_path: Path) -> None:
     source = tmp_path / "large.csv"
     duckdb.sql(

@@ -269,6 +269,7 @@ print(stage.run(RunInfo.local(sys.argv[2])).values["sources"]["s"]["rows"], peak
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["delta", "iceberg"])
 def test_a_table_several_times_larger_than_the_memory_limit_passes(kind: str, tmp_path: Path) -> None:
     rows = pa.table(

@@ -235,6 +235,7 @@ def test_digests_of_artifacts_and_code_at_any_depth(tmp_path: Path) -> None:
         Sample(count=1, data=str(tmp_path / "none")).input_digests(run)
 
 
+@pytest.mark.slow
 def test_the_key_counts_window_and_parameters_and_swapped_inputs(tmp_path: Path) -> None:
     run = RunInfo.local(tmp_path)
     one, two = (run.save("x.txt", text).uri for text in "ab")

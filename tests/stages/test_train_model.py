@@ -277,6 +277,7 @@ def test_the_gpus_figures_are_among_the_metrics(
     assert stage.run(RunInfo.local(tmp_path / "2")).metrics == without | {"gpu_count": 1.0}
 
 
+@pytest.mark.slow
 def test_a_users_torch_trainer_is_seeded_also_where_it_imports_torch_itself(tmp_path: Path) -> None:
     """In a process of its own: here torch is loaded, and seeding that is easy."""
     (tmp_path / "late.py").write_text(TRAINERS)

@@ -135,6 +135,7 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_study_goes_on_without_losing_or_repeating_a_finished_trial(
     dataset: str, tmp_path: Path, workers: int

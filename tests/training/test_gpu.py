@@ -127,6 +127,7 @@ def test_without_a_gpu_a_driver_or_the_library_there_is_nothing_and_no_noise(
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_ready_to_run() -> None:
     """Every number of it, on a CPU and tiny: what can be tried of the script where there is no GPU."""
     done = subprocess.run(

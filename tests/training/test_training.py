@@ -145,6 +145,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # many processes that import torch or scikit-learn: a minute on a quiet machine
 def test_a_users_trainer_killed_at_random_ends_as_if_undisturbed(rows: Path, code: Path) -> None:
     every_s = 0.1
@@ -218,6 +219,7 @@ def onnx_of(store: Store, receipt: Receipt) -> bytes:
     return model["model.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_mlp_killed_at_random_has_the_same_digest(rows: Path, tmp_path: Path) -> None:
     hyper = {"epochs": 50, "patience": 50, "batch_size": 64, "hidden": 32, "dropout": 0.3, "clip_norm": 1.0}
