@@ -27,6 +27,8 @@ from lepton_airflow.packaging.touched import overlap
 from lepton_airflow.stages import Result, RunInfo
 from lepton_airflow.stages.quantize_model import QuantizeModel
 
+pytestmark = pytest.mark.slow
+
 INFO = DatasetInfo(
     target="late",
     task="classification",

@@ -23,6 +23,8 @@ from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.register_model import RegisterModel
 from lepton_airflow.store import eviction
 
+pytestmark = pytest.mark.slow
+
 INFO = DatasetInfo(
     target="late",
     task="classification",

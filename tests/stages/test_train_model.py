@@ -137,6 +137,7 @@ def test_a_class_too_rare_for_every_fold_gets_probability_zero_there(tmp_path: P
     np.testing.assert_allclose(out[["p_0", "p_1", "p_2"]].sum(axis=1), 1.0)
 
 
+@pytest.mark.slow
 def test_a_stopped_mlp_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     train, valid = splits(tmp_path)
     hyper = {"epochs": 6, "hidden": 8, "batch_size": 100}
