@@ -22,6 +22,8 @@ from lepton_airflow.stages.prepare_data import PrepareData
 from lepton_airflow.stages.validate_data import ValidateData
 from lepton_airflow.store import Store
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(kw_only=True)
 class Shout(Stage):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lepton_airflow.contract import Artifact
     from lepton_airflow.stages import Result
 
+pytestmark = pytest.mark.slow
+
 INFO = DatasetInfo(
     target="late",
     task="classification",

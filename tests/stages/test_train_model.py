@@ -22,6 +22,8 @@ from lepton_airflow.packaging.package import ModelPackage
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.train_model import TrainModel
 
+pytestmark = pytest.mark.slow
+
 CATEGORIES = ["a b", "a_b"]  # two columns that one safe name would merge
 
 

@@ -27,6 +27,8 @@ from lepton_airflow.stages.tune_model import TuneModel
 from lepton_airflow.store import Store
 from lepton_airflow.store.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 SPACE = {"C": {"low": 1e-4, "high": 1e2, "log": True}}
 
 
