@@ -281,6 +281,14 @@ class _MulticolumnSum(MulticolumnMapMetricProvider):
         return _surely(sum(column_list) == kwargs.get("sum_total"))
 
 
+def _rows_and_column(engine: DuckDBExecutionEngine, domain: dict[str, Any]) -> tuple[Any, Any]:
+    """What a metric of one column selects from, and the column."""
+    rows, _, accessor = engine.get_compute_domain(domain, domain_type=MetricDomainTypes.COLUMN)
+    if isinstance(rows, sa.Select):  # with a row_condition
+        rows = rows.subquery()
+    return rows, sa.column(accessor["column"])
+
+
 class _OutlierStatistics(ColumnOutlierStatistics):
     @metric_value(engine=DuckDBExecutionEngine)
     def _duckdb(
@@ -292,19 +300,15 @@ class _OutlierStatistics(ColumnOutlierStatistics):
     ) -> OutlierStatistics:
         """The quartiles, interpolated as by pandas; or mean and standard deviation."""
         validate_method(metric_value_kwargs["method"])
-        selectable, _, accessor = execution_engine.get_compute_domain(
-            metric_domain_kwargs, domain_type=MetricDomainTypes.COLUMN
-        )
-        if isinstance(selectable, sa.Select):  # with a row_condition
-            selectable = selectable.subquery()
-        column = sa.cast(sa.column(accessor["column"]), sa.Float)
+        rows, name = _rows_and_column(execution_engine, metric_domain_kwargs)
+        column = sa.cast(name, sa.Float)
         of_iqr = metric_value_kwargs["method"] == IQR_METHOD
         asked = (
             (sa.func.quantile_cont(column, 0.25), sa.func.quantile_cont(column, 0.75))
             if of_iqr
             else (sa.func.avg(column), sa.func.stddev_samp(column))
         )
-        one, two = execution_engine.execute_query(sa.select(*asked).select_from(selectable)).fetchone()
+        one, two = execution_engine.execute_query(sa.select(*asked).select_from(rows)).fetchone()
         if not of_iqr:
             return OutlierStatistics.symmetric(center=one, spread=two)
         spread = None if one is None or two is None else two - one
@@ -324,12 +328,8 @@ class _ColumnQuantileValues(ColumnAggregateMetricProvider):
         **kwargs: Any,
     ) -> list[Any]:
         """Compute all quantiles from one copy of the column; the original's percentile_disc holds one copy for each."""
-        selectable, _, accessor = execution_engine.get_compute_domain(
-            metric_domain_kwargs, domain_type=MetricDomainTypes.COLUMN
-        )
-        if isinstance(selectable, sa.Select):  # with a row_condition
-            selectable = selectable.subquery()
+        rows, column = _rows_and_column(execution_engine, metric_domain_kwargs)
         quantiles = [float(q) for q in metric_value_kwargs["quantiles"]]
-        found = sa.func.quantile_disc(sa.column(accessor["column"]), sa.literal_column(str(quantiles)))
-        row = execution_engine.execute_query(sa.select(found).select_from(selectable)).fetchone()
+        found = sa.func.quantile_disc(column, sa.literal_column(str(quantiles)))
+        row = execution_engine.execute_query(sa.select(found).select_from(rows)).fetchone()
         return list(row[0]) if row is not None and row[0] is not None else [None] * len(quantiles)
