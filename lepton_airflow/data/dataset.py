@@ -29,9 +29,14 @@ class DatasetInfo:
     :ivar features: columns that a model may see, in order; the other columns are target, time, clusters or ids.
     :ivar categorical: the features that are categories (text); all others are numbers.
     :ivar time_range: smallest and largest value of ``time_column`` in this split, both inclusive, ISO 8601; or None.
+    :ivar labels_until: the last time that the labels of these rows look at, ISO 8601; None: they do not look ahead.
+    :ivar label_horizon_s: how far a label looks ahead of its row [s].
     :ivar cluster_column: rows with an equal value depend on one another (one day's flights).
+    :ivar known_clusters: clusters may lie on both sides of a cut in time: the question is how their later rows are predicted.
+    :ivar id_columns: what tells the rows apart, whatever their values.
     :ivar split: ``train``, ``valid``, ``test``, or None before splitting.
-    :ivar split_id: equal for the splits of one PrepareData run, which share no row.
+    :ivar split_by: ``time``, ``group`` or ``random``.
+    :ivar split_id: equal for the splits of equal rows in an equal division, which share no row.
     :ivar classes: the distinct values of the target in the order of their numbers; empty for regression.
     :ivar snapshot_sha256: digest of the snapshot that the rows were made from.
     """
@@ -43,15 +48,29 @@ class DatasetInfo:
     classes: list[Any] = field(default_factory=list)
     time_column: str | None = None
     time_range: list[str] | None = None
+    labels_until: str | None = None
+    label_horizon_s: float = 0.0
     cluster_column: str | None = None
+    known_clusters: bool = False
+    id_columns: list[str] = field(default_factory=list)
     split: str | None = None
+    split_by: str | None = None
     split_id: str | None = None
     snapshot_sha256: str | None = None
     rows: int = 0
 
+    @property
+    def span(self) -> list[str] | None:
+        """The times that the rows and their labels tell of, both inclusive, ISO 8601; None without a time column."""
+        return self.time_range and [self.time_range[0], self.labels_until or self.time_range[1]]
 
-def read_info(path: Path) -> DatasetInfo:
-    """Read the description that a Parquet file carries; raises BadInput when the file is damaged or carries none."""
+
+def read_info(path: Path, *, plain: bool = False) -> DatasetInfo:
+    """Read the description that a Parquet file carries.
+
+    :param plain: take a file that carries none, such as a snapshot, too; it says nothing of itself then.
+    :raises BadInput: the file is damaged, or carries none.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -60,6 +79,8 @@ def read_info(path: Path) -> DatasetInfo:
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path.name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
     if _KEY not in metadata:
+        if plain:
+            return DatasetInfo()
         raise BadInput(
             f"{path.name} does not say what its target and features are: expected a split made by PrepareData; "
             "pass prepare.output['train'], ['valid'] or ['test']."

@@ -1,14 +1,19 @@
 """Divide rows into train, valid and test, so that no split sees another's future, group or row.
 
 The rows are in a view ``known``, whose column ``ROW`` is a row's place in its file and ``TIME`` its time.
+
+A label that looks ahead (bought again within 30 days) tells of the time after its row. A split in time therefore leaves
+a gap: rows whose label reaches into the next split belong to none, as in the purging of M. Lopez de Prado, Advances in
+Financial Machine Learning (2018), chapter 7.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
 from lepton_airflow.data.duckdb_types import has_zone
@@ -31,6 +36,12 @@ RESERVED = (
 )
 
 
+_WHICH_QUESTION = (
+    "If the model will predict later rows of clusters that it knows (the next month of its customers), set "
+    "known_clusters=true; if it will meet new ones, use split='group', or cluster by something shorter."
+)
+
+
 @dataclass(frozen=True)
 class Split:
     """The number of rows of a split, and their smallest and largest time, both inclusive."""
@@ -44,7 +55,10 @@ class Division:
     """How rows are divided into train, valid and test.
 
     :ivar by: ``time``: train lies before valid, and valid before test; ``group``: whole clusters at random; ``random``.
-    :ivar cluster_column: rows with an equal value stay together.
+    :ivar cluster_column: rows with an equal value stay together, but for a division by time of known clusters.
+    :ivar known_clusters: of a division by time: a cluster may have rows on both sides of a cut.
+    :ivar id_columns: a random division goes by these, so that a row stays in its split when its features change.
+    :ivar label_horizon: how far a label looks ahead; a division by time leaves such a gap before each cut.
     :ivar strata: column whose values have equal shares in all splits of a random division.
     :ivar valid_fraction: share of the rows outside test that validate; 0: no such split.
     :ivar valid_start: time at which valid starts, ISO 8601; replaces ``valid_fraction``.
@@ -53,6 +67,9 @@ class Division:
     by: Literal["time", "group", "random"]
     time_column: str | None
     cluster_column: str | None
+    known_clusters: bool
+    id_columns: Sequence[str]
+    label_horizon: timedelta
     strata: str | None
     valid_fraction: float
     test_fraction: float
@@ -63,18 +80,20 @@ class Division:
     @property
     def names(self) -> list[str]:
         """The splits to make, in order of time."""
+        if self.test_fraction == 1 and not self.test_start:
+            return ["test"]
         wanted = ["train"]
         wanted += ["valid"] if self.valid_start or self.valid_fraction else []
         wanted += ["test"] if self.test_start or self.test_fraction else []
         return wanted
 
     def query(self, con: duckdb.DuckDBPyConnection) -> str:
-        """SQL of the rows of ``known``, each with the name of its split."""
+        """SQL of the rows of ``known``, each with the name of its split; NULL for rows in a gap."""
         return {"time": self._by_time, "group": self._by_group, "random": self._by_chance}[self.by](con)
 
     def _by_time(self, con: duckdb.DuckDBPyConnection) -> str:
         key, start = TIME, ""
-        if self.cluster_column:
+        if self.cluster_column and not self.known_clusters:
             # A whole cluster goes to the split in which it begins, so a cut inside a day moves to the day's end.
             key = _START
             start = f", min({TIME}) OVER (PARTITION BY {quote(self.cluster_column)}) AS {_START}"
@@ -84,7 +103,17 @@ class Division:
         cases = [f"WHEN {key} >= {timestamp(test)} THEN 'test'"] if test else []
         cases += [f"WHEN {key} >= {timestamp(valid)} THEN 'valid'"] if valid else []
         name = f"CASE {' '.join(cases)} ELSE 'train' END" if cases else "'train'"
-        return f"SELECT * {f'EXCLUDE ({_START})' if start else ''}, {name} AS {SPLIT} FROM placed"
+        divided = f"SELECT * {f'EXCLUDE ({_START})' if start else ''}, {name} AS {SPLIT} FROM placed"
+        if not self.label_horizon:
+            return divided
+        reach = f"{TIME} + {interval(self.label_horizon)}"
+        reaching = []
+        for place, earlier in enumerate(self.names[:-1]):
+            later = ", ".join(f"'{name}'" for name in self.names[place + 1 :])
+            cut = f"min({TIME}) FILTER ({SPLIT} IN ({later})) OVER ()"
+            reaching.append(f"{SPLIT} = '{earlier}' AND {reach} >= {cut}")
+        kept = f"CASE WHEN {' OR '.join(reaching)} THEN NULL ELSE {SPLIT} END" if reaching else SPLIT
+        return f"SELECT * REPLACE ({kept} AS {SPLIT}) FROM ({divided})"
 
     def _cut(
         self, con: duckdb.DuckDBPyConnection, name: str, key: str, end: datetime | None
@@ -92,13 +121,7 @@ class Division:
         """The time at which a split begins: as stated, or such that the rows from then on are about its share."""
         stated, fraction = getattr(self, f"{name}_start"), getattr(self, f"{name}_fraction")
         if stated:
-            try:
-                moment = datetime.fromisoformat(stated)
-            except ValueError:
-                raise BadConfiguration(
-                    f"{name}_start={stated!r} is not a time: expected ISO 8601 or window_start."
-                ) from None
-            moment = moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+            moment = moment_of(stated, f"{name}_start")
             if end is not None and moment >= end:
                 raise BadConfiguration(
                     f"{name}_start={stated!r} does not lie before the start of test, {end.isoformat()}."
@@ -124,9 +147,12 @@ class Division:
 
     def _by_chance(self, con: duckdb.DuckDBPyConnection) -> str:
         strata = f"PARTITION BY {quote(self.strata)}" if self.strata else ""
+        # Each id with its length before it: 1, 23 is not 12, 3.
+        ids = [f"coalesce(length({c}::TEXT) || ':' || {c}::TEXT, '-')" for c in map(quote, self.id_columns)]
+        key = " || ".join(ids) or ROW
         return (
             f"SELECT * EXCLUDE ({_PLACE}), {self._shares()} AS {SPLIT} FROM (SELECT *, (row_number() OVER ({strata} "
-            f"ORDER BY md5('{self.seed}:' || {ROW}), {ROW}) - 1) / count(*) OVER ({strata}) AS {_PLACE} FROM known)"
+            f"ORDER BY md5('{self.seed}:' || {key}), {ROW}) - 1) / count(*) OVER ({strata}) AS {_PLACE} FROM known)"
         )
 
     def _shares(self) -> str:
@@ -151,16 +177,25 @@ class Division:
         for name in self.names:
             if name not in found:
                 rows = sum(rows for rows, *_ in found.values())
+                why = "Change its start or fraction, or bring more data."
+                if self.label_horizon:
+                    why += (
+                        f" label_horizon leaves out the rows of the {self.label_horizon} before a cut and before the end of "
+                        "the data."
+                    )
+                if self.by == "time" and self.cluster_column and not self.known_clusters:
+                    why += (
+                        f" A cluster of {self.cluster_column!r} stays with its first row. {_WHICH_QUESTION}"
+                    )
                 raise BadInput(
-                    f"split {name!r} has no row: {rows} rows{self._extent(con, table)} went to {', '.join(sorted(found))}. "
-                    "Change its start or fraction, or bring more data."
+                    f"split {name!r} has no row: {rows} rows{self._extent(con, table)} went to {', '.join(sorted(found))}. {why}"
                 )
         if self.by == "time":
             for earlier, later in itertools.pairwise(self.names):
                 if not found[earlier][2] < found[later][1]:
                     raise BadInput(
                         f"clusters of {self.cluster_column!r} overlap in time: {earlier} would reach to {found[earlier][2]} and "
-                        f"{later} begin at {found[later][1]}. Cluster by something shorter, or use split='group'."
+                        f"{later} begin at {found[later][1]}. {_WHICH_QUESTION}"
                     )
 
         def text(moment: datetime) -> str:
@@ -183,6 +218,49 @@ class Division:
             low, high = fetch_row(con, f"SELECT min({TIME}), max({TIME}) FROM {table}")
             text += f" (times {low} to {high})"
         return text
+
+
+def interval(length: timedelta) -> str:
+    """A length of time as SQL."""
+    return f"to_microseconds({length // timedelta(microseconds=1)})"
+
+
+def label_horizon(con: duckdb.DuckDBPyConnection, text: str | None) -> timedelta:
+    """Read how far a label looks ahead, such as ``30 days``; None is not at all.
+
+    :raises BadConfiguration: it is no length of time, has no fixed length, or is not above 0.
+    """
+    import duckdb
+
+    if text is None:
+        return timedelta()
+    expected = "expected a length of time such as '1 hour' or '30 days'."
+    try:
+        months, length = fetch_row(
+            con,
+            "SELECT date_part('month', i) + 12 * date_part('year', i), i FROM (SELECT CAST($1 AS INTERVAL) AS i)",
+            [text],
+        )
+    except duckdb.Error:
+        raise BadConfiguration(f"label_horizon={text!r}: {expected}") from None
+    if months:
+        raise BadConfiguration(
+            f"label_horizon={text!r}: a month has no fixed length; write days, rather too many than too few."
+        )
+    if length <= timedelta():
+        raise BadConfiguration(f"label_horizon={text!r}: {expected}")
+    return timedelta(seconds=length.total_seconds())
+
+
+def moment_of(text: str, name: str) -> datetime:
+    """A stated time, in UTC if it names an offset; raises BadConfiguration."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise BadConfiguration(
+            f"{name}={text!r} is not a time: expected ISO 8601, window_start or window_end."
+        ) from None
+    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
 
 
 def timestamp(moment: datetime | None) -> str:

@@ -8,7 +8,8 @@ counts. A column has drifted if both are true:
   rows of a cluster depend on one another, is at most ``alpha`` after Holm's correction for the number of columns.
 
 Missing values are a bin of their own, so a column that loses its values drifts, too. A column that is gone, or whose
-numbers have become text, has drifted without any test.
+numbers have become text, has drifted without any test. Labels come late: the target is judged over the rows that have
+one, and not at all when none has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lepton_airflow.data.duckdb_types import is_number
 from lepton_airflow.data.profile import VERSION, count_rows, reference_counts, unseen_categories
+from lepton_airflow.data.sql import fetch_row, quote
 from lepton_airflow.errors import BadInput
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def judge_columns(
 ) -> list[ColumnVerdict]:
     """Judge every profiled column of a table; the columns that changed most come first.
 
-    :param table: a table or view of the current rows; it need not have the target yet.
+    :param table: a table or view of the current rows; it need not have the target yet, which then gets no verdict.
     :param cluster_column: column that names dependent rows; without one, rows are as dependent as the profile says.
     """
     from lepton_airflow.statistics.distances import holm
@@ -84,13 +86,16 @@ def judge_columns(
     found = []
     for name, column in profile["columns"].items():
         role: Literal["feature", "target"] = "target" if name == profile["target"] else "feature"
-        if name not in kinds and role == "target":
-            continue
+        rows = table
+        if role == "target":
+            if name not in kinds or not fetch_row(con, f"SELECT count({quote(name)}) FROM {table}")[0]:
+                continue
+            rows = f"(SELECT * FROM {table} WHERE {quote(name)} IS NOT NULL)"
         structural = _structural(column, kinds.get(name))
         if structural:
             found.append(ColumnVerdict(name=name, role=role, drifted=True, reason=structural))
         else:
-            found.append(_measured(con, table, name, role, column, cluster_column))
+            found.append(_measured(con, rows, name, role, column, cluster_column))
     tested = [v for v in found if v.p_value is not None]
     adjusted = dict(
         zip([v.name for v in tested], holm([v.p_value for v in tested if v.p_value is not None]), strict=True)

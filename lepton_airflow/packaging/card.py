@@ -19,7 +19,7 @@ class Touched:
     """A dataset whose rows shaped a model.
 
     :ivar role: ``train``, ``valid``, ``tuning`` or ``calibration``.
-    :ivar time_range: smallest and largest value of ``time_column``, both inclusive.
+    :ivar time_range: smallest value of ``time_column``, and the largest or the last time that a label looks at, both inclusive.
     """
 
     role: str
@@ -33,7 +33,7 @@ class Touched:
     @classmethod
     def by(cls, role: str, sha256: str, info: DatasetInfo) -> Touched:
         """The entry for a dataset that a step has read."""
-        return cls(role, sha256, info.split, info.split_id, info.time_column, info.time_range, info.rows)
+        return cls(role, sha256, info.split, info.split_id, info.time_column, info.span, info.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class ModelCard:
     :ivar classes: the classes in the order of the columns of ``probabilities``; empty for regression.
     :ivar window: ``{"start", "end"}`` of the data window, half open, or None.
     :ivar touched: the datasets that training, early stopping, tuning or calibration read.
+    :ivar row_identity: the id columns by which ``rows.npy`` knows the touched rows; empty: by their values.
     :ivar code: sha256 of the source of the trainer.
     :ivar data: sha256 of each dataset by role.
     :ivar metrics: by rows scored: ``train``, ``valid``, ``out_of_fold``; floats, None where undefined.
@@ -62,6 +63,7 @@ class ModelCard:
     classes: list[Any] = field(default_factory=list)
     window: dict[str, str] | None = None
     touched: list[Touched] = field(default_factory=list)
+    row_identity: list[str] = field(default_factory=list)
     cluster_column: str | None = None
     code: str = ""
     data: dict[str, str] = field(default_factory=dict)

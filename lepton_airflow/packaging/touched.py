@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo, read_info
 from lepton_airflow.data.features import Feature, feature_frame, read_batches
 from lepton_airflow.errors import BadInput
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
     from lepton_airflow.packaging.package import ModelPackage
@@ -35,48 +36,102 @@ def row_fingerprints(path: Path, features: Iterable[Feature], target: str) -> ND
     return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.uint64)
 
 
+def id_fingerprints(path: Path, id_columns: Sequence[str]) -> NDArray[np.uint64]:
+    """One 64-bit hash per distinct id, sorted; an id is equal as a number and as its text, and whatever its type."""
+    import numpy as np
+    import pandas as pd
+
+    parts = []
+    for batch in read_batches(path, list(dict.fromkeys(id_columns))):
+        ids = pd.DataFrame({i: _as_text(batch[name]) for i, name in enumerate(id_columns)})
+        parts.append(np.unique(pd.util.hash_pandas_object(ids, index=False, categorize=False).to_numpy()))
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.uint64)
+
+
+def _as_text(column: pd.Series[Any]) -> pd.Series[Any]:
+    """Ids as text, with whole numbers that a missing value has made floats as whole numbers again."""
+    missing = column.isna()
+    if column.dtype.kind == "f":
+        whole = (column % 1 == 0) & (column.abs() < 2**53)
+        text = column.astype(str)
+        text[whole] = column[whole].astype("int64").astype(str)
+    else:
+        text = column.astype(str)
+    text[missing] = ""
+    return text.astype(object)
+
+
+def touched_rows(
+    paths: Sequence[Path], features: Iterable[Feature], target: str
+) -> tuple[NDArray[np.uint64], list[str]]:
+    """Fingerprints of the distinct rows of some datasets, and the id columns they are of; none: they are of the values."""
+    import numpy as np
+
+    infos = [read_info(path) for path in paths]
+    ids = infos[0].id_columns if all(i.id_columns == infos[0].id_columns for i in infos) else []
+    features = list(features)
+    parts = [id_fingerprints(p, ids) if ids else row_fingerprints(p, features, target) for p in paths]
+    return np.unique(np.concatenate(parts)), ids
+
+
 def overlap(package: ModelPackage, dataset_path: Path, info: DatasetInfo) -> str | None:
     """Say which rows of a dataset the model has touched, in one sentence; None when it has touched none.
 
-    Two splits of one PrepareData run share no row. Otherwise time ranges decide, both ends included, and where either side has
-    none, equal rows (features and target). When nothing can tell, the sentence says so, and it counts as overlap.
+    Splits of equal rows in an equal division share no row. Otherwise the rows are others when their time ranges are apart,
+    both ends included; and ids, where both sides have the same id columns, tell the rest. Equal values are no proof of
+    an equal row, but rows without any common value are others. When nothing can tell, the sentence says so, and it counts
+    as overlap.
     """
     import numpy as np
 
     card = package.card
-    unseen_by_time = []
+    in_time, timeless = None, False
     for touched in card.touched:
         if info.split_id is not None and touched.split_id == info.split_id:
             if touched.split == info.split:
                 return f"the model's {touched.role} rows are the same split ({info.split!r} of {info.split_id[:12]})."
-            unseen_by_time.append(True)
-            continue
-        if touched.time_range is None or info.time_range is None:
-            unseen_by_time.append(False)
-            continue
-        mine, theirs = time_span(info.time_range), time_span(touched.time_range)
-        if mine[0] <= theirs[1] and theirs[0] <= mine[1]:
-            return (
+        elif touched.time_range is None or info.span is None:
+            timeless = True
+        elif overlapping(info.span, touched.time_range):
+            in_time = in_time or (
                 f"the model's {touched.role} rows span {' to '.join(touched.time_range)} ({touched.time_column}), "
-                f"which overlaps {' to '.join(info.time_range)}."
+                f"which overlaps {' to '.join(info.span)}."
             )
-        unseen_by_time.append(True)
-    if all(unseen_by_time):
+    if in_time is None and not timeless:
         return None
-    if package.rows is None:
+    if package.rows is not None and card.row_identity and card.row_identity == info.id_columns:
+        found = id_fingerprints(dataset_path, info.id_columns)
+        common = len(np.intersect1d(found, package.rows, assume_unique=True))
+        ids = ", ".join(info.id_columns)
+        return f"it knows {common:,} of the {len(found):,} ids of these rows ({ids})." if common else None
+    if in_time is not None:
+        return in_time
+    remedy = "name what tells the rows apart in PrepareData's id_columns or time_column, for both."
+    if package.rows is None or card.row_identity:
+        known_by = "time" if any(t.time_range for t in card.touched) else "nothing"
+        if card.row_identity:
+            known_by = f"id ({', '.join(card.row_identity)})"
+        theirs = (
+            f"id ({', '.join(info.id_columns)})" if info.id_columns else "time" if info.span else "neither"
+        )
         return (
-            "whether the model has touched these rows cannot be told: "
-            f"the model knows its rows by {'time' if any(t.time_range for t in card.touched) else 'nothing'}, "
-            f"the dataset {'has' if info.time_range else 'lacks'} a time range; prepare both with the same time_column."
+            "whether the model has touched these rows cannot be told: the model knows its rows by "
+            f"{known_by}, the dataset has {theirs}; {remedy}"
         )
     found = row_fingerprints(dataset_path, card.features, card.target)
-    common = np.intersect1d(found, package.rows, assume_unique=True)
-    if not len(common):
+    common = len(np.intersect1d(found, package.rows, assume_unique=True))
+    if not common:
         return None
     return (
-        f"{len(common):,} of {len(found):,} distinct rows equal rows that the model has touched (features and "
-        f"target {card.target!r}; the data have no time column)."
+        f"whether the model has touched these rows cannot be told: {common:,} of {len(found):,} distinct rows have the values "
+        f"of rows that it has touched (features and target {card.target!r}), which may be chance; {remedy}"
     )
+
+
+def overlapping(mine: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether two inclusive ranges of time have an instant in common."""
+    (start, end), (first, last) = time_span(mine), time_span(theirs)
+    return start <= last and first <= end
 
 
 def time_span(time_range: Sequence[str]) -> tuple[datetime, datetime]:

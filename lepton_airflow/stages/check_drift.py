@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import pin, split_pin
-from lepton_airflow.data.dataset import read_info
+from lepton_airflow.data.dataset import DatasetInfo, read_info
 from lepton_airflow.data.duckdb_types import is_number
 from lepton_airflow.data.sql import connect, fetch_row, interruptible, literal, quote
 from lepton_airflow.errors import (
@@ -57,7 +57,8 @@ class CheckDrift(Stage):
     ``reason``. If ``retrain`` is true, each ``AssetAlias`` among the task's ``outlets`` gets an event with the run's window,
     which starts the DAGs that are scheduled on it.
 
-    :param dataset: the current rows with the model's features, ``prepare.output["test"]``.
+    :param dataset: the current rows with the model's features: ``prepare.output["test"]``, or any Parquet file with columns of
+        these names, such as a snapshot. Labels may be missing: the target is judged over the rows that have one.
     :param name: name of a registered model, whose champion is the reference; without a champion the task is skipped.
     :param reference: instead of ``name``: a profile, ``prepare.output["profile"]``, or a model package.
     :param reference_rows: the rows behind the reference, for the report; None: the champion's training rows, if the store
@@ -65,8 +66,8 @@ class CheckDrift(Stage):
     :param threshold: smallest population stability index that matters; 0.1 and 0.25 are usual [nats].
     :param alpha: largest p-value, corrected for the number of columns, that counts as beyond chance [0 to 1].
     :param min_columns: number of drifted columns from which on the data have drifted [1 to all of the reference's].
-    :param cluster_column: column that names dependent rows, such as the day; None: the one that the dataset names; if it
-        names none, rows are taken to be as dependent as those of the reference.
+    :param cluster_column: column that names dependent rows, such as the day; None: the one that the dataset or the model
+        names; if there is none, rows are taken to be as dependent as those of the reference.
     :param sample_rows: number of rows that the report shows of each side [rows].
     :param seed: of these samples.
     :param on_backfill: in a backfill, ``register_only`` judges and starts nothing, ``skip`` does nothing, ``full`` acts.
@@ -242,11 +243,19 @@ class CheckDrift(Stage):
     def _judge(
         self, con: duckdb.DuckDBPyConnection, current: Path, reference: _Reference
     ) -> tuple[int, list[ColumnVerdict]]:
-        info = read_info(current)
+        info = read_info(current, plain=True)
         scan = f"SELECT * FROM read_parquet({literal(current)})"
         con.execute(f"CREATE TEMP VIEW current_rows AS {scan}")
         there = [name for name, *_ in con.execute("DESCRIBE current_rows").fetchall()]
+        features = [name for name in reference.profile["columns"] if name != reference.profile["target"]]
+        if info == DatasetInfo() and features and not set(features) & set(there):
+            raise BadInput(
+                f"{split_pin(self.dataset)[0]} has none of the {len(features)} features of {reference.name}, such as "
+                f"{features[0]!r}: prepare these rows as those of the reference were, without target where labels are late."
+            )
         cluster = self.cluster_column or info.cluster_column
+        if cluster is None and reference.card and reference.card.cluster_column in there:
+            cluster = reference.card.cluster_column
         if cluster is not None and cluster not in there:
             raise BadConfiguration(
                 f"cluster_column {cluster!r} is not among the columns; {did_you_mean(cluster, there)}"
@@ -330,11 +339,14 @@ class CheckDrift(Stage):
 
     def _reason(self, verdicts: Sequence[ColumnVerdict], rows: int, reference: _Reference) -> str:
         moved = [v for v in verdicts if v.drifted]
+        target = reference.profile["target"]
+        unknown = f" The target {target!r} is not compared: no row has a label yet."
         worst = "; ".join(f"{v.name}: {v.reason}" for v in (moved or verdicts)[:3])
         needed = f" ({self.min_columns} needed)" if self.min_columns > 1 else ""
         return _cut(
             f"{'Drifted' if self._drifted(verdicts) else 'Not drifted'}: {len(moved)} of {len(verdicts)} columns{needed} moved away from "
-            f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}.",
+            f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}."
+            + (unknown if target and target not in {v.name for v in verdicts} else ""),
             _REASON_BYTES,
         )
 

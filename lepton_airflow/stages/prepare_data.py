@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,7 +17,18 @@ from lepton_airflow.data.dataset import DatasetInfo, info_sql
 from lepton_airflow.data.duckdb_types import WHOLE, in_microseconds, is_time, portable
 from lepton_airflow.data.leaks import copies_of_target, differing_columns, perfect_separators
 from lepton_airflow.data.profile import reference_profile
-from lepton_airflow.data.splits import RESERVED, ROW, SPLIT, TIME, Division, timestamp
+from lepton_airflow.data.splits import (
+    RESERVED,
+    ROW,
+    SPLIT,
+    TIME,
+    Division,
+    Split,
+    interval,
+    label_horizon,
+    moment_of,
+    timestamp,
+)
 from lepton_airflow.data.sql import (
     PARQUET,
     bind,
@@ -32,8 +44,8 @@ from lepton_airflow.data.sql import (
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line, require
 from lepton_airflow.sdk.code import is_code, load_code
-from lepton_airflow.sdk.fingerprint import cache_key
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, Result, RunInfo, Stage
+from lepton_airflow.store.files import digest_path
 
 if TYPE_CHECKING:
     import duckdb
@@ -57,8 +69,13 @@ class PrepareData(Stage):
     cluster, stay together. The features of the rows before each cut are then computed again *without* the later rows, and
     must be the same (``leak_check``), for SQL and for functions.
 
+    Features may look back only. A target may look ahead, as far as ``label_horizon`` says: then a gap of that length is left
+    before each cut, and rows whose label is not known yet at the end of the data are left out.
+
+    Without ``target`` the rows are for predicting and for watching drift; with ``test_fraction=1`` all of them are ``test``.
+
     :param snapshot: a Parquet snapshot, such as ``ingest.output["snapshot"]``.
-    :param target: column to predict.
+    :param target: column to predict; null: labels are not known yet, or not needed.
     :param features: one DuckDB SELECT over the table ``snapshot``, or ``module:function`` that takes the snapshot as
         a DataFrame and returns one; null: the snapshot's own columns. A function needs all rows in memory, SQL does not.
     :param parameters: values bound to the SELECT by name, besides ``$window_start`` and ``$window_end``.
@@ -66,12 +83,21 @@ class PrepareData(Stage):
         20 distinct values.
     :param split: time, group (whole ``cluster_column`` values) or random.
     :param time_column: date or timestamp of a row; one without a time zone is compared with UTC bounds digit by digit.
+    :param snapshot_time_column: the snapshot's own time, where features give rows another one, such as a grid of cut-offs;
+        null: time_column.
+    :param label_horizon: how far the target looks ahead of its row, such as ``1 hour`` or ``30 days``; null: not at all.
+    :param complete_until: time up to which all events have arrived, which decides whose label is known: ISO 8601 or
+        window_end; null: the last time in the snapshot.
     :param cluster_column: rows with an equal value depend on one another (one day's flights, one patient).
-    :param id_columns: columns that the files keep and no model sees.
+    :param known_clusters: with split=time, let clusters lie on both sides of a cut: the model will predict later rows of
+        clusters that it knows (next month's bills of the same customers). Else it is judged on clusters that it has not met.
+    :param id_columns: columns that tell the rows apart; the files keep them and no model sees them. Later stages know by
+        them which rows a model has touched, and a random split goes by them.
     :param drop: columns of the result to leave out.
     :param stratify: give every split of a random split equal shares of the classes.
-    :param valid_fraction: share of the rows outside test that validate [share, 0 to 1]; 0: no such split.
-    :param test_fraction: share of the rows that test [share, 0 to 1]; 0: no such split. Not used with test_start.
+    :param valid_fraction: share of the rows outside test that validate [share, 0 to below 1]; 0: no such split.
+    :param test_fraction: share of the rows that test [share, 0 to 1]; 0: no such split; 1: no other. Not used with
+        test_start.
     :param valid_start: time at which valid starts, ISO 8601, or window_start; replaces valid_fraction.
     :param test_start: time at which test starts, ISO 8601, or window_start; replaces test_fraction.
     :param seed: of the group and random splits.
@@ -84,13 +110,17 @@ class PrepareData(Stage):
     """
 
     snapshot: ArtifactUri
-    target: str
+    target: str | None = None
     features: CodeRef | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     task: Literal["classification", "regression"] | None = None
     split: Literal["time", "group", "random"] = "time"
     time_column: str | None = None
+    snapshot_time_column: str | None = None
+    label_horizon: str | None = None
+    complete_until: str | None = None
     cluster_column: str | None = None
+    known_clusters: bool = False
     id_columns: list[str] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
     stratify: bool = True
@@ -111,7 +141,7 @@ class PrepareData(Stage):
     def run(self, run: RunInfo) -> Result:
         """Compute the features, split, check, profile and save.
 
-        :return: artifacts ``train``, ``valid`` and ``test`` (those that exist) and ``profile``; value ``splits``
+        :return: artifacts ``train``, ``valid`` and ``test`` (those that exist) and ``profile`` (of train); value ``splits``
             (rows and time range of each).
         """
         require("duckdb", "PrepareData", self.extra)
@@ -127,9 +157,12 @@ class PrepareData(Stage):
             con.close()
 
     def _check_parameters(self) -> None:
-        for name in ("valid_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise BadConfiguration(f"{name}={getattr(self, name)}: expected a share from 0 to below 1.")
+        if not 0 <= self.valid_fraction < 1:
+            raise BadConfiguration(
+                f"valid_fraction={self.valid_fraction}: expected a share from 0 to below 1."
+            )
+        if not 0 <= self.test_fraction <= 1:
+            raise BadConfiguration(f"test_fraction={self.test_fraction}: expected a share from 0 to 1.")
         if self.split == "time" and not self.time_column:
             raise BadConfiguration("split='time' needs time_column: name the column that orders the rows.")
         if self.split == "group" and not self.cluster_column:
@@ -144,11 +177,28 @@ class PrepareData(Stage):
             raise BadConfiguration(
                 f"valid_start and test_start belong to split='time', and split is {self.split!r}."
             )
+        if self.known_clusters and not (self.split == "time" and self.cluster_column):
+            raise BadConfiguration(
+                "known_clusters=true needs split='time' and cluster_column: it says that later rows of a cluster are "
+                "predicted by what is known of its earlier ones."
+            )
+        if self.label_horizon and not (self.target and self.time_column):
+            raise BadConfiguration(
+                f"label_horizon={self.label_horizon!r} needs target and time_column: it says how far the target looks "
+                "ahead of the time of its row."
+            )
+        if self.complete_until and not self.label_horizon:
+            raise BadConfiguration(
+                f"complete_until={self.complete_until!r} needs label_horizon: without one every label is known at once."
+            )
+        if self.task and not self.target:
+            raise BadConfiguration(f"task={self.task!r} needs target: name the column to predict.")
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def _prepare(self, con: duckdb.DuckDBPyConnection, run: RunInfo, path: Path, sha256: str) -> Result:
         self._open_snapshot(con, path)
+        horizon = label_horizon(con, self.label_horizon)
         features = _Features(self, con, run).write("features", None)
         (rows,) = fetch_row(con, f"SELECT count(*) FROM {features}")
         if not rows:
@@ -156,37 +206,66 @@ class PrepareData(Stage):
                 "features gives no row: check its conditions, and that the snapshot has the rows it asks for."
             )
         types = self._column_types(con, features)
-        info = self._info(con, run, features, types, sha256)
-        missing = self._check_target(con, features, info)
-        division = self._division(run, info)
-        assigned = self._assign(con, run, run.workdir / f"{features}.parquet", division)
-        splits = division.measure(con, assigned, types.get(str(self.time_column)))
-        info = replace(info, classes=self._classes(con, info, assigned, list(splits)))
-        self._check_features(con, info, assigned)
+        info = self._info(con, features, types, horizon, sha256)
+        until = self._complete_until(con, run, features) if horizon else None
+        unknown = self._keep_known_labels(con, run, features, horizon, until)
+        missing = self._check_target(con, "labelled", info)
+        division = self._division(run, info, horizon)
+        info = replace(info, split_id=self._split_id(run.workdir / f"{features}.parquet", division, until))
+        gap = self._assign(con, run, division)
+        splits = division.measure(con, "assigned", types.get(str(self.time_column)))
+        info = replace(info, classes=self._classes(con, info, "assigned", list(splits)))
+        self._check_features(con, info, "assigned")
         if self.leak_check:
-            if splits["train"].rows >= _ROWS_TO_ACCUSE:
-                self._check_target_leaks(con, info, assigned)
-            self._check_future(con, run, features, types, assigned, list(splits))
+            if "train" in splits and splits["train"].rows >= _ROWS_TO_ACCUSE:
+                self._check_target_leaks(con, info, "assigned")
+            self._check_future(con, run, features, types, horizon, list(splits))
         run.check_stop()
         infos = {
-            name: replace(info, split=name, rows=split.rows, time_range=split.time_range)
+            name: replace(
+                info,
+                split=name,
+                rows=split.rows,
+                time_range=split.time_range,
+                labels_until=_later(split.time_range, horizon),
+            )
             for name, split in splits.items()
         }
-        artifacts = {name: self._save(con, run, assigned, list(types), i) for name, i in infos.items()}
-        con.execute(f"CREATE TEMP VIEW train AS SELECT * FROM {assigned} WHERE {SPLIT} = 'train'")
-        profile = reference_profile(con, "train", infos["train"], run.window)
-        artifacts["profile"] = run.save(
-            "profile.json", json.dumps(profile, ensure_ascii=False, allow_nan=False)
-        )
-        counts = ", ".join(f"{split.rows} {name}" for name, split in splits.items())
+        artifacts = {name: self._save(con, run, "assigned", list(types), i) for name, i in infos.items()}
+        if "train" in infos:
+            con.execute(f"CREATE TEMP VIEW train AS SELECT * FROM assigned WHERE {SPLIT} = 'train'")
+            profile = reference_profile(con, "train", infos["train"], run.window)
+            artifacts["profile"] = run.save(
+                "profile.json", json.dumps(profile, ensure_ascii=False, allow_nan=False)
+            )
         metrics: dict[str, float | None] = {f"rows_{name}": split.rows for name, split in splits.items()}
+        left_out = {"rows_without_target": missing, "rows_label_unknown": unknown, "rows_in_gaps": gap}
         return Result(
-            summary=f"{len(info.features)} features to predict {self.target!r} ({info.task}); rows: {counts}"
-            + (f"; {missing} without a target left out." if missing else "."),
+            summary=self._summary(info, splits, missing, unknown, gap),
             artifacts=artifacts,
             values={"splits": {name: asdict(split) for name, split in splits.items()}},
-            metrics=metrics | {"features": len(info.features), "rows_without_target": missing},
+            metrics=metrics | {"features": len(info.features)} | left_out,
         )
+
+    def _summary(
+        self, info: DatasetInfo, splits: Mapping[str, Split], missing: int, unknown: int, gap: int
+    ) -> str:
+        what = (
+            f" to predict {self.target!r} ({info.task})"
+            if self.target
+            else "; no target, to predict or to watch"
+        )
+        text = f"{len(info.features)} features{what}; rows: "
+        text += ", ".join(f"{split.rows} {name}" for name, split in splits.items())
+        if self.known_clusters:
+            text += f"; later rows of known {self.cluster_column} are predicted"
+        if missing:
+            text += f"; {missing} without a target left out"
+        if unknown:
+            text += f"; {unknown} whose label is not known yet left out"
+        if gap:
+            text += f"; {gap} left out whose label reaches into the next split"
+        return text + "."
 
     def _open_snapshot(self, con: duckdb.DuckDBPyConnection, path: Path) -> None:
         """Make the view ``snapshot``, which the features are computed from."""
@@ -242,7 +321,12 @@ class PrepareData(Stage):
         return types
 
     def _info(
-        self, con: duckdb.DuckDBPyConnection, run: RunInfo, table: str, types: dict[str, str], sha256: str
+        self,
+        con: duckdb.DuckDBPyConnection,
+        table: str,
+        types: dict[str, str],
+        horizon: timedelta,
+        sha256: str,
     ) -> DatasetInfo:
         """Decide the task, and which columns are features and which of these are categories."""
         others = {self.target, self.time_column, self.cluster_column, *self.id_columns}
@@ -257,6 +341,23 @@ class PrepareData(Stage):
                     f"feature {name!r} is {types[name]}: expected a number or text. Derive one in features, or name it in "
                     "id_columns or drop."
                 )
+        return DatasetInfo(
+            target=self.target,
+            task=self._task(con, table, types),
+            features=features,
+            categorical=[name for name in features if types[name] == "VARCHAR"],
+            time_column=self.time_column,
+            label_horizon_s=horizon.total_seconds(),
+            cluster_column=self.cluster_column,
+            known_clusters=self.known_clusters,
+            id_columns=list(self.id_columns),
+            split_by=self.split,
+            snapshot_sha256=sha256,
+        )
+
+    def _task(self, con: duckdb.DuckDBPyConnection, table: str, types: dict[str, str]) -> str | None:
+        if self.target is None:
+            return None
         kind = types[self.target]
         if kind not in (*WHOLE, "FLOAT", "DOUBLE", "VARCHAR"):
             raise BadConfiguration(f"target {self.target!r} is {kind}: expected a number, text or a boolean.")
@@ -272,31 +373,66 @@ class PrepareData(Stage):
                 f"target {self.target!r} is {kind}, which task='classification' does not take as a class: "
                 "cast it to INTEGER or VARCHAR in features."
             )
-        # Splits of one id share no row, so whatever may move a row to another split must change the id, also the window.
-        division = cache_key(replace(self, memory_limit_mb=0, threads=0), run)
-        return DatasetInfo(
-            target=self.target,
-            task=task,
-            features=features,
-            categorical=[name for name in features if types[name] == "VARCHAR"],
-            time_column=self.time_column,
-            cluster_column=self.cluster_column,
-            split_id=str(division)[:32],
-            snapshot_sha256=sha256,
+        return task
+
+    def _keep_known_labels(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        run: RunInfo,
+        table: str,
+        horizon: timedelta,
+        until: datetime | None,
+    ) -> int:
+        """Make the view ``labelled`` of the rows whose label is known at the end of the data; count the others."""
+        time = f"CAST({quote(self.time_column)} AS TIMESTAMP)" if self.time_column else "NULL::TIMESTAMP"
+        known = f"coalesce({TIME} + {interval(horizon)} <= {timestamp(until)}, true)" if until else "true"
+        con.execute(
+            f"CREATE TEMP VIEW labelled AS SELECT * EXCLUDE (file_row_number), file_row_number AS {ROW}, {time} AS {TIME} "
+            f"FROM read_parquet({literal(run.workdir / f'{table}.parquet')}, file_row_number=true) WHERE {known}"
         )
+        (rows,), (kept,) = (fetch_row(con, f"SELECT count(*) FROM {name}") for name in (table, "labelled"))
+        if not kept:
+            raise BadInput(
+                f"label_horizon={self.label_horizon!r}: no label of the {rows} rows is known yet, since the data end at "
+                f"{until}. Bring later data, or rows of earlier times."
+            )
+        if kept < rows:
+            log.info(
+                "%d rows are left out: their labels look ahead by %s and the data end at %s",
+                rows - kept, self.label_horizon, until,
+            )  # fmt: skip
+        return int(rows - kept)
+
+    def _complete_until(self, con: duckdb.DuckDBPyConnection, run: RunInfo, table: str) -> datetime:
+        """The time up to which the data are complete."""
+        if self.complete_until:
+            return moment_of(self._stated(run, "complete_until") or "", "complete_until")
+        time = self.snapshot_time_column or str(self.time_column)
+        there = column_types(con, "SELECT * FROM snapshot", {}, "snapshot")
+        source = "snapshot" if is_time(there.get(time, "")) else table
+        column = time if source == "snapshot" else str(self.time_column)
+        (until,) = fetch_row(con, f"SELECT max(CAST({quote(column)} AS TIMESTAMP)) FROM {source}")
+        if until is None:
+            raise BadInput(
+                f"column {column!r} is missing in every row, so nobody knows which labels are known."
+            )
+        return datetime.fromisoformat(str(until))
 
     def _check_target(self, con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> int:
         """Count the rows without a target; raises BadInput if the target cannot be learnt."""
+        if self.target is None:
+            return 0
         target = quote(self.target)
         rows, known = fetch_row(con, f"SELECT count(*), count({target}) FROM {table}")
         if not known:
             raise BadInput(
-                f"target {self.target!r} is missing in all {rows} rows: check the column, or where it comes from."
+                f"target {self.target!r} is missing in all {rows} rows: check the column, or where it comes from; where labels come "
+                "later, prepare the rows without target."
             )
         if known < rows and not self.drop_missing_target:
             raise BadInput(
-                f"target {self.target!r} is missing in {rows - known} of {rows} rows: leave those out in features, or set "
-                "drop_missing_target=true."
+                f"target {self.target!r} is missing in {rows - known} of {rows} rows: leave those out in features, set "
+                "drop_missing_target=true, or, where it looks ahead, say how far in label_horizon."
             )
         if info.task == "regression":
             nan, infinite = fetch_row(
@@ -343,35 +479,39 @@ class PrepareData(Stage):
 
     # -- splits -----------------------------------------------------------------------------------------------------
 
-    def _division(self, run: RunInfo, info: DatasetInfo) -> Division:
-        def start(name: str) -> str | None:
-            stated: str | None = getattr(self, name)
-            if stated in ("window_start", "window_end"):
-                window = run.need_window(f"{name}={stated!r}")
-                return window.start if stated == "window_start" else window.end
-            return stated
+    def _stated(self, run: RunInfo, name: str) -> str | None:
+        """A time that is stated as such, or as a bound of the run's window."""
+        stated: str | None = getattr(self, name)
+        if stated in ("window_start", "window_end"):
+            window = run.need_window(f"{name}={stated!r}")
+            return window.start if stated == "window_start" else window.end
+        return stated
 
+    def _division(self, run: RunInfo, info: DatasetInfo, horizon: timedelta) -> Division:
         return Division(
             by=self.split,
             time_column=self.time_column,
             cluster_column=self.cluster_column,
+            known_clusters=self.known_clusters,
+            id_columns=self.id_columns,
+            label_horizon=horizon,
             strata=self.target if self.stratify and info.task == "classification" else None,
             valid_fraction=self.valid_fraction,
             test_fraction=self.test_fraction,
-            valid_start=start("valid_start"),
-            test_start=start("test_start"),
+            valid_start=self._stated(run, "valid_start"),
+            test_start=self._stated(run, "test_start"),
             seed=self.seed,
         )
 
-    def _assign(
-        self, con: duckdb.DuckDBPyConnection, run: RunInfo, features: Path, division: Division
-    ) -> str:
-        """Make a view of the rows that have a target, each with the name of its split."""
-        time = f"CAST({quote(self.time_column)} AS TIMESTAMP)" if self.time_column else "NULL::TIMESTAMP"
-        con.execute(
-            f"CREATE TEMP VIEW known AS SELECT * EXCLUDE (file_row_number), file_row_number AS {ROW}, {time} AS {TIME} "
-            f"FROM read_parquet({literal(features)}, file_row_number=true) WHERE {quote(self.target)} IS NOT NULL"
-        )
+    def _split_id(self, features: Path, division: Division, until: datetime | None) -> str:
+        """Name the rows and what divides them: splits of one id share no row, whatever run has made them."""
+        named = [digest_path(features)[0], self.target, until, asdict(division)]
+        return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def _assign(self, con: duckdb.DuckDBPyConnection, run: RunInfo, division: Division) -> int:
+        """Make the view ``assigned`` of the rows that have a target, each with the name of its split; count those in gaps."""
+        has_target = f"{quote(self.target)} IS NOT NULL" if self.target is not None else "true"
+        con.execute(f"CREATE TEMP VIEW known AS SELECT * FROM labelled WHERE {has_target}")
         for name in filter(None, (self.time_column, self.cluster_column)):
             (missing,) = fetch_row(con, f"SELECT count(*) FROM known WHERE {quote(name)} IS NULL")
             if missing:
@@ -380,21 +520,26 @@ class PrepareData(Stage):
                 )
         file = run.workdir / "assigned.parquet"
         con.execute(f"COPY ({division.query(con)}) TO {literal(file)} ({PARQUET})")
-        con.execute(f"CREATE TEMP VIEW assigned AS SELECT * FROM read_parquet({literal(file)})")
-        return "assigned"
+        con.execute(
+            f"CREATE TEMP VIEW assigned AS SELECT * FROM read_parquet({literal(file)}) WHERE {SPLIT} IS NOT NULL"
+        )
+        rows, assigned = fetch_row(con, f"SELECT count(*), count({SPLIT}) FROM read_parquet({literal(file)})")
+        return int(rows - assigned)
 
     def _classes(
         self, con: duckdb.DuckDBPyConnection, info: DatasetInfo, assigned: str, splits: list[str]
     ) -> list[Any]:
         if info.task != "classification":
             return []
-        target = quote(self.target)
+        target = quote(str(self.target))
         found: dict[str, list[Any]] = {name: [] for name in splits}
         for name, value in con.execute(
             f"SELECT DISTINCT {SPLIT}, {target} FROM {assigned} ORDER BY {target} LIMIT {5 * _MOST_CLASSES}"
         ).fetchall():
             found[name].append(value)
-        classes = found["train"]
+        classes = found[splits[0]]
+        if splits[0] != "train":  # a model that is trained already has its own
+            return classes
         if len(classes) > _MOST_CLASSES:
             raise BadInput(
                 f"target {self.target!r} has more than {_MOST_CLASSES} classes in train: is it an id? Group them, or set task='regression'."
@@ -433,39 +578,105 @@ class PrepareData(Stage):
         run: RunInfo,
         table: str,
         types: dict[str, str],
-        assigned: str,
+        horizon: timedelta,
         splits: Sequence[str],
     ) -> None:
-        """Refuse features of earlier rows that depend on later rows."""
+        """Refuse features of earlier rows that depend on later rows, and a target that looks further than it says."""
         if self.split != "time" or self.features is None or len(splits) == 1:
             return
-        time = str(self.time_column)
         there = column_types(con, "SELECT * FROM snapshot", {}, "snapshot")
+        time = self.snapshot_time_column or str(self.time_column)
         if not is_time(there.get(time, "")):
+            if self.snapshot_time_column:
+                raise BadConfiguration(
+                    f"snapshot_time_column: the snapshot has no date or timestamp {time!r}; {did_you_mean(time, there)}"
+                )
             log.warning(
-                "leak_check: the snapshot has no time column %r, so that features look ahead cannot be ruled out.",
+                "leak_check: the snapshot has no time column %r, so that features look ahead cannot be ruled out; name its "
+                "own in snapshot_time_column.",
                 time,
             )
             return
         for name in splits[1:]:
-            (cut,) = fetch_row(con, f"SELECT min({TIME}) FROM {assigned} WHERE {SPLIT} = '{name}'")
+            (cut,) = fetch_row(con, f"SELECT min({TIME}) FROM assigned WHERE {SPLIT} = '{name}'")
             alone = _Features(self, con, run).write(f"before_{name}", cut)
-            moment = f"CAST({quote(time)} AS TIMESTAMP)"
-            different = differing_columns(
-                con,
-                f"(SELECT *, {moment} AS {TIME} FROM {table} WHERE {moment} < {timestamp(cut)})",
-                f"(SELECT *, {moment} AS {TIME} FROM {alone})",
-                types,
-                key=TIME,
-            )
+            # The label of a row that long before the cut is known at the cut, so nothing of it may change.
+            both = [self._rows_before(source, cut - horizon) for source in (table, alone)]
+            different = differing_columns(con, both[0], both[1], types, key=TIME)
             if different:
-                what = "the number of rows" if different[0] == "*" else f"column {different[0]!r}"
-                raise BadInput(
-                    f"features look into the future: {what} before {cut} changes when the rows from then on are taken "
-                    "away. Let windows and aggregates reach over earlier rows only, and give them an order; "
-                    "leak_check=false accepts it, for what is known beforehand."
-                )
+                raise BadInput(self._looks_ahead(different, cut, horizon))
+            if horizon:
+                self._check_unlabelled(con, table, alone, types, cut, horizon)
             log.info("leak_check: the rows before %s (%s) do not depend on later ones", cut, name)
+
+    def _rows_before(self, table: str, cut: datetime, since: datetime | None = None) -> str:
+        moment = f"CAST({quote(str(self.time_column))} AS TIMESTAMP)"
+        later = f" AND {moment} >= {timestamp(since)}" if since else ""
+        return f"(SELECT *, {moment} AS {TIME} FROM {table} WHERE {moment} < {timestamp(cut)}{later})"
+
+    def _check_unlabelled(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        table: str,
+        alone: str,
+        types: dict[str, str],
+        cut: datetime,
+        horizon: timedelta,
+    ) -> None:
+        """Refuse features that look ahead less far than the target, in rows whose label is not known at the cut.
+
+        Without the later rows a query may leave such rows out, for they have no label. Those that it gives are compared.
+        """
+        both = [self._rows_before(source, cut, cut - horizon) for source in (table, alone)]
+        names = [self.time_column, self.cluster_column, *self.id_columns]
+        key = ", ".join(quote(name) for name in dict.fromkeys(names) if name)
+        counted = [f"(SELECT {key}, count(*) AS n FROM {source} GROUP BY ALL)" for source in both]
+        in_both = f"(SELECT {key} FROM {counted[0]} JOIN {counted[1]} USING ({key}, n))"
+        (more,) = fetch_row(
+            con,
+            f"SELECT count(*) FROM {counted[1]} AS alone LEFT JOIN {counted[0]} AS f USING ({key}) WHERE alone.n > coalesce(f.n, 0)",
+        )
+        compared = [f"(SELECT * FROM {source} JOIN {in_both} USING ({key}))" for source in both]
+        features = {name: kind for name, kind in types.items() if name != self.target}
+        different = ["*"] if more else differing_columns(con, compared[0], compared[1], features, key=TIME)
+        if different:
+            raise BadInput(self._looks_ahead(different, cut, timedelta()))
+        (rows,), (all_rows,) = (fetch_row(con, f"SELECT count(*) FROM {t}") for t in (compared[0], both[0]))
+        if not rows and all_rows:
+            log.warning(
+                "leak_check: features give no row of the %s before %s without the later ones, so that these %d look ahead "
+                "cannot be ruled out; let features keep rows without a label: label_horizon leaves them out.",
+                horizon, cut, all_rows,
+            )  # fmt: skip
+
+    def _looks_ahead(self, different: Sequence[str], cut: datetime, horizon: timedelta) -> str:
+        """The sentence about columns that change when the rows from a cut on are taken away."""
+        before = cut - horizon
+        columns = [] if "*" in different else list(different)
+        if horizon and columns in ([], [self.target]):
+            what = f"target {self.target!r}" if columns else "the number of rows"
+            return (
+                f"the target looks further ahead than label_horizon={self.label_horizon!r}: {what} before {before} changes "
+                f"when the rows from {cut} on are taken away. State the whole length."
+            )
+        if columns == [self.target]:
+            return (
+                f"target {self.target!r} looks ahead: before {cut} it changes when the rows from then on are taken away. If it "
+                "should, say how far in label_horizon, such as '30 days'."
+            )
+        what = f"column {columns[0]!r}" if columns else "the number of rows"
+        return (
+            f"features look into the future: {what} before {before} changes when the rows from {cut if horizon else 'then'} on "
+            "are taken away. Let windows and aggregates reach over earlier rows only, and give them an order; where the target "
+            "looks ahead, say how far in label_horizon; leak_check=false accepts it, for what is known beforehand."
+        )
+
+
+def _later(time_range: Sequence[str] | None, horizon: timedelta) -> str | None:
+    """The last time that the labels of a range of rows look at; None where labels do not look ahead."""
+    if not time_range or not horizon:
+        return None
+    return (datetime.fromisoformat(time_range[1]) + horizon).isoformat()
 
 
 @dataclass
@@ -498,7 +709,7 @@ class _Features:
     def _earlier(self, before: datetime) -> str:
         """Copy the snapshot's rows before a time."""
         path = self.run.workdir / "earlier.parquet"
-        time = quote(str(self.stage.time_column))
+        time = quote(self.stage.snapshot_time_column or str(self.stage.time_column))
         self.con.execute(
             f"COPY (SELECT * FROM snapshot WHERE CAST({time} AS TIMESTAMP) < {timestamp(before)}) TO {literal(path)} ({PARQUET})"
         )

@@ -351,15 +351,21 @@ def _sha256(run: RunInfo, uri: str) -> str:
 
 
 def _touched_rows(package: ModelPackage, paths: Mapping[str, Path]) -> NDArray[np.uint64] | None:
-    """The fingerprints of the rows that the model had touched and of those that quantizing read; None when times tell."""
+    """The fingerprints of the rows that the model had touched and of those that quantizing read.
+
+    None when times tell, or when the rows that were read lack the ids by which the model knows its own.
+    """
     import numpy as np
 
-    from lepton_airflow.packaging.touched import row_fingerprints
+    from lepton_airflow.packaging.touched import id_fingerprints, row_fingerprints
 
-    if package.rows is None:
+    card, ids = package.card, package.card.row_identity
+    if package.rows is None or (ids and any(read_info(path).id_columns != ids for path in paths.values())):
         return None
-    features, target = package.card.features, package.card.target
-    read = [row_fingerprints(path, features, target) for path in paths.values()]
+    read = [
+        id_fingerprints(path, ids) if ids else row_fingerprints(path, card.features, card.target)
+        for path in paths.values()
+    ]
     return np.unique(np.concatenate([package.rows, *read]))
 
 

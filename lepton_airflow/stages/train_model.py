@@ -7,7 +7,7 @@ import json
 import logging
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -93,6 +93,7 @@ class TrainModel(Stage):
             require(library, "TrainModel", self.extra)
         from lepton_airflow import models
         from lepton_airflow.packaging.package import write_package
+        from lepton_airflow.packaging.touched import touched_rows
         from lepton_airflow.training.curves import draw
         from lepton_airflow.training.gpu import Readings
         from lepton_airflow.training.parity import check_parity
@@ -126,15 +127,18 @@ class TrainModel(Stage):
         if out_of_fold is not None:
             out_of_fold.to_parquet(run.workdir / "out_of_fold.parquet", index=False)
             artifacts["out_of_fold"] = run.save("out_of_fold.parquet", run.workdir / "out_of_fold.parquet")
-        # Where a dataset has no times, later stages recognise rows of it by their fingerprints.
-        timed = all(t.time_range for t in touched)
-        paths = [path, *([valid_path] if valid_path else [])]
+        # Where times do not tell, later stages recognise rows by the fingerprints of their ids or values.
+        seen: NDArray[Any] | None = None
+        identity: list[str] = []
+        if not all(t.time_range for t in touched) or (rows.info.id_columns and rows.info.split_by != "time"):
+            paths = [path, *([valid_path] if valid_path else []), *map(run.fetch, self.also_touched)]
+            seen, identity = touched_rows(paths, rows.schema.features, rows.target)
         write_package(
             run.workdir / "model",
             onnx_model,
-            fits.card(model, metrics, parity),
+            replace(fits.card(model, metrics, parity), row_identity=identity),
             profile=profile,
-            rows=None if timed else _all_rows([*paths, *map(run.fetch, self.also_touched)], rows),
+            rows=seen,
         )
         artifacts["model"] = run.save("model", run.workdir / "model")
         if fits.curves.points and (picture := draw(fits.curves, run.workdir / "curves.png", trainer.name)):
@@ -340,21 +344,24 @@ def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
     """Raise BadInput when rows for early stopping and for metrics are among the rows to learn from.
 
     The rules are those for evaluation rows (:func:`lepton_airflow.packaging.touched.overlap`). Splits of one PrepareData run
-    share no row. For other datasets the time ranges decide, both ends included; if one has no range, equal rows do.
+    share no row, nor do others whose time ranges are apart, both ends included. Else the ids decide, or equal rows.
     """
     import numpy as np
 
-    from lepton_airflow.packaging.touched import row_fingerprints, time_span
+    from lepton_airflow.packaging.touched import id_fingerprints, overlapping, row_fingerprints
 
     ours, theirs = valid.info, rows.info
     if ours.split_id is not None and ours.split_id == theirs.split_id:
         shared = f"both are the split {ours.split!r} of one preparation" if ours.split == theirs.split else ""
-    elif ours.time_range and theirs.time_range:
-        (start, end), (first, last) = time_span(ours.time_range), time_span(theirs.time_range)
-        shared = (
-            f"its rows span {' to '.join(ours.time_range)}, those of dataset {' to '.join(theirs.time_range)}"
-        )
-        shared = shared if start <= last and first <= end else ""
+    elif ours.span and theirs.span and not overlapping(ours.span, theirs.span):
+        shared = ""
+    elif ours.id_columns and ours.id_columns == theirs.id_columns:
+        held, learned = (id_fingerprints(p, ours.id_columns) for p in (valid_path, path))
+        common = len(np.intersect1d(held, learned, assume_unique=True))
+        ids = ", ".join(ours.id_columns)
+        shared = f"{common:,} of its {len(held):,} ids ({ids}) are in dataset too" if common else ""
+    elif ours.span and theirs.span:
+        shared = f"its rows span {' to '.join(ours.span)}, those of dataset {' to '.join(theirs.span)}"
     else:
         held, learned = (row_fingerprints(p, rows.schema.features, rows.target) for p in (valid_path, path))
         common = len(np.intersect1d(held, learned, assume_unique=True))
@@ -363,16 +370,6 @@ def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
         raise BadInput(
             f"valid shares rows with dataset: {shared}. Pass the valid split of the PrepareData run that made dataset."
         )
-
-
-def _all_rows(paths: list[Path], rows: Rows) -> NDArray[np.uint64]:
-    """Fingerprints of the distinct rows of some datasets."""
-    import numpy as np
-
-    from lepton_airflow.packaging.touched import row_fingerprints
-
-    features, target = rows.schema.features, rows.target
-    return np.unique(np.concatenate([row_fingerprints(path, features, target) for path in paths]))
 
 
 def _metrics(

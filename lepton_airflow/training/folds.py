@@ -22,8 +22,9 @@ def make_folds(rows: Rows, folds: int, fold_by: FoldBy, seed: int) -> list[Fold]
 
     ``row``: K folds at random, stratified by class, with whole clusters when the dataset names a cluster column.
     ``time``: the rows in order of time are cut into ``folds + 1`` blocks. Fold k holds block k out and trains on the blocks
-    before it, so no model sees its future. Equal times stay together, and rows of a cluster that is held out are not
-    trained on. The first block is never held out.
+    before it, so no model sees its future. Equal times stay together. Rows whose label reaches into the block are not trained
+    on, nor are rows of a cluster that is held out, unless PrepareData said ``known_clusters``. The first block is never
+    held out.
 
     :raises BadInput: the rows cannot be split so; the message says why.
     """
@@ -70,6 +71,7 @@ def _random_folds(rows: Rows, folds: int, seed: int) -> list[Fold]:
 
 def _time_folds(rows: Rows, folds: int) -> list[Fold]:
     import numpy as np
+    import pandas as pd
 
     if rows.moments is None:
         raise BadConfiguration(
@@ -83,7 +85,11 @@ def _time_folds(rows: Rows, folds: int) -> list[Fold]:
     for k in range(1, folds + 1):
         held_out = np.flatnonzero(block == k)
         before = block < k
-        if rows.clusters is not None:
+        if rows.info.label_horizon_s:
+            moments = pd.to_datetime(rows.moments, utc=True)
+            reach = moments + pd.Timedelta(seconds=rows.info.label_horizon_s)
+            before &= reach < moments[held_out].min()
+        if rows.clusters is not None and not rows.info.known_clusters:
             before &= ~np.isin(rows.clusters, rows.clusters[held_out])
         made.append((np.flatnonzero(before), held_out))
     return made

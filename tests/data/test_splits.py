@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import duckdb
@@ -14,6 +15,9 @@ DIVISION: dict[str, Any] = {
     "by": "random",
     "time_column": None,
     "cluster_column": None,
+    "known_clusters": False,
+    "id_columns": [],
+    "label_horizon": timedelta(),
     "strata": None,
     "valid_fraction": 0.25,
     "test_fraction": 0.2,
@@ -121,7 +125,7 @@ def test_a_split_without_rows_is_refused_with_what_there_is() -> None:
     ("valid_start", "message"),
     [
         ("2024-01-05T00:00:00+00:00", "does not lie before the start of test, 2024-01-04T22:00:00"),
-        ("yesterday", "is not a time: expected ISO 8601 or window_start"),
+        ("yesterday", "is not a time: expected ISO 8601, window_start or window_end"),
     ],
 )
 def test_a_start_that_cannot_be_is_refused(valid_start: str, message: str) -> None:

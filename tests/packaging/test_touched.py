@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lepton_airflow.data.dataset import DatasetInfo
@@ -15,7 +18,13 @@ from lepton_airflow.errors import BadInput
 from lepton_airflow.packaging.card import ModelCard, Touched
 from lepton_airflow.packaging.package import ModelPackage, write_package
 from lepton_airflow.packaging.schema import features_of
-from lepton_airflow.packaging.touched import overlap, row_fingerprints, time_span
+from lepton_airflow.packaging.touched import (
+    id_fingerprints,
+    overlap,
+    row_fingerprints,
+    time_span,
+    touched_rows,
+)
 
 INFO = DatasetInfo(
     target="late",
@@ -34,12 +43,19 @@ def table(rows: int, seed: int = 0) -> pd.DataFrame:
     return frame.assign(late=rng.choice(["no", "yes"], rows))
 
 
+def write(path: Path, frame: pd.DataFrame, info: DatasetInfo) -> None:
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    pq.write_table(table.replace_schema_metadata({b"lepton": json.dumps(asdict(info)).encode()}), path)
+
+
 def save(frame: pd.DataFrame, path: Path) -> Path:
     frame.to_parquet(path, index=False, row_group_size=100)
     return path
 
 
-def package(folder: Path, *touched: Touched, rows: np.ndarray | None = None) -> ModelPackage:
+def package(
+    folder: Path, *touched: Touched, rows: np.ndarray | None = None, ids: list[str] | None = None
+) -> ModelPackage:
     card = ModelCard(
         task="classification",
         target="late",
@@ -50,6 +66,7 @@ def package(folder: Path, *touched: Touched, rows: np.ndarray | None = None) -> 
         hyperparameters={},
         seed=0,
         touched=list(touched),
+        row_identity=ids or [],
     )
     write_package(folder, b"no model is run here", card, rows=rows)
     return ModelPackage.open(folder)
@@ -95,8 +112,54 @@ def test_overlap_by_equal_rows_without_a_time_column(tmp_path: Path) -> None:
     mixed = save(pd.concat([unseen, seen.iloc[[3, 7, 7]]]), tmp_path / "mixed.parquet")
     said = overlap(model, mixed, other)
     assert said is not None
-    assert said.startswith("2 of 42 distinct rows equal rows that the model has touched")
+    assert "cannot be told: 2 of 42 distinct rows have the values of rows" in said
     assert overlap(model, mixed, replace(INFO, split="test")) is None  # a split of the same run shares no row
+
+
+def test_ids_tell_rows_apart_that_have_equal_values(tmp_path: Path) -> None:
+    """Coarse categories: every new row equals one that the model has seen, and is another one all the same."""
+    coarse = pd.DataFrame({"hour": 1.0, "carrier": "AA", "late": "no"}, index=range(60))
+    info = replace(INFO, id_columns=["flight", "leg"])
+    train = coarse.assign(flight=range(60), leg="a")
+    path = tmp_path / "train.parquet"
+    write(path, train, info)
+    rows, ids = touched_rows([path], features_of(INFO), "late")
+    assert (len(rows), ids) == (60, ["flight", "leg"])
+    timeless = replace(JANUARY, time_column=None, time_range=None)
+    other = replace(info, split_id="run 2", split="test")
+    for touched in (timeless, JANUARY):  # also where the times overlap
+        model = package(tmp_path / "model", touched, rows=rows, ids=ids)
+        other = replace(other, time_column=touched.time_column, time_range=touched.time_range)
+        new = save(coarse.assign(flight=range(60, 120), leg="a"), tmp_path / "new.parquet")
+        assert overlap(model, new, other) is None
+        some = save(coarse.assign(flight=range(50, 110), leg="a"), tmp_path / "some.parquet")
+        assert overlap(model, some, other) == "it knows 10 of the 60 ids of these rows (flight, leg)."
+    without = replace(other, id_columns=[], time_range=None)
+    said = overlap(package(tmp_path / "model", timeless, rows=rows, ids=ids), new, without)
+    assert said is not None
+    assert "cannot be told: the model knows its rows by id (flight, leg), the dataset has neither" in said
+
+
+def test_an_id_is_the_same_in_any_type(tmp_path: Path) -> None:
+    def ids(*values: object) -> list[int]:
+        path = save(pd.DataFrame({"id": pd.Series(values)}), tmp_path / "ids.parquet")
+        return id_fingerprints(path, ["id"]).tolist()
+
+    assert ids(1, 2) == ids("1", "2") == ids(2.0, 1.0)
+    assert set(ids(1, 2)) < set(ids(1.0, None, 2.0))
+    assert len(ids(2**60, 2**60 + 1)) == 2
+    assert ids(0.5) == ids("0.5") != ids(0.25)
+
+
+def test_a_label_that_looks_ahead_belongs_to_the_touched_time(tmp_path: Path) -> None:
+    train = replace(
+        INFO, time_column="day", time_range=["2013-01-01", "2013-01-31"], labels_until="2013-03-02T00:00:00"
+    )
+    model = package(tmp_path / "model", Touched.by("train", "a" * 64, train))
+    february = replace(INFO, split_id="run 2", time_column="day", time_range=["2013-02-10", "2013-02-20"])
+    assert "2013-01-01 to 2013-03-02" in str(overlap(model, tmp_path / "not read", february))
+    april = replace(february, time_range=["2013-04-01", "2013-04-20"])
+    assert overlap(model, tmp_path / "not read", april) is None
 
 
 def test_equal_rows_have_equal_fingerprints_whatever_type_a_missing_value_made_of_their_column(

@@ -215,6 +215,47 @@ def test_columns_that_cannot_be_drawn_do_not_stop_the_report(bench: Bench) -> No
     assert result.artifacts["report"].bytes > 100_000
 
 
+def test_rows_without_labels_are_watched_from_a_plain_snapshot(bench: Bench) -> None:
+    package = bench.package().uri
+    july = rows(7, wind=2.0)
+    for number, frame in enumerate(
+        (
+            july.drop(columns="late"),
+            july.assign(late=pd.Series(None, index=july.index, dtype="Int64")),
+            july.assign(
+                late=july.late.where(july.index < 40).astype("Int64")
+            ),  # the labels of one day have come
+        )
+    ):
+        path = bench.folder / f"plain-{number}.parquet"
+        frame.to_parquet(path, index=False)
+        result = CheckDrift(
+            dataset=bench.run.save(path.name, path).uri, reference=package, cluster_column="day"
+        ).run(bench.run)
+        verdict = json.loads(bench.read(result.artifacts["verdict"]))
+        assert result.values["columns"] == ["wind"]
+        assert result.metrics["rows"] == len(july)
+        judged = {column["name"] for column in verdict["columns"]}
+        assert ("late" in judged) == (number == 2)
+        said = "The target 'late' is not compared: no row has a label yet." in result.summary
+        assert said == (number < 2)
+        same = bench.check(
+            frame, reference=package
+        )  # the same rows as a split, which names its clusters itself
+        assert same.values["columns"] == ["wind"]
+        split = json.loads(bench.read(same.artifacts["verdict"]))
+        assert split["columns"] == verdict["columns"]
+
+
+def test_rows_without_any_feature_of_the_reference_are_not_its_rows(bench: Bench) -> None:
+    path = bench.folder / "others.parquet"
+    pd.DataFrame({"late": [0, 1], "x": [1, 2]}).to_parquet(path)
+    with pytest.raises(
+        BadInput, match=r"has none of the 3 features of .*, such as 'hour': prepare these rows as"
+    ):
+        CheckDrift(dataset=str(path), reference=bench.package().uri).run(bench.run)
+
+
 def test_a_day_on_which_everything_broke_has_drifted(bench: Bench) -> None:
     """All columns under other names, all columns empty, and a category that has become a time."""
     package = bench.package().uri

@@ -515,3 +515,173 @@ def test_memory_is_bounded_for_sql(tmp_path: Path) -> None:
         prepare(tmp_path, str(source), **TIME, memory_limit_mb=20)
     result = prepare(tmp_path, str(source), **TIME, id_columns=["id", "who"], memory_limit_mb=64)
     assert result.metrics["rows_train"] == pytest.approx(384_000, rel=0.01)
+
+
+# -- targets that look ahead ------------------------------------------------------------------------------------------
+
+NEXT_HOUR = (
+    "SELECT *, lag(load) OVER (ORDER BY t) AS before, lead(load, 3) OVER (ORDER BY t) AS coming FROM snapshot"
+)
+LOAD: dict[str, Any] = {"time_column": "t", "target": "coming", "task": "regression", "features": NEXT_HOUR}
+BOUGHT = """
+    SELECT cutoff, customer, count(*) FILTER (bought_at < cutoff) AS bought, bool_or(bought_at >= cutoff AND bought_at < cutoff + INTERVAL 30 DAY) AS again
+    FROM snapshot, (SELECT unnest(generate_series((SELECT min(bought_at)::DATE FROM snapshot) + INTERVAL 7 DAY,
+                                                  (SELECT max(bought_at) FROM snapshot){until}, INTERVAL 7 DAY)) AS cutoff)
+    GROUP BY cutoff, customer HAVING min(bought_at) < cutoff
+"""
+AGAIN: dict[str, Any] = {
+    "target": "again", "time_column": "cutoff", "snapshot_time_column": "bought_at", "id_columns": ["customer"],
+}  # fmt: skip
+
+
+def load(hours: int = 400) -> pd.DataFrame:
+    times = pd.date_range("2024-01-01", periods=hours, freq="h")
+    wave = np.sin(np.arange(hours) / 4) + np.random.default_rng(0).normal(size=hours)
+    return pd.DataFrame({"t": times, "load": wave})
+
+
+def purchases(rows: int = 900) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    days = rng.integers(0, 365, rows) + rng.random(rows)
+    return pd.DataFrame(
+        {"bought_at": pd.Timestamp("2024-01-01") + pd.to_timedelta(days, unit="D"), "customer": rng.integers(0, 40, rows)}
+    ).assign(bought_at=lambda frame: frame.bought_at.dt.round("s"))  # fmt: skip
+
+
+def test_a_target_that_looks_ahead_leaves_a_gap_and_its_unknown_labels_out(tmp_path: Path) -> None:
+    result = prepare(tmp_path, load(), **LOAD, label_horizon="3 hours")
+    parts = splits(tmp_path, result)
+    hour = pd.Timedelta(hours=1)
+    assert parts["valid"].t.min() - parts["train"].t.max() == 4 * hour
+    assert parts["test"].t.min() - parts["valid"].t.max() == 4 * hour
+    assert load().t.max() - parts["test"].t.max() == 3 * hour  # its label is the last load there is
+    found = result.metrics
+    assert (found["rows_label_unknown"], found["rows_in_gaps"], found["rows_without_target"]) == (3, 6, 0)
+    assert (
+        "3 whose label is not known yet left out; 6 left out whose label reaches into the next"
+        in result.summary
+    )
+    train = info(tmp_path, result)
+    assert train.label_horizon_s == 3 * 3600
+    assert train.labels_until == (parts["train"].t.max() + 3 * hour).isoformat()
+
+
+def test_a_grid_of_cut_offs_raises_no_alarm(tmp_path: Path) -> None:
+    """Whether a customer buys again within 30 days, asked every week: rows at the end have a label that looks known."""
+    data = purchases()
+    last = data.bought_at.max()
+    counts = []
+    for until in ("", " - INTERVAL 30 DAY"):  # the query leaves the last month to us, or leaves it out itself
+        features = BOUGHT.format(until=until)
+        result = prepare(tmp_path, data, **AGAIN, features=features, label_horizon="30 days")
+        parts = splits(tmp_path, result)
+        assert last - parts["test"].cutoff.max() >= pd.Timedelta(days=30)
+        assert parts["valid"].cutoff.min() - parts["train"].cutoff.max() > pd.Timedelta(days=30)
+        counts.append((len(parts["train"]), len(parts["valid"]), len(parts["test"])))
+    assert counts[0] == counts[1]
+    later = prepare(
+        tmp_path, data, **AGAIN, features=BOUGHT.format(until=""), label_horizon="30 days", complete_until="2025-02-01"
+    )  # fmt: skip
+    assert later.metrics["rows_label_unknown"] == 0
+    window = Window("2024-12-01T00:00:00+00:00", "2024-12-15T00:00:00+00:00")
+    by_window = prepare(
+        tmp_path, data, **AGAIN, features=BOUGHT.format(until=""), label_horizon="30 days", complete_until="window_end",
+        window=window,
+    )  # fmt: skip
+    assert splits(tmp_path, by_window)["test"].cutoff.max() <= pd.Timestamp("2024-11-15")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "target 'coming' is missing in 3 of 400 rows: .* where it looks ahead, say how far in label_horizon"),
+        ({"drop_missing_target": True}, r"target 'coming' looks ahead: before .* say how far in label_horizon, such as '30 days'\."),
+        ({"label_horizon": "2 hours", "drop_missing_target": True}, "the target looks further ahead than label_horizon='2 hours': target 'coming' before"),
+        ({"label_horizon": "3 hours", "features": NEXT_HOUR.replace("lag(load)", "lead(load)")},
+         "features look into the future: column 'before'"),
+        ({"label_horizon": "3 hours", "features": NEXT_HOUR.replace("lag(load)", "lead(load, 9)")},
+         "features look into the future: column 'before'"),
+        ({"features": NEXT_HOUR + " QUALIFY coming IS NOT NULL"},
+         "look into the future: the number of rows before .* where the target looks ahead, say how far in label_horizon"),
+        ({"label_horizon": "1 month"}, "label_horizon='1 month': a month has no fixed length"),
+        ({"label_horizon": "soon"}, "label_horizon='soon': expected a length of time such as"),
+        ({"label_horizon": "-1 hour"}, "label_horizon='-1 hour': expected a length"),
+        ({"label_horizon": "30 days"}, "no label of the 400 rows is known yet, since the data end at 2024-01-17 15:00"),
+        ({"label_horizon": "6 days"}, "split '.*' has no row: .* label_horizon leaves out the rows of the 6 days"),
+        ({"complete_until": "2024-01-02"}, "complete_until='2024-01-02' needs label_horizon"),
+        ({"label_horizon": "3 hours", "complete_until": "soon"}, "complete_until='soon' is not a time"),
+        ({"label_horizon": "3 hours", "target": None, "task": None}, "label_horizon='3 hours' needs target and time_column"),
+        ({"label_horizon": "3 hours", "snapshot_time_column": "T2"}, "snapshot_time_column: the snapshot has no date or timestamp"),
+    ],
+)  # fmt: skip
+def test_who_looks_ahead_without_leave_is_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((BadInput, BadConfiguration), match=message):
+        prepare(tmp_path, load(), **(LOAD | changes))
+
+
+# -- clusters that are known, rows without labels, ids -----------------------------------------------------------------
+
+
+def test_later_rows_of_known_clusters(tmp_path: Path) -> None:
+    """Customers by month: the question is next month's bill of the same customers."""
+    months = pd.date_range("2024-01-01", periods=12, freq="MS")
+    panel = pd.DataFrame({"customer": np.repeat(range(30), 12), "month": np.tile(months, 30)})
+    panel = panel.assign(x=np.random.default_rng(0).normal(size=360), y=lambda f: (f.x > 0).astype(int))
+    fields: dict[str, Any] = {"time_column": "month", "cluster_column": "customer", "leak_check": False}
+    with pytest.raises(
+        BadInput, match=r"next month of its customers.*set known_clusters=true; if it will meet new"
+    ):
+        prepare(tmp_path, panel, **fields)
+    result = prepare(tmp_path, panel, **fields, known_clusters=True)
+    parts = splits(tmp_path, result)
+    assert [part.month.nunique() for part in parts.values()] == [7, 2, 3]
+    assert all(part.customer.nunique() == 30 for part in parts.values())
+    assert "later rows of known customer are predicted" in result.summary
+    assert (info(tmp_path, result).known_clusters, info(tmp_path, result).cluster_column) == (
+        True,
+        "customer",
+    )
+    for changes in ({"split": "group"}, {"cluster_column": None}):
+        with pytest.raises(
+            BadConfiguration, match="known_clusters=true needs split='time' and cluster_column"
+        ):
+            prepare(tmp_path, panel, **(fields | changes), known_clusters=True)
+
+
+def test_rows_without_labels_are_prepared(tmp_path: Path) -> None:
+    data = table().drop(columns="y")
+    for split in (
+        TIME,
+        RANDOM | {"time_column": "t"},
+        {"split": "group", "cluster_column": "machine", "time_column": "t"},
+    ):
+        result = prepare(tmp_path, data, **split, target=None, test_fraction=1.0)
+        assert set(result.artifacts) == {"test"}
+        rows = info(tmp_path, result, "test")
+        assert (rows.rows, rows.target, rows.task, rows.classes) == (1000, None, None, [])
+        assert "no target, to predict or to watch; rows: 1000 test." in result.summary
+    with pytest.raises(BadConfiguration, match="task='regression' needs target"):
+        prepare(tmp_path, data, **TIME, target=None, task="regression")
+    labelled = prepare(tmp_path, table(), **TIME, test_fraction=1.0)
+    assert info(tmp_path, labelled, "test").classes == [0, 1]
+
+
+def test_equal_rows_in_an_equal_division_are_one_division_in_any_window(tmp_path: Path) -> None:
+    ids = set()
+    for day in ("03", "08"):
+        window = Window(f"2024-01-{day}T00:00:00+00:00", "2024-02-01T00:00:00+00:00")
+        ids.add(info(tmp_path, prepare(tmp_path, table(), **TIME, window=window)).split_id)
+    assert len(ids) == 1
+
+
+def test_a_random_split_by_id_stays_when_the_features_change(tmp_path: Path) -> None:
+    data = table().assign(number=range(1000))
+
+    def test_rows(**fields: Any) -> set[int]:
+        result = prepare(tmp_path, data, **RANDOM, id_columns=["t", "number"], **fields)
+        return set(splits(tmp_path, result)["test"].number)
+
+    assert test_rows() == test_rows(features="SELECT * EXCLUDE kind, -x AS w FROM snapshot ORDER BY x")
+    assert test_rows() != test_rows(seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,25 @@ def test_equal_times_are_never_on_both_sides() -> None:
     moments = np.repeat([0, 1, 2, 3], [40, 20, 20, 20])  # a third of the rows ends inside the first time
     for train, held in make_folds(rows(np.arange(100) % 2, moments=moments), 2, "time", seed=0):
         assert not set(moments[train]) & set(moments[held])
+
+
+@pytest.mark.parametrize("kind", ["datetime64[ns]", "date", "zone"])
+def test_a_fold_by_time_does_not_train_on_labels_that_reach_into_it(kind: str) -> None:
+    moments = pd.Series(pd.date_range("2024-01-01", periods=40, freq="D"))
+    moments = {"date": moments.dt.date, "zone": moments.dt.tz_localize("UTC")}.get(kind, moments)
+    data = rows(np.arange(40) % 2, moments=moments.to_numpy())
+    data = replace(data, info=replace(data.info, label_horizon_s=3 * 86400.0))
+    for train, held in make_folds(data, 3, "time", seed=0):
+        assert (
+            train.max() == held.min() - 4
+        )  # the label of the day three before is known on the first day held out
+
+
+def test_a_fold_by_time_trains_on_clusters_that_are_known() -> None:
+    data = rows(np.arange(40) % 2, clusters=np.arange(40) % 4, moments=np.arange(40) // 4)
+    data = replace(data, info=replace(data.info, known_clusters=True))
+    for train, _ in make_folds(data, 3, "time", seed=0):
+        assert set(train % 4) == {0, 1, 2, 3}
 
 
 def test_a_fold_by_time_does_not_train_on_the_clusters_that_it_holds_out() -> None:
