@@ -3,7 +3,7 @@
 ``model.onnx``    preprocessing inside: one input per raw feature, named outputs
 ``model.json``    the :class:`~lepton_airflow.packaging.card.ModelCard`
 ``profile.json``  the reference profile that drift is measured against, when there is one
-``rows.npy``      sorted fingerprints of the rows that the model has touched, by their ids, or by their values when the data have neither time nor id
+``rows.npy``      sorted fingerprints of the rows that the model has touched, by id or by value, where time does not tell
 
 Numbers go in as float32 ``[N, 1]`` with NaN for missing, categories as strings ``[N, 1]`` with ``""`` for missing (see
 :mod:`lepton_airflow.data.features`). Out come ``probabilities`` ``[N, k]`` and ``label`` ``[N]``, or ``prediction`` ``[N, 1]``. No pickle is read anywhere.

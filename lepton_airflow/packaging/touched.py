@@ -39,13 +39,29 @@ def row_fingerprints(path: Path, features: Iterable[Feature], target: str) -> ND
 def id_fingerprints(path: Path, id_columns: Sequence[str]) -> NDArray[np.uint64]:
     """One 64-bit hash per distinct id, sorted; an id is equal as a number and as its text, and whatever its type."""
     import numpy as np
+
+    return np.unique(_id_hashes(path, id_columns))
+
+
+def _id_hashes(path: Path, id_columns: Sequence[str]) -> NDArray[np.uint64]:
+    """The hash of each row's id, in the order of the rows."""
+    import numpy as np
     import pandas as pd
 
     parts = []
     for batch in read_batches(path, list(dict.fromkeys(id_columns))):
         ids = pd.DataFrame({i: _as_text(batch[name]) for i, name in enumerate(id_columns)})
-        parts.append(np.unique(pd.util.hash_pandas_object(ids, index=False, categorize=False).to_numpy()))
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.uint64)
+        parts.append(pd.util.hash_pandas_object(ids, index=False, categorize=False).to_numpy())
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
+
+
+def untouched_by_id(package: ModelPackage, dataset_path: Path, info: DatasetInfo) -> NDArray[np.bool_] | None:
+    """Which rows of a dataset the model has not touched, (n,); None where ids do not tell."""
+    import numpy as np
+
+    if package.rows is None or not package.card.row_identity or package.card.row_identity != info.id_columns:
+        return None
+    return np.isin(_id_hashes(dataset_path, info.id_columns), package.rows, invert=True)
 
 
 def _as_text(column: pd.Series[Any]) -> pd.Series[Any]:

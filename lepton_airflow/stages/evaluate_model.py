@@ -87,7 +87,7 @@ class EvaluateModel(Stage):
         touched = overlap(package, path, rows.info)
         if touched and not self.allow_overlap:
             raise BadConfiguration(
-                f"the model has touched rows it should be judged on: {touched} Pass rows that it has not seen, such as "
+                f"the model may not be judged on this dataset: {touched} Pass rows that it has not seen, such as "
                 "prepare.output['test'], or allow_overlap=True to judge all the same."
             )
         scores = package.predict_parquet(path)
@@ -285,6 +285,4 @@ def _summary(
     between = f" [{main['low']:.3f}, {main['high']:.3f}]" if main["low"] is not None else ""
     text = f"{METRICS[name].title} {main['value']:.3f}{between} on {len(rows.y):,} rows"
     text += f", {' to '.join(rows.info.time_range)}." if rows.info.time_range else "."
-    return (
-        f"{text} The model has touched some of these rows, which flatters it: {touched}" if touched else text
-    )
+    return f"{text} The dataset may flatter the model: {touched}" if touched else text

@@ -221,9 +221,10 @@ class _Bench:
         touched = overlap(self.package, self.path, self.rows.info)
         if touched:
             raise BadConfiguration(
-                f"version {candidate.version} of {stage.name!r} has touched rows of the dataset it should be judged on: "
+                f"version {candidate.version} of {stage.name!r} may not be judged on this dataset: "
                 f"{touched} Pass rows that it has not seen, such as prepare.output['test']."
             )
+        self.judged: NDArray[np.bool_] | slice = slice(None)  # the rows that the champion has not touched
         self.metric = stage.metric or JUDGED_BY[self.package.card.task]
         self.scores = self._scores(self.package)
 
@@ -257,7 +258,7 @@ class _Bench:
     def _why_not_compared(self, champion: LedgerEntry, package: ModelPackage) -> str | None:
         """Why these rows cannot decide between the two; raises when the two can never be compared."""
         from lepton_airflow.evaluation.rows import check_kinds
-        from lepton_airflow.packaging.touched import overlap
+        from lepton_airflow.packaging.touched import overlap, untouched_by_id
 
         self._refuse_another_kind(package, champion)
         check_kinds(package.card, self.rows.info)
@@ -267,28 +268,36 @@ class _Bench:
                 f"({_span(self.candidate.window)})."
             )
         touched = overlap(package, self.path, self.rows.info)
-        if touched:
-            return f"has touched rows of this dataset, so a comparison would flatter it: {touched}"
+        if not touched:
+            self.judged = slice(None)
+            return None
+        untouched = untouched_by_id(package, self.path, self.rows.info)
+        if untouched is None or not untouched.any():
+            return f"may not be compared on this dataset, which could flatter it: {touched}"
+        self.judged = untouched
         return None
 
     def _compared(self, champion: ModelPackage, metrics: dict[str, float | None]) -> _Finding:
         """What the paired test says of both models' scores on the same rows."""
         from lepton_airflow.statistics.paired import paired_test, paired_verdict
 
-        stage, rows = self.stage, self.rows
+        stage, rows, judged = self.stage, self.rows, self.judged
         scores = self._scores(champion)
         result = paired_test(
-            rows.y,
-            scores,
-            self.scores,
+            rows.y[judged],
+            scores[judged],
+            self.scores[judged],
             metric=self.metric,
-            clusters=rows.clusters,
+            clusters=None if rows.clusters is None else rows.clusters[judged],
             confidence=stage.confidence,
             min_effect=stage.min_effect,
             threshold=stage.threshold,
         )
-        judged = paired_verdict(result)
-        metrics = metrics | self._interval("champion", scores)
+        verdict = paired_verdict(result)
+        sentence = verdict.sentence
+        if len(rows.y[judged]) < len(rows.y):
+            sentence += f" Judged on the {len(rows.y[judged]):,} of {len(rows.y):,} rows whose ids the champion has not touched."
+        metrics = metrics | self._interval("champion", scores, judged) | {"rows_judged": len(rows.y[judged])}
         # Of too few rows the interval is infinite, which JSON cannot say.
         comparison = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(result).items()
@@ -298,21 +307,23 @@ class _Bench:
             "difference_low": comparison["low"],
             "difference_high": comparison["high"],
         }
-        return _Finding(judged.decision, judged.sentence, metrics, comparison)
+        return _Finding(verdict.decision, sentence, metrics, comparison)
 
     def _scores(self, package: ModelPackage) -> NDArray[np.float32]:
         return package.predict_parquet(self.path)
 
-    def _interval(self, who: str, scores: NDArray[np.float32]) -> dict[str, float | None]:
+    def _interval(
+        self, who: str, scores: NDArray[np.float32], judged: NDArray[np.bool_] | slice = slice(None)
+    ) -> dict[str, float | None]:
         from lepton_airflow.statistics.bootstrap import bootstrap_intervals
         from lepton_airflow.statistics.catalogue import METRICS
 
         stage, rows = self.stage, self.rows
         found = bootstrap_intervals(
-            rows.y,
-            scores,
+            rows.y[judged],
+            scores[judged],
             [self.metric],
-            clusters=rows.clusters,
+            clusters=None if rows.clusters is None else rows.clusters[judged],
             n_resamples=stage.resamples,
             confidence=stage.confidence,
             seed=stage.seed,

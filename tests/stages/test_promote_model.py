@@ -15,6 +15,7 @@ from lepton_airflow.contract import RunIdentity
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Skipped
 from lepton_airflow.packaging.card import Touched
+from lepton_airflow.packaging.touched import id_fingerprints
 from lepton_airflow.registry.ledger import Ledger, Registration, Registrations, find_version
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.promote_model import PromoteModel
@@ -212,12 +213,34 @@ def test_a_champion_that_has_touched_the_rows_stays(desk: Desk) -> None:
     )
     result = desk.promote(desk.register(GOOD, 5))
     assert result.values["decision"] == "hold"
-    assert f"champion version {touched.version} has touched rows" in result.summary
+    assert f"champion version {touched.version} may not be compared on this dataset" in result.summary
     assert "2013-05-01 to 2013-05-10" in result.summary
 
 
+def test_ids_leave_out_only_the_rows_that_the_champion_has_touched(desk: Desk, put_rows, tmp_path) -> None:
+    """A table of customers that grows, without times: some rows of each test were among those of an earlier training."""
+    info = replace(INFO, time_column=None, id_columns=["id"])
+    frame = rows().assign(id=range(3000))
+    desk.dataset = put_rows(desk.run, frame, info)
+    frame[:500].to_parquet(tmp_path / "seen.parquet")
+    timeless = Touched("train", "0" * 64, "train", "elsewhere", None, None, 500)
+    seen = id_fingerprints(tmp_path / "seen.parquet", ["id"])
+    champion = desk.register(WEAK, 4, touched=[timeless], row_identity=["id"], rows=seen)
+    entry = {"package": find_version(desk.run.store, "late", champion).package}
+    first = desk.register(WEAK, 4, touched=[])
+    desk.promote(first)
+    ledger = Ledger(desk.run.store, "late")
+    assert ledger.append(replace(ledger.entries()[0], sequence=2, version=champion, run_key="x", **entry))
+    result = desk.promote(desk.register(GOOD, 5, touched=[]))
+    assert result.values["decision"] == "promote"
+    assert "Judged on the 2,500 of 3,000 rows whose ids the champion has not touched." in result.summary
+    assert result.metrics["rows_judged"] == 2500
+
+
 def test_a_candidate_that_has_touched_the_rows_is_refused(desk: Desk) -> None:
-    with pytest.raises(BadConfiguration, match=r"version 1 of 'late' has touched rows.*2013-05-01") as error:
+    with pytest.raises(
+        BadConfiguration, match=r"version 1 of 'late' may not be judged on this dataset: .*2013-05-01"
+    ) as error:
         desk.promote(desk.register(GOOD, 6))
     assert error.value.exit_code == 80
     assert desk.moves() == []
