@@ -208,7 +208,15 @@ class EvaluateModel(Stage):
 
     def _intervals_text(self, rows: EvaluationRows) -> str:
         over = f"whole clusters of {rows.cluster_column}" if rows.cluster_column else "rows"
-        return f"{100 * self.confidence:g}%, bootstrap over {over}, {self.bootstrap_resamples:,} resamples, seed {self.seed}."
+        question = (
+            f" Judged on later rows of {rows.info.cluster_column} that train knows, too."
+            if rows.info.known_clusters
+            else ""
+        )
+        return (
+            f"{100 * self.confidence:g}%, bootstrap over {over}, {self.bootstrap_resamples:,} resamples, seed {self.seed}."
+            + question
+        )
 
     # -- gate ------------------------------------------------------------------------------------------------------
 
