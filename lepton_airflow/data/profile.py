@@ -9,6 +9,7 @@ how much less these rows tell than as many independent ones.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 TOP = 100  # categories counted by name; the others are counted together
-_LABEL = 200  # characters kept of a category's name
+_LABEL = 200  # characters kept of a category's name; names that begin alike for so long are counted as one
 _GROUPS = 4096  # clusters are counted in at most this many groups, so that memory stays bounded
 
 
@@ -183,7 +184,7 @@ def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str
         con, f"SELECT count({column}), count(*) - count({column}), count(DISTINCT {column}) FROM {table}"
     )
     top = con.execute(
-        f"SELECT v, count(*) AS n FROM (SELECT {column}::TEXT AS v FROM {table} WHERE {column} IS NOT NULL) "
+        f"SELECT v, count(*) AS n FROM (SELECT left({column}::TEXT, {_LABEL}) AS v FROM {table} WHERE {column} IS NOT NULL) "
         f"GROUP BY v ORDER BY n DESC, v LIMIT {TOP}"
     ).fetchall()
     return {
@@ -191,11 +192,14 @@ def _category(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str
         "count": count,
         "nulls": nulls,
         "distinct": distinct,
-        "top": [[value[:_LABEL], n] for value, n in top],
+        "top": [[value, n] for value, n in top],
         "rest": count - sum(n for _, n in top),
     }
 
 
 def _rounded(value: float | None) -> float | None:
-    """Nine digits, so that equal rows give an equal profile: the last bits of a parallel sum vary from run to run."""
-    return None if value is None else float(f"{value:.9g}")
+    """Nine digits, so that equal rows give an equal profile: the last bits of a parallel sum vary from run to run.
+
+    None for what no float can hold, such as the spread of numbers near 1e300: JSON has no infinity.
+    """
+    return None if value is None or not math.isfinite(value) else float(f"{value:.9g}")

@@ -139,8 +139,10 @@ class Division:
 
     def _by_group(self, con: duckdb.DuckDBPyConnection) -> str:
         group = quote(str(self.cluster_column))
+        # 0.0 and -0.0 are one group with two texts, which would have a place each.
+        text = f"'{self.seed}:' || min({group}::TEXT)"
         return (
-            f"WITH groups AS (SELECT {group} AS g, count(*) AS n, md5('{self.seed}:' || {group}::TEXT) AS h FROM known GROUP BY ALL), "
+            f"WITH groups AS (SELECT {group} AS g, count(*) AS n, md5({text}) AS h FROM known GROUP BY {group}), "
             f"placed AS (SELECT g, (sum(n) OVER (ORDER BY h, g) - n) / sum(n) OVER () AS {_PLACE} FROM groups) "
             f"SELECT known.*, {self._shares()} AS {SPLIT} FROM known JOIN placed ON known.{group} = placed.g"
         )

@@ -217,7 +217,7 @@ class PrepareData(Stage):
         info = replace(info, classes=self._classes(con, info, "assigned", list(splits)))
         self._check_features(con, info, "assigned")
         if self.leak_check:
-            if "train" in splits and splits["train"].rows >= _ROWS_TO_ACCUSE:
+            if self.target and "train" in splits and splits["train"].rows >= _ROWS_TO_ACCUSE:
                 self._check_target_leaks(con, info, "assigned")
             self._check_future(con, run, features, types, horizon, list(splits))
         run.check_stop()
