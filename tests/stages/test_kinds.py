@@ -226,7 +226,7 @@ def test_a_target_of_any_kind_is_learnt_or_refused(kind: str, tmp_path: Path) ->
     path = snapshot(tmp_path, KINDS[kind])
     values = [v for v in KINDS[kind].to_pylist() if v is not None]
     if kind not in (NUMBERS | TEXTS) - {"nan", "nothing", "no text", "one text"}:
-        with pytest.raises(LeptonError, match="target 'k' (is|has)") as error:
+        with pytest.raises(LeptonError, match=r"target 'k' (is|has)") as error:
             prepared(tmp_path, path, target="k", drop_missing_target=True)
         assert error.value.exit_code == 80
         assert "\n" not in str(error.value)
