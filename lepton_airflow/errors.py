@@ -148,6 +148,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {', '.join(names) or 'none'}."
 
 
+def brief(value: object) -> str:
+    """A value in a sentence: as Python writes it, so that 1 and '1' can be told apart, in at most 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
 def require(library: str, wanted: str, extra: str) -> None:
     """Raise :class:`MissingExtra` unless the distribution ``library`` is installed.
 

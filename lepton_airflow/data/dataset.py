@@ -37,7 +37,8 @@ class DatasetInfo:
     :ivar split: ``train``, ``valid``, ``test``, or None before splitting.
     :ivar split_by: ``time``, ``group`` or ``random``.
     :ivar split_id: equal for the splits of equal rows in an equal division, which share no row.
-    :ivar classes: the distinct values of the target in the order of their numbers; empty for regression.
+    :ivar classes: the distinct values of the target in the order of their numbers, of two the positive one last; empty for
+        regression.
     :ivar snapshot_sha256: digest of the snapshot that the rows were made from.
     """
 
@@ -63,6 +64,17 @@ class DatasetInfo:
     def span(self) -> list[str] | None:
         """The times that the rows and their labels tell of, both inclusive, ISO 8601; None without a time column."""
         return self.time_range and [self.time_range[0], self.labels_until or self.time_range[1]]
+
+    @property
+    def positive_class(self) -> Any:
+        """See :func:`positive_class`."""
+        return positive_class(self.classes)
+
+
+def positive_class(classes: Sequence[Any]) -> Any:
+    """Of two classes the second: precision, recall and F1 are about it, and a threshold is one of its probability; else None."""
+    return classes[1] if len(classes) == 2 else None
+
 
 
 def read_info(path: Path, *, plain: bool = False) -> DatasetInfo:

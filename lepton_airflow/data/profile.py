@@ -1,6 +1,7 @@
 """The reference profile: what the training rows look like, in a few kilobytes that travel with the model.
 
-Drift is measured against it. Version 1 is ``{"profile": 1, "rows", "window", "time_range", "target", "columns"}``.
+Drift is measured against it. Version 1 is ``{"profile": 1, "rows", "window", "time_range", "target", "positive_class",
+"columns"}``.
 A column of numbers has ``count, nulls, mean, std, min, max, quantiles, edges, counts``, a category ``count, nulls,
 distinct, top, rest``. When rows come in clusters, each column also has a ``design_effect`` (``mean, spread, clusters``):
 how much less these rows tell than as many independent ones.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo
@@ -46,6 +47,7 @@ def reference_profile(
         "window": [window.start, window.end] if window else None,
         "time_range": info.time_range,
         "target": info.target,
+        "positive_class": info.positive_class,
         "columns": {
             name: _described(
                 con, table, name, _category if name in categories else _number, info.cluster_column
@@ -63,6 +65,13 @@ def reference_counts(column: Mapping[str, Any]) -> list[int]:
     if column["kind"] == "number":
         return [*(column["counts"] or [0]), column["nulls"]]
     return [*(n for _, n in column["top"]), column["rest"], column["nulls"]]
+
+
+def share_of(column: Mapping[str, Any], counts: Sequence[int], value: Any) -> float | None:
+    """The share of a category's value in counts by the bins of :func:`reference_counts`; None if no bin is its own."""
+    label = str(value)[:_LABEL]
+    places = [place for place, (name, _) in enumerate(column["top"]) if name == label]
+    return float(counts[places[0]] / sum(counts)) if places else None
 
 
 def count_rows(

@@ -14,14 +14,14 @@ one, and not at all when none has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lepton_airflow.data.duckdb_types import is_number
-from lepton_airflow.data.profile import VERSION, count_rows, reference_counts, unseen_categories
+from lepton_airflow.data.profile import VERSION, count_rows, reference_counts, share_of, unseen_categories
 from lepton_airflow.data.sql import fetch_row, quote
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, brief
 
 if TYPE_CHECKING:
     import duckdb
@@ -38,6 +38,7 @@ class ColumnVerdict:
     :ivar missing: share of rows without a value, before and now.
     :ivar unseen: the most frequent values that the reference rows do not have, with their rows now; None if the profile
         does not name all of its values.
+    :ivar positive: of a target of two classes ``class``, the positive one, and its share ``before`` and ``now``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ColumnVerdict:
     p_adjusted: float | None = None
     missing: list[float] = field(default_factory=list)
     unseen: dict[str, int] | None = None
+    positive: dict[str, Any] | None = None
 
 
 def check_profile(profile: Mapping[str, Any], where: str) -> None:
@@ -95,7 +97,8 @@ def judge_columns(
         if structural:
             found.append(ColumnVerdict(name=name, role=role, drifted=True, reason=structural))
         else:
-            found.append(_measured(con, rows, name, role, column, cluster_column))
+            positive = profile.get("positive_class") if role == "target" else None
+            found.append(_measured(con, rows, name, role, column, cluster_column, positive))
     tested = [v for v in found if v.p_value is not None]
     adjusted = dict(
         zip([v.name for v in tested], holm([v.p_value for v in tested if v.p_value is not None]), strict=True)
@@ -121,6 +124,7 @@ def _measured(
     role: Literal["feature", "target"],
     column: Mapping[str, Any],
     cluster: str | None,
+    positive: Any,
 ) -> ColumnVerdict:
     """Measure the distance and its p-value; ``drifted`` is decided once all columns are measured."""
     from lepton_airflow.statistics.distances import DesignEffect, design_effect, stability_test
@@ -145,7 +149,18 @@ def _measured(
         p_value=test.p_value if effect or not cluster else None,
         missing=missing,
         unseen=unseen_categories(con, table, name, column),
+        positive=_positive(column, before, now.tolist(), positive),
     )
+
+
+def _positive(
+    column: Mapping[str, Any], before: Sequence[int], now: Sequence[int], positive: Any
+) -> dict[str, Any] | None:
+    """The shares of the positive class; None where there is none, or the profile does not count it by name."""
+    if positive is None:
+        return None
+    shares = [share_of(column, counts, positive) for counts in (before, now)]
+    return None if None in shares else {"class": positive, "before": shares[0], "now": shares[1]}
 
 
 def _decided(
@@ -158,6 +173,9 @@ def _decided(
     reason = f"PSI {verdict.distance:.2f}"
     if far and not sure:
         reason += f", which chance explains (by chance {verdict.by_chance:.2f}, p {p_adjusted:.2g})"
+    if verdict.positive:
+        was, came = verdict.positive["before"], verdict.positive["now"]
+        reason += f", positive class {brief(verdict.positive['class'])} {was:.1%} before and {came:.1%} now"
     if far and sure:
         before, now = verdict.missing
         if now == 1:

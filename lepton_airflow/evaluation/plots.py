@@ -40,7 +40,7 @@ def classification_plots(
     """Draw ``roc``, ``precision_recall``, ``calibration`` and ``confusion`` into a folder.
 
     :param y: (n,) class numbers.
-    :param p: (n, k) probabilities in the order of ``classes``; with two classes the second one is the event.
+    :param p: (n, k) probabilities in the order of ``classes``; with two classes the second one is the positive one.
     """
     return [
         _save(folder / "roc.png", lambda axes: _roc(axes, y, p, classes)),
@@ -88,15 +88,20 @@ def _save(path: Path, draw: Callable[[Axes], None]) -> Path:
     return path
 
 
+def _label(classes: Sequence[Any], number: int) -> str:
+    """A class in a legend: of two, the positive one says so."""
+    return _short(classes[number]) + (" (positive class)" if len(classes) == 2 else "")
+
+
 def _events(
     y: NDArray[np.int64], p: NDArray[Any], classes: Sequence[Any]
 ) -> Iterator[tuple[str, str, NDArray[np.bool_], NDArray[Any]]]:
-    """(label, colour, truth, score) of each class that can be drawn: the event of two classes, else all against the rest."""
+    """(label, colour, truth, score) of each class that can be drawn: the positive one of two classes, else all against the rest."""
     shown = [1] if len(classes) == 2 else list(range(len(classes)))[:_MOST_LINES]
     for colour, number in zip(_COLOURS, shown, strict=False):
         truth = y == number
         if 0 < truth.sum() < len(truth):
-            yield _short(classes[number]), colour, truth, p[:, number]
+            yield _label(classes, number), colour, truth, p[:, number]
 
 
 def _roc(axes: Axes, y: NDArray[np.int64], p: NDArray[Any], classes: Sequence[Any]) -> None:
@@ -184,7 +189,7 @@ def _confusion(
                 axes.text(
                     j, i, f"{counts[i, j]:,}\n{share[i, j]:.0%}", ha="center", va="center", color=colour
                 )
-    rule = f"from {threshold:g} on" if k == 2 else "the most probable"
+    rule = f"{_short(classes[1])} from {threshold:g} on" if k == 2 else "the most probable"
     axes.set(title="Confusion (shares of each true class)", xlabel=f"Predicted ({rule})", ylabel="True")
     axes.spines[:].set_visible(False)
 

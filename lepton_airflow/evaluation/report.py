@@ -42,11 +42,12 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 
 def render(result: Mapping[str, Any], card: ModelCard, pictures: Sequence[Path]) -> str:
     """The page of an evaluation: ``result`` is what ``metrics.json`` holds, ``pictures`` are PNG files."""
+    positive = card.schema.positive_class
     parts = [
         f"<h1>How well the model predicts {escape(card.target)}</h1>",
         f'<p class="lead">{escape(result["summary"])}</p>',
         "<h2>Metrics</h2>",
-        f'<div class="metrics">{"".join(_metric(name, m) for name, m in result["metrics"].items())}</div>',
+        f'<div class="metrics">{"".join(_metric(name, m, positive) for name, m in result["metrics"].items())}</div>',
         f'<p class="lead">Intervals: {escape(result["intervals"])}</p>',
         "<h2>Plots</h2>",
         f'<div class="plots">{"".join(map(_picture, pictures))}</div>',
@@ -60,10 +61,12 @@ def render(result: Mapping[str, Any], card: ModelCard, pictures: Sequence[Path])
     )
 
 
-def _metric(name: str, metric: Mapping[str, float | None]) -> str:
+def _metric(name: str, metric: Mapping[str, float | None], positive: Any) -> str:
     """A card with the value, its interval, and a bar of the interval where the scale has two ends."""
+    about = positive is not None and METRICS[name].of_positive and name != "accuracy"
+    of = f" of {escape(str(positive)[:40])}" if about else ""
     value, low, high = metric["value"], metric["low"], metric["high"]
-    inner = f"<span>{METRICS[name].title}</span><b>{_number(value)}</b>"
+    inner = f"<span>{METRICS[name].title}{of}</span><b>{_number(value)}</b>"
     if low is not None and high is not None:
         inner += f"<span>{_number(low)} to {_number(high)}</span>"
         if METRICS[name].scale == "share" and value is not None:
@@ -100,6 +103,7 @@ def _facts(result: Mapping[str, Any], card: ModelCard) -> str:
     facts = {
         "Trainer": f"{card.trainer} ({card.framework})",
         "Task": card.task + (f", classes {', '.join(map(str, card.classes[:20]))}" if card.classes else ""),
+        "Positive class": _positive(result, card),
         "Features": ", ".join(f.name for f in card.features),
         "Hyperparameters": ", ".join(f"{k}={v}" for k, v in card.hyperparameters.items()) or "defaults",
         "Model window": f"{card.window['start']} to {card.window['end']}" if card.window else "not known",
@@ -109,7 +113,17 @@ def _facts(result: Mapping[str, Any], card: ModelCard) -> str:
         "Dataset": data["sha256"],
         "Dependent rows": f"by {data['cluster_column']}" if data["cluster_column"] else "none stated",
     }
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
+    return (
+        "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v) + "</dl>"
+    )
+
+
+def _positive(result: Mapping[str, Any], card: ModelCard) -> str:
+    """Which class precision and recall are about, and when it is predicted; empty unless there are two."""
+    positive = card.schema.positive_class
+    return (
+        "" if positive is None else f"{positive}, predicted from a probability of {result['threshold']:g} on"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -70,6 +70,11 @@ def load_rows(
     return EvaluationRows(info, y, clusters, cluster_column, frame)
 
 
+def columns_like(scores: NDArray[Any], classes: Sequence[Any], wanted: Sequence[Any]) -> NDArray[Any]:
+    """Probabilities of a model that knows these classes, in the order of another model of the same classes."""
+    return scores if list(classes) == list(wanted) else scores[:, [list(classes).index(c) for c in wanted]]
+
+
 def check_kinds(card: ModelCard, info: DatasetInfo) -> None:
     """Raise BadInput where a feature of the model is of another kind in the dataset: its values would match no category.
 

@@ -40,7 +40,8 @@ class Touched:
 class ModelCard:
     """What ``model.json`` says. It holds nothing that differs between two equal runs (no times, no run names).
 
-    :ivar classes: the classes in the order of the columns of ``probabilities``; empty for regression.
+    :ivar classes: the classes in the order of the columns of ``probabilities``; empty for regression. Of two, the second is
+        the positive one, which ``model.json`` also names as ``positive_class``.
     :ivar window: ``{"start", "end"}`` of the data window, half open, or None.
     :ivar touched: the datasets that training, early stopping, tuning or calibration read.
     :ivar row_identity: the id columns by which ``rows.npy`` knows the touched rows; empty: by their values.
@@ -81,7 +82,8 @@ class ModelCard:
 
     def to_json(self) -> str:
         """The card as JSON text, equal for equal cards."""
-        return json.dumps(asdict(self), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        record = asdict(self) | {"positive_class": self.schema.positive_class}
+        return json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ModelCard:
@@ -95,6 +97,7 @@ class ModelCard:
                 )
             record["features"] = [Feature(**item) for item in record["features"]]
             record["touched"] = [Touched(**item) for item in record["touched"]]
+            record.pop("positive_class", None)  # said by the order of the classes, too
             return cls(**record)
         except (ValueError, TypeError, KeyError) as error:
             raise ContractError(

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo, positive_class
 from lepton_airflow.data.features import Feature, kind_of
 
 # By task, the outputs of a packaged graph; the first is the one that models are judged by.
@@ -35,6 +35,11 @@ class Schema:
     def output_columns(self) -> int:
         """Columns of that output: one per class, or one."""
         return len(self.classes) if self.task == "classification" else 1
+
+    @property
+    def positive_class(self) -> Any:
+        """The class that precision, recall and thresholds are about; None unless there are two."""
+        return positive_class(self.classes)
 
     def output_shape(self, rows: int) -> tuple[int, ...]:
         """Shape of the predictions of so many rows: (n, k) probabilities, or (n,) numbers."""

@@ -70,7 +70,9 @@ class ServedModel:
         found = {}
         for node in self.session.get_outputs():
             shape = [size if isinstance(size, int) else -1 for size in node.shape]
-            found[node.name] = Output(node.name, _DATATYPES.get(node.type, ""), [-1, *shape[1:]])
+            binary = node.name == "probabilities" and self.card.schema.positive_class is not None
+            told = {"positive_class": self.card.schema.positive_class} if binary else {}
+            found[node.name] = Output(node.name, _DATATYPES.get(node.type, ""), [-1, *shape[1:]], told)
         return {name: found[name] for name in self.card.outputs if name in found}
 
     def answer(self, body: bytes, max_rows: int) -> tuple[bytes, int]:

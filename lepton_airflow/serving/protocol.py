@@ -68,11 +68,15 @@ class Inference:
 
 @dataclass(frozen=True)
 class Output:
-    """An output of the model as clients see it; ``shape`` has -1 for the number of rows."""
+    """An output of the model as clients see it; ``shape`` has -1 for the number of rows.
+
+    :ivar parameters: what else clients are told of it: of the probabilities of two classes ``positive_class``, the last column.
+    """
 
     name: str
     datatype: str
     shape: list[int] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def parse(body: bytes, features: Sequence[Feature], outputs: Sequence[str], max_rows: int) -> Inference:
@@ -128,6 +132,7 @@ def render(
             "name": name,
             "datatype": outputs[name].datatype,
             "shape": list(array.shape),
+            **_with_parameters(outputs[name]),
             "data": _json_values(array),
         }
         for name, array in zip(inference.outputs, values, strict=True)
@@ -161,8 +166,15 @@ def metadata(
         "inputs": [
             {"name": f.name, "datatype": KINDS[f.kind].datatypes[0], "shape": [-1, 1]} for f in features
         ],
-        "outputs": [{"name": o.name, "datatype": o.datatype, "shape": o.shape} for o in outputs.values()],
+        "outputs": [
+            {"name": o.name, "datatype": o.datatype, "shape": o.shape, **_with_parameters(o)}
+            for o in outputs.values()
+        ],
     }
+
+
+def _with_parameters(output: Output) -> dict[str, Any]:
+    return {"parameters": output.parameters} if output.parameters else {}
 
 
 def _named(tensors: Any, what: str) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
+from lepton_airflow.errors import BadConfiguration, BadInput, brief, did_you_mean, require
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class EvaluateModel(Stage):
     """Run the ONNX model over a split that it has not seen, and report every metric with its interval.
 
     Classification: accuracy, precision, recall, F1, ROC AUC, log loss and Brier score (several classes: macro averages,
-    one class against the rest); regression: MAE, RMSE and R². A metric that the rows do not define is null. Intervals
+    one class against the rest; of two classes those of the model's positive class); regression: MAE, RMSE and R². A metric that the rows do not define is null. Intervals
     are bootstrap intervals over rows, or over whole clusters of rows that depend on one another.
 
     Returns the artifact ``report``, a directory with ``metrics.json``, the plots as PNG and ``report.html`` (one page
@@ -41,7 +41,7 @@ class EvaluateModel(Stage):
 
     :param model: the model package, ``train.output["model"]``.
     :param dataset: the rows to judge it on, ``prepare.output["test"]``.
-    :param threshold: probability from which on the second of two classes is predicted [0 to 1].
+    :param threshold: probability of the positive class from which on it is predicted, of two classes [0 to 1].
     :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names, if any.
     :param slices: columns to report separately: categories by value, numbers by quarter.
     :param bootstrap_resamples: how many resamples the intervals are taken from, at least 100.
@@ -100,6 +100,7 @@ class EvaluateModel(Stage):
             "intervals": self._intervals_text(rows),
             "slices": slices,
             "threshold": self.threshold,
+            "positive_class": card.schema.positive_class,
             "overlap": touched,
             "model": {
                 "sha256": split_pin(self.model)[1] or run.store.digest(self.model),
@@ -281,6 +282,16 @@ def _flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float | None
     return flat
 
 
+def _positive_text(card: ModelCard, rows: EvaluationRows) -> str:
+    """Which class the numbers are about; the model was trained with it, whatever the dataset says."""
+    mine, theirs = card.schema.positive_class, rows.info.positive_class
+    if mine is None:
+        return ""
+    differs = theirs is not None and theirs != mine
+    other = f" (the dataset says {brief(theirs)}: train on it to change the model's)" if differs else ""
+    return f"; the positive class is {brief(mine)}{other}"
+
+
 def _summary(
     card: ModelCard, metrics: dict[str, dict[str, float | None]], rows: EvaluationRows, touched: str | None
 ) -> str:
@@ -292,5 +303,6 @@ def _summary(
         name, main = "log_loss", metrics["log_loss"]
     between = f" [{main['low']:.3f}, {main['high']:.3f}]" if main["low"] is not None else ""
     text = f"{METRICS[name].title} {main['value']:.3f}{between} on {len(rows.y):,} rows"
-    text += f", {' to '.join(rows.info.time_range)}." if rows.info.time_range else "."
+    text += f", {' to '.join(rows.info.time_range)}" if rows.info.time_range else ""
+    text += f"{_positive_text(card, rows)}."
     return f"{text} The dataset may flatter the model: {touched}" if touched else text

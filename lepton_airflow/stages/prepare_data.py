@@ -42,7 +42,7 @@ from lepton_airflow.data.sql import (
     sql_message,
     total_order,
 )
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line, require
+from lepton_airflow.errors import BadConfiguration, BadInput, brief, did_you_mean, first_line, require
 from lepton_airflow.sdk.code import is_code, load_code
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, Result, RunInfo, Stage
 from lepton_airflow.store.files import digest_path
@@ -76,6 +76,8 @@ class PrepareData(Stage):
 
     :param snapshot: a Parquet snapshot, such as ``ingest.output["snapshot"]``.
     :param target: column to predict; null: labels are not known yet, or not needed.
+    :param positive_class: the one of two classes that precision, recall, F1 and thresholds are about, in every later stage;
+        for a boolean target true or false; null: the later one in order, so of ``bad`` and ``good`` ``good``.
     :param features: one DuckDB SELECT over the table ``snapshot``, or ``module:function`` that takes the snapshot as
         a DataFrame and returns one; null: the snapshot's own columns. A function needs all rows in memory, SQL does not.
     :param parameters: values bound to the SELECT by name, besides ``$window_start`` and ``$window_end``.
@@ -111,6 +113,7 @@ class PrepareData(Stage):
 
     snapshot: ArtifactUri
     target: str | None = None
+    positive_class: str | int | bool | None = None
     features: CodeRef | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     task: Literal["classification", "regression"] | None = None
@@ -193,6 +196,10 @@ class PrepareData(Stage):
             )
         if self.task and not self.target:
             raise BadConfiguration(f"task={self.task!r} needs target: name the column to predict.")
+        if self.positive_class is not None and not self.target:
+            raise BadConfiguration(
+                f"positive_class={brief(self.positive_class)} needs target: name the column that has this class."
+            )
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -251,7 +258,7 @@ class PrepareData(Stage):
         self, info: DatasetInfo, splits: Mapping[str, Split], missing: int, unknown: int, gap: int
     ) -> str:
         what = (
-            f" to predict {self.target!r} ({info.task})"
+            f" to predict {self.target!r} ({self._task_text(info)})"
             if self.target
             else "; no target, to predict or to watch"
         )
@@ -266,6 +273,13 @@ class PrepareData(Stage):
         if gap:
             text += f"; {gap} left out whose label reaches into the next split"
         return text + "."
+
+    def _task_text(self, info: DatasetInfo) -> str:
+        """The task, and which class is the positive one and why."""
+        if info.positive_class is None:
+            return str(info.task)
+        why = " by order" if self.positive_class is None else ""
+        return f"{info.task}, positive class{why}: {brief(info.positive_class)}"
 
     def _open_snapshot(self, con: duckdb.DuckDBPyConnection, path: Path) -> None:
         """Make the view ``snapshot``, which the features are computed from."""
@@ -530,6 +544,11 @@ class PrepareData(Stage):
         self, con: duckdb.DuckDBPyConnection, info: DatasetInfo, assigned: str, splits: list[str]
     ) -> list[Any]:
         if info.task != "classification":
+            if self.positive_class is not None:
+                raise BadConfiguration(
+                    f"positive_class={brief(self.positive_class)}: target {self.target!r} is a number to predict, without "
+                    "classes; leave positive_class out, or set task='classification'."
+                )
             return []
         target = quote(str(self.target))
         found: dict[str, list[Any]] = {name: [] for name in splits}
@@ -539,7 +558,7 @@ class PrepareData(Stage):
             found[name].append(value)
         classes = found[splits[0]]
         if splits[0] != "train":  # a model that is trained already has its own
-            return classes
+            return self._positive_last(classes) if len(classes) == 2 else classes
         if len(classes) > _MOST_CLASSES:
             raise BadInput(
                 f"target {self.target!r} has more than {_MOST_CLASSES} classes in train: is it an id? Group them, or set task='regression'."
@@ -555,7 +574,24 @@ class PrepareData(Stage):
                         f"class {value!r} of target {self.target!r} occurs in {name} and not in train: group rare classes "
                         "in features, or move the start of the split."
                     )
-        return classes
+        return self._positive_last(classes)
+
+    def _positive_last(self, classes: list[Any]) -> list[Any]:
+        """The classes in the order of their numbers: the positive one is number 1, as all that is binary has it."""
+        wanted = self.positive_class
+        if wanted is None:
+            return classes
+        if isinstance(wanted, bool) and classes == [0, 1]:  # booleans have become 0 and 1
+            wanted = int(wanted)
+        equal = [c for c in classes if type(c) is type(wanted) and c == wanted]
+        if len(classes) != 2 or not equal:
+            names = ", ".join(map(brief, classes[:10])) + (", …" if len(classes) > 10 else "")
+            why = "is not one of them" if not equal else "can be stated for two classes only"
+            raise BadConfiguration(
+                f"positive_class={brief(self.positive_class)}: target {self.target!r} has the {len(classes)} classes {names}, "
+                f"and the positive class {why}."
+            )
+        return [*(c for c in classes if c != wanted), wanted]
 
     # -- leaks ------------------------------------------------------------------------------------------------------
 

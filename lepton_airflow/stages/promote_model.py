@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.errors import BadConfiguration, BadInput, require
+from lepton_airflow.errors import BadConfiguration, BadInput, brief, require
 from lepton_airflow.registry.ledger import (
     Ledger,
     LedgerEntry,
@@ -63,7 +63,7 @@ class PromoteModel(Stage):
     :param confidence: level of the intervals [0 to 1].
     :param min_effect: the difference that the interval must exceed [of the metric]; negative: a margin of tolerance.
     :param cluster_column: column that names dependent rows; None: the one the dataset names, if any.
-    :param threshold: probability from which on the second class is predicted, for accuracy, precision, recall and F1.
+    :param threshold: probability of the positive class from which on it is predicted, for accuracy, precision, recall and F1.
     :param resamples: bootstrap resamples for the interval of each model's own metric.
     :param seed: of these resamples; the paired test uses no random numbers.
     :param on_backfill: in a backfill, ``register_only`` judges and moves nothing, ``skip`` does nothing, ``full`` moves.
@@ -182,6 +182,7 @@ class PromoteModel(Stage):
             "champion": side(champion),
             "comparison": finding.comparison,
             "metrics": finding.metrics,
+            "positive_class": bench.package.card.schema.positive_class,
             "dataset": {
                 "uri": self.dataset,
                 "sha256": split_pin(self.dataset)[1] or run.store.digest(self.dataset),
@@ -239,6 +240,7 @@ class _Bench:
             sentence = (
                 f"bootstrap: {self.stage.name} has no champion yet, so version {self.candidate.version} is the first; its "
                 f"{METRICS[self.metric].title} is {value:.3f} [{low:.3f}, {high:.3f}] on {len(self.rows.y):,} rows."
+                f"{self._positive_text()}"
             )
             return _Finding("bootstrap", sentence, metrics)
         if champion.sha256 == self.candidate.sha256:
@@ -307,10 +309,28 @@ class _Bench:
             "difference_low": comparison["low"],
             "difference_high": comparison["high"],
         }
+        sentence += self._positive_text(champion)
         return _Finding(verdict.decision, sentence, metrics, comparison)
 
+    def _positive_text(self, champion: ModelPackage | None = None) -> str:
+        """Which class the metric is about, where it depends on that, and where the champion has another one."""
+        from lepton_airflow.statistics.catalogue import METRICS
+
+        mine = self.package.card.schema.positive_class
+        theirs = champion.card.schema.positive_class if champion else mine
+        if mine != theirs:
+            return (
+                f" Both are judged by the candidate's positive class {brief(mine)}; the champion was trained with "
+                f"{brief(theirs)}."
+            )
+        told = mine is not None and METRICS[self.metric].of_positive
+        return f" The positive class is {brief(mine)}." if told else ""
+
     def _scores(self, package: ModelPackage) -> NDArray[np.float32]:
-        return package.predict_parquet(self.path)
+        from lepton_airflow.evaluation.rows import columns_like
+
+        scores = package.predict_parquet(self.path)
+        return columns_like(scores, package.card.classes, self.package.card.classes)
 
     def _interval(
         self, who: str, scores: NDArray[np.float32], judged: NDArray[np.bool_] | slice = slice(None)
@@ -343,8 +363,10 @@ class _Bench:
 
     def _refuse_another_kind(self, champion: ModelPackage, entry: LedgerEntry) -> None:
         mine, theirs = self.package.card, champion.card
+        same_classes = sorted(mine.classes, key=repr) == sorted(theirs.classes, key=repr)
         for what in ("task", "target", "classes"):
-            if getattr(mine, what) != getattr(theirs, what):
+            # Another positive class is another order of the classes: both models are judged by the candidate's.
+            if getattr(mine, what) != getattr(theirs, what) and not (what == "classes" and same_classes):
                 raise BadConfiguration(
                     f"{what} of version {self.candidate.version} is {getattr(mine, what)!r}, of the champion (version "
                     f"{entry.version}) it is {getattr(theirs, what)!r}: they cannot be compared. Register the candidate "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lepton_airflow.contract import Artifact, pin, split_pin
 from lepton_airflow.data.dataset import DatasetInfo, read_info
-from lepton_airflow.errors import BadConfiguration, did_you_mean, require
+from lepton_airflow.errors import BadConfiguration, brief, did_you_mean, require
 from lepton_airflow.sdk.fingerprint import cpu_model, versions
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 from lepton_airflow.store.files import digest_path
@@ -67,7 +67,7 @@ class QuantizeModel(Stage):
     :param timing_s: about how long to time [seconds].
     :param threads: CPU threads of a session [threads].
     :param cluster_column: column that names dependent rows, such as the day; None: the one the dataset names, if any.
-    :param threshold: probability from which on the second class is predicted, for accuracy, precision, recall and F1.
+    :param threshold: probability of the positive class from which on it is predicted, for accuracy, precision, recall and F1.
     :param confidence: level of the metric's intervals [0 to 1].
     :param seed: of the order of calls and of the bootstrap.
     :raises BadInput: the rows do not fit the model, or do not define the metric (one class).
@@ -150,9 +150,9 @@ class QuantizeModel(Stage):
         for candidate in found.candidates[1:]:
             log.info("%s: %s (%s)", candidate.name, candidate.verdict, candidate.reason)
         model = self._package(run, package, paths, infos, found, judge)
-        report = self._report(run, found, judge, rows)
+        report = self._report(run, found, judge, rows, card)
         return Result(
-            summary=_summary(found),
+            summary=_summary(found, judge.metric, card),
             artifacts={"model": model, "report": report},
             values={"chosen": found.chosen, "reason": found.reason},
             metrics=_metrics(found),
@@ -305,17 +305,21 @@ class QuantizeModel(Stage):
             versions=card.versions | versions(type(self)),
         )
 
-    def _report(self, run: RunInfo, found: Comparison, judge: Judge, rows: EvaluationRows) -> Artifact:
+    def _report(
+        self, run: RunInfo, found: Comparison, judge: Judge, rows: EvaluationRows, card: ModelCard
+    ) -> Artifact:
         from lepton_airflow.packaging.compression import report
         from lepton_airflow.packaging.compression.convert import cpu_flags
 
         record = {
-            "summary": _summary(found),
+            "summary": _summary(found, judge.metric, card),
             "chosen": found.chosen,
             "reason": found.reason,
             "candidates": [asdict(c) for c in found.candidates],
             "rules": {
                 "metric": judge.metric,
+                "positive_class": card.schema.positive_class,
+                "threshold": self.threshold,
                 "max_loss": judge.max_loss,
                 "min_speedup": self.min_speedup,
                 "max_slowdown": self.max_slowdown,
@@ -369,10 +373,15 @@ def _touched_rows(package: ModelPackage, paths: Mapping[str, Path]) -> NDArray[n
     return np.unique(np.concatenate([package.rows, *read]))
 
 
-def _summary(found: Comparison) -> str:
+def _summary(found: Comparison, metric: str, card: ModelCard) -> str:
+    from lepton_airflow.statistics.catalogue import METRICS
+
+    positive = card.schema.positive_class
+    told = positive is not None and METRICS[metric].of_positive
+    about = f" The positive class is {brief(positive)}." if told else ""
     if found.chosen == "fp32":
-        return f"{found.reason[0].upper()}{found.reason[1:]}."
-    return f"Chose {found.chosen}: {found.reason}."
+        return f"{found.reason[0].upper()}{found.reason[1:]}.{about}"
+    return f"Chose {found.chosen}: {found.reason}.{about}"
 
 
 def _metrics(found: Comparison) -> dict[str, float | None]:

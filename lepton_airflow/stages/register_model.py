@@ -202,6 +202,9 @@ class RegisterModel(Stage):
             "lepton.run_type": identity.run_type,
             "lepton.task": card.task,
             "lepton.target": card.target,
+            "lepton.positive_class": ""
+            if card.schema.positive_class is None
+            else str(card.schema.positive_class),
             "lepton.trainer": card.trainer,
             "lepton.code": card.code,
             "lepton.window": f"{window['start']} to {window['end']}" if window else "",

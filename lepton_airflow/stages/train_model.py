@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
-from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, require
+from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, brief, require
 from lepton_airflow.sdk.closure import package_digest
 from lepton_airflow.sdk.fingerprint import versions
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, Result, RunInfo, Stage
@@ -398,7 +398,7 @@ def _summary(
 ) -> str:
     from lepton_airflow.statistics.catalogue import JUDGED_BY
 
-    key = JUDGED_BY[rows.schema.task]
+    key, positive = JUDGED_BY[rows.schema.task], rows.schema.positive_class
     part = next(p for p in ("out_of_fold", "valid", "train") if p in metrics)
     value = metrics[part][key]
     return (
@@ -406,5 +406,6 @@ def _summary(
         + (f" ({len(valid.frame):,} rows held out)" if valid is not None else "")
         + f": {part.replace('_', ' ')} {key} "
         + (f"{value:.4g}" if value is not None else "undefined")
+        + (f"; the positive class is {brief(positive)}" if positive is not None else "")
         + f"; ONNX and native differ by at most {parity['difference']:.1g}; package {size / 1e6:.2f} MB."
     )

@@ -17,6 +17,7 @@ class Metric:
     :ivar title: what people call it at the head of a column.
     :ivar spoken: what people call it within a sentence.
     :ivar higher_is_better: False for losses and errors.
+    :ivar of_positive: whether it depends on which class is the positive one, and so on a threshold.
     :ivar scale: ``share`` lies from 0 to 1, ``target`` has the unit of the target, ``open`` has neither.
     """
 
@@ -26,15 +27,16 @@ class Metric:
     spoken: str
     higher_is_better: bool
     scale: Literal["share", "target", "open"]
+    of_positive: bool = False
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", "classification", "Accuracy", "accuracy", True, "share"),
-        Metric("precision", "classification", "Precision", "precision", True, "share"),
-        Metric("recall", "classification", "Recall", "recall", True, "share"),
-        Metric("f1", "classification", "F1", "F1", True, "share"),
+        Metric("accuracy", "classification", "Accuracy", "accuracy", True, "share", True),
+        Metric("precision", "classification", "Precision", "precision", True, "share", True),
+        Metric("recall", "classification", "Recall", "recall", True, "share", True),
+        Metric("f1", "classification", "F1", "F1", True, "share", True),
         Metric("roc_auc", "classification", "ROC AUC", "ROC AUC", True, "share"),
         Metric("log_loss", "classification", "Log loss", "log loss", False, "open"),
         Metric("brier", "classification", "Brier score", "Brier score", False, "open"),

@@ -10,8 +10,8 @@ over the raw feature columns, a torch module with an example input, or an ``onnx
 - ``run``: the :class:`TrainerRun`: seed, threads, checkpoints, progress.
 
 A scikit-learn Pipeline over numbers and categories starts with a ``ColumnTransformer`` that names its columns. A torch
-module reads a float32 tensor [rows, columns] and gives *probabilities* [rows, classes] (or [rows, 1] for the second of
-two classes), or numbers [rows, 1]; it comes as ``(module, example)``, with an attribute ``example_input``, or as
+module reads a float32 tensor [rows, columns] and gives *probabilities* [rows, classes] (or [rows, 1] for the
+positive class of two), or numbers [rows, 1]; it comes as ``(module, example)``, with an attribute ``example_input``, or as
 ``(fitted transformer of the raw columns, module)``. A module of trainers may set ``SEARCH_SPACE`` for TuneModel; a
 ``fit`` that cannot give equal weights for equal inputs says why in ``fit.nondeterministic = "…"``.
 

@@ -215,6 +215,13 @@ def test_the_target_is_judged_too(judge: Judge) -> None:
     assert found["late"].role == "target"
 
 
+def test_the_shares_of_the_positive_class_are_told(profile_of, judge: Judge) -> None:
+    late = judge(frame(2, 40).assign(late=lambda f: (f.index % 2).astype(int)))["late"]
+    assert late.positive == {"class": 1, "before": pytest.approx(0.2, abs=0.03), "now": 0.5}
+    assert f"positive class 1 {late.positive['before']:.1%} before and 50.0% now" in late.reason
+    assert judge(frame(2, 40))["wind"].positive is None
+
+
 def test_one_day_of_rows_is_judged_by_what_the_reference_says_of_days(profile_of, judge: Judge) -> None:
     rows = frame(1, 1)
     # The reference has many days as windy: this is no drift, however far the 60 rows are from the others.

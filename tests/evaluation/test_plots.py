@@ -47,7 +47,7 @@ def series(axes: Axes) -> dict[str, list[list[float]]]:
 
 def test_roc_is_that_of_the_four_rows(axes: Axes) -> None:
     plots._roc(axes, Y, both(P), CLASSES)
-    assert series(axes) == {"late: 0.750": [[0, 0, 0.5, 0.5, 1], [0, 0.5, 0.5, 1, 1]]}
+    assert series(axes) == {"late (positive class): 0.750": [[0, 0, 0.5, 0.5, 1], [0, 0.5, 0.5, 1, 1]]}
     assert axes.get_legend().get_title().get_text() == "Area"
 
 
@@ -67,7 +67,9 @@ def test_roc_of_several_classes_has_a_curve_for_each_against_the_rest(axes: Axes
 def test_precision_and_recall_by_hand(axes: Axes) -> None:
     plots._precision_recall(axes, Y, both(P), CLASSES)
     # Thresholds 0.1, 0.35, 0.4, 0.8: of 4, 3, 2, 1 rows said to be late, 2, 2, 1, 1 are.
-    assert series(axes) == {"late: 0.833": [[1, 1, 0.5, 0.5, 0], [0.5, pytest.approx(2 / 3), 0.5, 1, 1]]}
+    assert series(axes) == {
+        "late (positive class): 0.833": [[1, 1, 0.5, 0.5, 0], [0.5, pytest.approx(2 / 3), 0.5, 1, 1]]
+    }
     share = axes.get_lines()[-1]
     assert share.get_linestyle() == ":"
     assert set(share.get_ydata()) == {0.5}  # the share of late rows
@@ -105,7 +107,7 @@ def test_confusion_counts_by_true_class_at_the_threshold(
 ) -> None:
     plots._confusion(axes, Y, both(P), CLASSES, threshold)
     assert [text.get_text() for text in axes.texts] == texts
-    assert axes.get_xlabel() == f"Predicted (from {threshold:g} on)"
+    assert axes.get_xlabel() == f"Predicted (late from {threshold:g} on)"
     assert [label.get_text() for label in axes.get_yticklabels()] == CLASSES
 
 

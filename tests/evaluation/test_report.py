@@ -42,6 +42,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "metrics": metrics,
         "intervals": "95%, bootstrap over rows.",
         "slices": {},
+        "threshold": 0.5,
         "dataset": dataset,
         "model": {"sha256": "m" * 64},
     } | changes
@@ -62,8 +63,14 @@ def test_every_metric_has_a_card_with_its_title_value_and_interval(read: Any) ->
     metrics = {n: {"value": v, "low": v - 0.0421, "high": v + 0.0421} for n, v in values.items()}
     cards = read(metrics=metrics).all("div", **{"class": "metric"})
     shown = [[str(part) for part in (card.all("span") + card.all("b"))] for card in cards]
+    about = {"precision", "recall", "f1"}  # of the positive class
     assert shown == [
-        [METRICS[n].title, f"{v - 0.0421:.3f} to {v + 0.0421:.3f}", f"{v:.3f}"] for n, v in values.items()
+        [
+            METRICS[n].title + (" of yes" if n in about else ""),
+            f"{v - 0.0421:.3f} to {v + 0.0421:.3f}",
+            f"{v:.3f}",
+        ]
+        for n, v in values.items()
     ]
 
 
@@ -121,6 +128,7 @@ def test_the_facts_say_which_model_and_which_rows(read: Any) -> None:
     assert facts == {
         "Trainer": "mlp (torch)",
         "Task": "classification, classes no, yes",
+        "Positive class": "yes, predicted from a probability of 0.5 on",
         "Features": "hour, origin",
         "Hyperparameters": "layers=2, rate=0.1",
         "Model window": "2013-01-01 to 2013-04-01",
@@ -153,7 +161,7 @@ def test_text_of_the_data_stays_text(read: Any, text: str) -> None:
     card = ModelCard(
         task="classification",
         target=text,
-        classes=[text],
+        classes=["other", text],
         features=[Feature(text, "category", "x")],
         outputs=[],
         trainer=text,
@@ -165,4 +173,4 @@ def test_text_of_the_data_stays_text(read: Any, text: str) -> None:
     page = read(card=card, summary=text, intervals=text, slices={text: [row]})
     assert page.all("script") == page.all("img") == []
     assert str(page.all("title")[0]) == f"Evaluation: {text}"
-    assert str(page).count(text) == 12
+    assert str(page).count(text) == 16

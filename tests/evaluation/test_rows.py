@@ -16,7 +16,7 @@ import pytest
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.data.features import Feature
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
-from lepton_airflow.evaluation.rows import check_kinds, load_rows
+from lepton_airflow.evaluation.rows import check_kinds, columns_like, load_rows
 from lepton_airflow.packaging.card import ModelCard
 
 INFO = DatasetInfo(
@@ -153,3 +153,9 @@ def test_a_feature_of_another_kind_is_refused(categorical: list[str], sentence: 
 
 def test_a_feature_that_the_dataset_lacks_is_for_the_prediction_to_name() -> None:
     check_kinds(CARD, replace(INFO, features=["hour"], categorical=[]))
+
+
+def test_probabilities_follow_the_order_of_the_classes() -> None:
+    scores = np.array([[0.1, 0.9]])
+    assert columns_like(scores, ["bad", "good"], ["bad", "good"]) is scores
+    assert columns_like(scores, ["bad", "good"], ["good", "bad"]).tolist() == [[0.9, 0.1]]

@@ -101,6 +101,7 @@ def test_a_card_reads_back_and_a_newer_or_damaged_one_is_refused(tmp_path: Path,
     model = package(tmp_path / "model", fitted, touched)
     assert model.card.touched == [touched]
     assert ModelCard.from_json(model.card.to_json()) == model.card
+    assert json.loads(model.card.to_json())["positive_class"] == model.card.classes[1] == "yes"
     newer = json.dumps(asdict(model.card) | {"format": 2})
     with pytest.raises(ContractError, match="has format 2, this lepton_airflow knows up to 1"):
         ModelCard.from_json(newer)

@@ -147,7 +147,7 @@ def test_an_answer_is_strict_json_with_what_was_asked_and_said() -> None:
     )
     assert inference.outputs == ["label", "probabilities"]
     outputs = {
-        "probabilities": Output("probabilities", "FP32", [-1, 2]),
+        "probabilities": Output("probabilities", "FP32", [-1, 2], {"positive_class": "late"}),
         "label": Output("label", "INT64", [-1]),
     }
     values = [np.array([1]), np.array([[np.nan, 0.25]], dtype=np.float32)]
@@ -163,6 +163,12 @@ def test_an_answer_is_strict_json_with_what_was_asked_and_said() -> None:
         "parameters": {"who": "x"},
         "outputs": [
             {"name": "label", "datatype": "INT64", "shape": [1], "data": [1]},
-            {"name": "probabilities", "datatype": "FP32", "shape": [1, 2], "data": [None, 0.25]},
+            {
+                "name": "probabilities",
+                "datatype": "FP32",
+                "shape": [1, 2],
+                "parameters": {"positive_class": "late"},
+                "data": [None, 0.25],
+            },
         ],
     }

@@ -101,7 +101,7 @@ def test_metrics_are_those_of_scikit_learn(evaluate) -> None:
         assert result.metrics[f"{name}_low"] < result.metrics[name] < result.metrics[f"{name}_high"], name
     assert result.metrics["rows"] == 2000
     assert result.summary.startswith(f"ROC AUC {expected['roc_auc']:.3f} [")
-    assert result.summary.endswith("on 2,000 rows, 2013-05-01 to 2013-05-31.")
+    assert result.summary.endswith("on 2,000 rows, 2013-05-01 to 2013-05-31; the positive class is 'yes'.")
 
 
 def test_intervals_by_cluster_are_wider_where_days_differ(evaluate) -> None:
@@ -113,6 +113,30 @@ def test_intervals_by_cluster_are_wider_where_days_differ(evaluate) -> None:
     assert by_day["roc_auc"] == by_row["roc_auc"]
     width = {k: m["roc_auc_high"] - m["roc_auc_low"] for k, m in (("day", by_day), ("row", by_row))}
     assert width["day"] > 2 * width["row"]
+
+
+def test_metrics_are_about_the_model_s_positive_class_and_every_place_says_so(evaluate, read_html) -> None:
+    from sklearn import metrics
+
+    frame, info = rows(), replace(INFO, classes=["yes", "no"])
+    result = evaluate(frame, info, weights=(-1.0, -0.2), threshold=0.6)
+    said_no = 1 / (1 + np.exp((frame.hour + 0.2 * frame.wind).to_numpy())) >= 0.6
+    predicted = np.where(said_no, "no", "yes")
+    for name, function in (("precision", metrics.precision_score), ("recall", metrics.recall_score)):
+        wanted = function(frame.late, predicted, pos_label="no")
+        assert result.metrics[name] == pytest.approx(wanted, abs=1e-3), name
+    assert result.summary.endswith("2013-05-01 to 2013-05-31; the positive class is 'no'.")
+    assert contents(evaluate, result)["positive_class"] == "no"
+    page = str(read_html((report(evaluate, result) / "report.html").read_text()))
+    assert "Recall of no" in page
+    assert "Positive classno, predicted from a probability of 0.6 on" in page
+
+
+def test_a_dataset_with_another_positive_class_is_named(evaluate) -> None:
+    result = evaluate(rows(), data=replace(INFO, classes=["yes", "no"]))
+    assert result.summary.endswith(
+        "the positive class is 'yes' (the dataset says 'no': train on it to change the model's)."
+    )
 
 
 def test_threshold_moves_what_depends_on_it(evaluate) -> None:

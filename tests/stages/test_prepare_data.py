@@ -344,6 +344,34 @@ def test_types_become_those_that_every_framework_knows(tmp_path: Path) -> None:
     assert info(tmp_path, result).classes == [0, 1]
 
 
+TEXT = "SELECT * REPLACE (CASE WHEN y = 1 THEN 'good' ELSE 'bad' END AS y) FROM snapshot"
+FLAG = "SELECT * REPLACE (y = 1 AS y) FROM snapshot"
+
+
+@pytest.mark.parametrize(
+    ("features", "stated", "classes", "said"),
+    [
+        (TEXT, None, ["bad", "good"], "classification, positive class by order: 'good'"),
+        (TEXT, "bad", ["good", "bad"], "classification, positive class: 'bad'"),
+        (TEXT, "good", ["bad", "good"], "classification, positive class: 'good'"),
+        (None, 0, [1, 0], "classification, positive class: 0"),
+        (FLAG, False, [1, 0], "classification, positive class: 0"),
+        (FLAG, True, [0, 1], "classification, positive class: 1"),
+    ],
+)
+def test_the_positive_class_is_the_second_and_is_said(
+    tmp_path: Path, features: str | None, stated: Any, classes: list[Any], said: str
+) -> None:
+    options = {"features": features, "drop": ["t"], **RANDOM}
+    result = prepare(tmp_path, table(), positive_class=stated, **options)
+    described = info(tmp_path, result, "test")
+    assert (described.classes, described.positive_class) == (classes, classes[1])
+    assert f"to predict 'y' ({said}); rows:" in result.summary
+    assert profile(tmp_path, result)["positive_class"] == classes[1]
+    # It moves no row, so the splits stay those of a run with another one.
+    assert described.split_id == info(tmp_path, prepare(tmp_path, table(), **options)).split_id
+
+
 def test_sql_reads_nothing_but_the_snapshot(tmp_path: Path) -> None:
     (tmp_path / "secret.csv").write_text("password\nhunter2\n")
     with pytest.raises(BadConfiguration, match="features may read only the table snapshot"):
@@ -478,6 +506,14 @@ REFUSALS: list[tuple[dict[str, Any], type[LeptonError], str]] = [
      "class 2 of target 'y' occurs in test and not in train"),
     ({"features": "SELECT * REPLACE (md5(x::TEXT) AS y) FROM snapshot", "test_fraction": 0, "valid_fraction": 0,
       "drop": ["x"]}, BadInput, "more than 1000 classes"),
+    ({"features": TEXT, "positive_class": "Bad"}, BadConfiguration,
+     "positive_class='Bad': target 'y' has the 2 classes 'bad', 'good', and the positive class is not one of them."),
+    ({"positive_class": "1"}, BadConfiguration, "positive_class='1': target 'y' has the 2 classes 0, 1, and"),
+    ({"features": "SELECT * REPLACE (y + 1 AS y) FROM snapshot", "positive_class": True}, BadConfiguration, "2 classes 1, 2, and"),
+    ({"features": "SELECT * REPLACE (kind AS y) FROM snapshot", "positive_class": "a", "drop": ["kind"]}, BadConfiguration,
+     "3 classes 'a', 'b', 'ü c', and the positive class can be stated for two classes only"),
+    ({"features": "SELECT * REPLACE (x AS y) FROM snapshot", "drop": ["x"], "positive_class": 1}, BadConfiguration,
+     "positive_class=1: target 'y' is a number to predict, without classes"),
 ]  # fmt: skip
 
 

@@ -260,6 +260,19 @@ def test_other_classes_or_targets_are_not_compared(desk: Desk, put_rows) -> None
     assert desk.moves() == [("bootstrap", 1, None)]
 
 
+def test_another_positive_class_is_judged_by_that_of_the_candidate(desk: Desk) -> None:
+    first = desk.promote(desk.register(WEAK, 4), metric="recall")
+    assert first.summary.endswith("on 3,000 rows. The positive class is 1.")
+    turned = replace(INFO, classes=[1, 0])
+    same = desk.promote(desk.register([-w for w in WEAK], 5, turned), metric="recall")
+    assert same.metrics["difference"] == 0  # the champion's probabilities in the order of the candidate's
+    assert same.metrics["champion_recall"] != pytest.approx(first.metrics["candidate_recall"], abs=1e-6)
+    assert same.summary.endswith(
+        "Both are judged by the candidate's positive class 0; the champion was trained with 1."
+    )
+    assert evidence(desk, same)["positive_class"] == 0
+
+
 def test_a_regression_is_judged_by_rmse(desk: Desk, put_rows) -> None:
     info = replace(INFO, task="regression", classes=[])
     frame = rows().assign(late=lambda f: f.hour + 0.5 * f.wind + 1.0)

@@ -38,6 +38,9 @@ def render(record: Mapping[str, Any], found: Comparison) -> str:
         "are medians over rounds of the ratio of the fastest calls, with 95% intervals",
         "Required": f"{rules['metric']} not worse by {rules['max_loss']:.4g} (whole interval), nowhere slower by {100 * rules['max_slowdown']:g}%, and "
         f"{rules['min_speedup']:g} times as fast or {rules['min_shrink']:g} times smaller",
+        "Positive class": ""
+        if rules["positive_class"] is None
+        else f"{rules['positive_class']}, predicted from a probability of {rules['threshold']:g} on",
         "Judged on": f"{data['rows']:,} rows"
         + (f", {' to '.join(data['time_range'])}" if data["time_range"] else "")
         + (f", dependent by {data['cluster_column']}" if data["cluster_column"] else ""),
@@ -58,7 +61,7 @@ def render(record: Mapping[str, Any], found: Comparison) -> str:
             _picture(found.candidates[1:], rules["min_speedup"]),
         ]
     parts += ["<h2>Operators</h2>", _operators(found.candidates), "<h2>How it was measured</h2><dl>"]
-    parts += [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()]
+    parts += [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Quantization</title><style>{_STYLE}</style><body>{''.join(parts)}</dl></body></html>\n"

@@ -34,7 +34,7 @@ def finish(model: onnx.ModelProto, output: str, schema: Schema, *, columns: int)
     """Give a graph the package's inputs and outputs, and take out all that could differ between equal runs.
 
     :param output: the tensor with probabilities or numbers, with ``columns`` columns; one column of probabilities is that
-        of the second of two classes.
+        of the positive one of two classes.
     """
     import onnx
     from onnx import TensorProto, helper

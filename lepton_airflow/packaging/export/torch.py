@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class TorchModel:
     """A torch module over a float32 matrix, behind a fitted transformer of the raw columns or over the numbers alone.
 
-    Its output is probabilities [n, k] (or [n, 1] for the second of two classes), or numbers [n, 1].
+    Its output is probabilities [n, k] (or [n, 1] for the positive one of two classes), or numbers [n, 1].
     """
 
     module: Any

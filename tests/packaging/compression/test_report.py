@@ -38,6 +38,8 @@ RECORD: dict[str, Any] = {
     "summary": "Chose static_int8: a < b.",
     "rules": {
         "metric": "roc_auc",
+        "positive_class": "late",
+        "threshold": 0.5,
         "max_loss": 0.005,
         "min_speedup": 1.1,
         "max_slowdown": 0.03,
