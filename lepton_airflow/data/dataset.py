@@ -26,8 +26,9 @@ class DatasetInfo:
     """What a dataset says of itself: columns and their roles, the rows it has, and where they come from.
 
     :ivar task: ``classification`` or ``regression``.
-    :ivar features: columns that a model may see, in order; the other columns are target, time, clusters or ids.
-    :ivar categorical: the features that are categories (text); all others are numbers.
+    :ivar features: columns that a model may see, in order; the other columns are target, time, clusters, ids or carried.
+    :ivar carried: columns that a model trained on these rows does not see, for models that were trained on others.
+    :ivar categorical: the features and carried columns that are categories (text); all others of them are numbers.
     :ivar time_range: smallest and largest value of ``time_column`` in this split, both inclusive, ISO 8601; or None.
     :ivar labels_until: the last time that the labels of these rows look at, ISO 8601; None: they do not look ahead.
     :ivar label_horizon_s: how far a label looks ahead of its row [s].
@@ -45,6 +46,7 @@ class DatasetInfo:
     target: str | None = None
     task: str | None = None
     features: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
     categorical: list[str] = field(default_factory=list)
     classes: list[Any] = field(default_factory=list)
     time_column: str | None = None

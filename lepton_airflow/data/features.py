@@ -200,7 +200,7 @@ class Feature:
 
 
 def kind_of(info: DatasetInfo, column: str) -> str:
-    """The kind that a dataset gives one of its features."""
+    """The kind that a dataset gives one of its features or carried columns."""
     return "category" if column in info.categorical else "number"
 
 

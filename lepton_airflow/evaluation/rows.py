@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
 from lepton_airflow.data.features import kind_of
-from lepton_airflow.errors import BadConfiguration, BadInput
+from lepton_airflow.errors import BadConfiguration, BadInput, brief
 from lepton_airflow.packaging.card import ModelCard
 
 if TYPE_CHECKING:
@@ -35,14 +35,19 @@ class EvaluationRows:
 
 
 def load_rows(
-    path: Path, card: ModelCard, cluster_column: str | None = None, columns: Sequence[str] = ()
+    path: Path,
+    card: ModelCard,
+    cluster_column: str | None = None,
+    columns: Sequence[str] = (),
+    who: str = "the model",
 ) -> EvaluationRows:
     """Read what a model with this card can be judged on, in the order in which ``predict_parquet`` gives predictions.
 
     :param cluster_column: column that names dependent rows; None: the one that the dataset names, if any.
     :param columns: further columns to read, for slices.
+    :param who: what messages call the model.
     :raises BadInput: the target is missing on some row, is no number in a regression, or a class that the model does not know.
-    :raises BadConfiguration: the dataset is for another task or target.
+    :raises BadConfiguration: the dataset is for another task or target, or lacks a feature of the model.
     """
     info = read_info(path)
     for what, mine, theirs in (("task", card.task, info.task), ("target", card.target, info.target)):
@@ -51,7 +56,7 @@ def load_rows(
                 f"the model's {what} is {mine!r}, the dataset's is {theirs!r}: pass a split of the data that the model "
                 "was made for."
             )
-    check_kinds(card, info)
+    check_features(card, path, info, who)
     cluster_column = cluster_column or info.cluster_column
     wanted = dict.fromkeys([card.target, *([cluster_column] if cluster_column else []), *columns])
     frame = load_frame(path, list(wanted))
@@ -75,18 +80,39 @@ def columns_like(scores: NDArray[Any], classes: Sequence[Any], wanted: Sequence[
     return scores if list(classes) == list(wanted) else scores[:, [list(classes).index(c) for c in wanted]]
 
 
-def check_kinds(card: ModelCard, info: DatasetInfo) -> None:
-    """Raise BadInput where a feature of the model is of another kind in the dataset: its values would match no category.
+def check_features(card: ModelCard, path: Path, info: DatasetInfo, who: str) -> None:
+    """Raise unless the dataset has all features of a model, each of the kind that the model was trained on.
 
-    A column of digits that was read as text last month and as numbers this month is such a case.
+    Of another kind, such as a column of digits that was read as text last month and as numbers this month, its values would
+    match no category.
+
+    :param who: what messages call the model.
     """
+    check_columns(card, path, who)
     for feature in card.features:
         theirs = kind_of(info, feature.name)
-        if feature.name in info.features and feature.kind != theirs:
+        if feature.name in (*info.features, *info.carried) and feature.kind != theirs:
             raise BadInput(
-                f"feature {feature.name!r} is a {theirs} in the dataset, the model was trained on it as a {feature.kind}: "
+                f"feature {feature.name!r} is a {theirs} in the dataset, {who} was trained on it as a {feature.kind}: "
                 "cast it to one type in PrepareData's features."
             )
+
+
+def check_columns(card: ModelCard, path: Path, who: str) -> None:
+    """Raise BadConfiguration unless a Parquet file has a column for every feature of a model."""
+    import pyarrow.parquet as pq
+
+    present = set(pq.read_schema(path).names)
+    absent = [feature.name for feature in card.features if feature.name not in present]
+    if absent:
+        names = ", ".join(map(brief, absent[:5])) + (
+            f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        )
+        raise BadConfiguration(
+            f"{who} needs the column{'s' if len(absent) > 1 else ''} {names}, which {path.name} does not have: let "
+            "PrepareData's features give it, and where a model trained on these rows should not see it, name it in "
+            "carry_columns, so that the files keep it."
+        )
 
 
 def _class_numbers(target: pd.Series[Any], card: ModelCard) -> NDArray[np.int64]:

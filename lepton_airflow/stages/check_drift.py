@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from lepton_airflow.errors import (
     BadInput,
     IntegrityError,
     Skipped,
+    brief,
     did_you_mean,
     require,
 )
@@ -63,6 +64,8 @@ class CheckDrift(Stage):
     :param reference: instead of ``name``: a profile, ``prepare.output["profile"]``, or a model package.
     :param reference_rows: the rows behind the reference, for the report; None: the champion's training rows, if the store
         still has them.
+    :param exclude_columns: columns of the reference that are not judged, such as calendar columns, which move whenever half a
+        year meets a whole one; report, verdict and reason name them.
     :param threshold: smallest population stability index that matters; 0.1 and 0.25 are usual [nats].
     :param alpha: largest p-value, corrected for the number of columns, that counts as beyond chance [0 to 1].
     :param min_columns: number of drifted columns from which on the data have drifted [1 to all of the reference's].
@@ -87,6 +90,7 @@ class CheckDrift(Stage):
     name: str | None = None
     reference: ArtifactUri | None = None
     reference_rows: ArtifactUri | None = None
+    exclude_columns: list[str] = field(default_factory=list)
     threshold: float = 0.25
     alpha: float = 0.05
     min_columns: int = 1
@@ -151,6 +155,10 @@ class CheckDrift(Stage):
             },
         )
 
+    def _excluded(self, reference: _Reference) -> list[str]:
+        """The reference's columns that are not judged."""
+        return [name for name in reference.profile["columns"] if name in self.exclude_columns]
+
     def _drifted(self, verdicts: Sequence[ColumnVerdict]) -> bool:
         return sum(v.drifted for v in verdicts) >= self.min_columns
 
@@ -162,6 +170,7 @@ class CheckDrift(Stage):
             "threshold": self.threshold,
             "alpha": self.alpha,
             "min_columns": self.min_columns,
+            "excluded_columns": self._excluded(reference),
             "rows": rows,
             "reference": {
                 "name": reference.name,
@@ -265,15 +274,32 @@ class CheckDrift(Stage):
             raise BadInput(
                 f"{split_pin(self.dataset)[0]} has no rows: check that the data of this window have arrived."
             )
-        columns = len(reference.profile["columns"])
+        known = {*reference.profile["columns"], *there}  # a new champion need not have each of them
+        for name in self.exclude_columns:
+            if name not in known:
+                raise BadConfiguration(
+                    f"exclude_columns: column {brief(name)} is not there; {did_you_mean(name, known)}"
+                )
+        judged = {n: c for n, c in reference.profile["columns"].items() if n not in self.exclude_columns}
+        if not judged:
+            raise BadConfiguration(
+                f"exclude_columns names all {len(reference.profile['columns'])} columns of {reference.name}: leave some to judge."
+            )
+        columns = len(judged)
         if self.min_columns > columns:
             raise BadConfiguration(
-                f"min_columns={self.min_columns}: {reference.name} has {columns} columns, so this many can never drift; "
+                f"min_columns={self.min_columns}: {reference.name} has {columns} columns to judge, so this many can never drift; "
                 f"expected 1 to {columns}."
             )
-        return rows, judge_columns(
-            con, "current_rows", reference.profile, cluster, self.threshold, self.alpha
+        verdicts = judge_columns(
+            con, "current_rows", reference.profile | {"columns": judged}, cluster, self.threshold, self.alpha
         )
+        if not verdicts:
+            raise BadConfiguration(
+                f"exclude_columns leaves only the target {brief(next(iter(judged)))} to judge, and no row has a label yet: leave "
+                "a feature, too."
+            )
+        return rows, verdicts
 
     def _report(
         self,
@@ -343,10 +369,15 @@ class CheckDrift(Stage):
         unknown = f" The target {target!r} is not compared: no row has a label yet."
         worst = "; ".join(f"{v.name}: {v.reason}" for v in (moved or verdicts)[:3])
         needed = f" ({self.min_columns} needed)" if self.min_columns > 1 else ""
+        excluded = self._excluded(reference)
+        names = ", ".join(map(brief, excluded[:5])) + (
+            f" and {len(excluded) - 5} more" if len(excluded) > 5 else ""
+        )
+        left_out = f" Not judged, by exclude_columns: {names}." if excluded else ""
         return _cut(
             f"{'Drifted' if self._drifted(verdicts) else 'Not drifted'}: {len(moved)} of {len(verdicts)} columns{needed} moved away from "
-            f"{reference.name} over {rows:,} rows. {'Most' if moved else 'Nearest to it'}: {worst}."
-            + (unknown if target and target not in {v.name for v in verdicts} else ""),
+            f"{reference.name} over {rows:,} rows.{left_out} {'Most' if moved else 'Nearest to it'}: {worst}."
+            + (unknown if target and target not in {*self.exclude_columns, *(v.name for v in verdicts)} else ""),
             _REASON_BYTES,
         )
 

@@ -315,7 +315,12 @@ class _Wanted:
 
     def _rows(self, model: ModelPackage) -> pd.DataFrame:
         if self.stage.golden is not None:
-            return _spread(self.run.fetch(self.stage.golden))
+            from lepton_airflow.evaluation.rows import check_columns
+
+            path = self.run.fetch(self.stage.golden)
+            of = f" (champion of {self.stage.name!r})" if self.stage.name else ""
+            check_columns(model.card, path, f"golden: the model to deploy{of}")
+            return _spread(path)
         profile = model.path / "profile.json"
         columns = json.loads(profile.read_bytes())["columns"] if profile.exists() else {}
         return _made_up(model.card, columns)

@@ -62,7 +62,8 @@ _ROWS_TO_ACCUSE = 20  # with fewer, a feature may follow the target by chance: t
 class PrepareData(Stage):
     """Make features from a snapshot and split the rows so that no split sees another's future, group or row.
 
-    All columns of the result are features except target, ``time_column``, ``cluster_column``, ``id_columns`` and ``drop``.
+    All columns of the result are features except target, ``time_column``, ``cluster_column``, ``id_columns``,
+    ``carry_columns`` and ``drop``.
     Text is a category and everything else a number; booleans become 0 and 1.
 
     With ``split="time"`` train lies strictly before valid, and valid strictly before test; rows of one time, and of one
@@ -95,6 +96,8 @@ class PrepareData(Stage):
         clusters that it knows (next month's bills of the same customers). Else it is judged on clusters that it has not met.
     :param id_columns: columns that tell the rows apart; the files keep them and no model sees them. Later stages know by
         them which rows a model has touched, and a random split goes by them.
+    :param carry_columns: columns that the files keep for other models, such as features of the champion that the next model
+        is to do without; a model that is trained on these files does not see them.
     :param drop: columns of the result to leave out.
     :param stratify: give every split of a random split equal shares of the classes.
     :param valid_fraction: share of the rows outside test that validate [share, 0 to below 1]; 0: no such split.
@@ -125,6 +128,7 @@ class PrepareData(Stage):
     cluster_column: str | None = None
     known_clusters: bool = False
     id_columns: list[str] = field(default_factory=list)
+    carry_columns: list[str] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
     stratify: bool = True
     valid_fraction: float = 0.2
@@ -262,7 +266,8 @@ class PrepareData(Stage):
             if self.target
             else "; no target, to predict or to watch"
         )
-        text = f"{len(info.features)} features{what}; rows: "
+        carried = f" ({len(info.carried)} more carried for other models)" if info.carried else ""
+        text = f"{len(info.features)} features{carried}{what}; rows: "
         text += ", ".join(f"{split.rows} {name}" for name, split in splits.items())
         if self.known_clusters:
             text += f"; later rows of known {self.cluster_column} are predicted"
@@ -321,12 +326,19 @@ class PrepareData(Stage):
             "cluster_column": [self.cluster_column],
         }
         roles["id_columns"] = list(self.id_columns)
+        roles["carry_columns"] = list(self.carry_columns)
         for role, names in roles.items():
             for name in names:
                 if name is not None and name not in types:
                     raise BadConfiguration(
                         f"{role}: column {name!r} is not among the features' columns; {did_you_mean(name, types)}"
                     )
+        for name in self.carry_columns:
+            taken = [r for r, names in roles.items() if name in names and r != "carry_columns"]
+            if taken:
+                raise BadConfiguration(
+                    f"carry_columns: column {brief(name)} is in {taken[0]} already, whose columns the files keep anyhow: name it once."
+                )
         if self.time_column and not is_time(types[self.time_column]):
             raise BadConfiguration(
                 f"time_column {self.time_column!r} is {types[self.time_column]}, expected a date or a timestamp: "
@@ -344,22 +356,24 @@ class PrepareData(Stage):
     ) -> DatasetInfo:
         """Decide the task, and which columns are features and which of these are categories."""
         others = {self.target, self.time_column, self.cluster_column, *self.id_columns}
-        features = [name for name in types if name not in others]
+        features = [name for name in types if name not in {*others, *self.carry_columns}]
+        carried = [name for name in types if name in self.carry_columns]
         if not features:
             raise BadConfiguration(
-                f"no feature is left: the columns are {', '.join(types)}, all of them target, time, cluster or id."
+                f"no feature is left: the columns are {', '.join(types)}, all of them target, time, cluster, id or carried."
             )
-        for name in features:
+        for name in (*features, *carried):
             if types[name] not in (*WHOLE, "FLOAT", "DOUBLE", "VARCHAR"):
                 raise BadConfiguration(
-                    f"feature {name!r} is {types[name]}: expected a number or text. Derive one in features, or name it in "
+                    f"{'feature' if name in features else 'carried column'} {name!r} is {types[name]}: expected a number or text. Derive one in features, or name it in "
                     "id_columns or drop."
                 )
         return DatasetInfo(
             target=self.target,
             task=self._task(con, table, types),
             features=features,
-            categorical=[name for name in features if types[name] == "VARCHAR"],
+            carried=carried,
+            categorical=[name for name in (*features, *carried) if types[name] == "VARCHAR"],
             time_column=self.time_column,
             label_horizon_s=horizon.total_seconds(),
             cluster_column=self.cluster_column,
@@ -480,11 +494,11 @@ class PrepareData(Stage):
         for name, count in zip(info.features, known, strict=True):
             if not count:
                 log.warning("feature %r is missing in every row of train: it tells a model nothing.", name)
-        if info.categorical:
+        if categories := [n for n in info.features if n in info.categorical]:
             distinct = fetch_row(
-                con, f"SELECT {for_each('approx_count_distinct({})', info.categorical)} FROM {assigned}"
+                con, f"SELECT {for_each('approx_count_distinct({})', categories)} FROM {assigned}"
             )
-            for name, count in zip(info.categorical, distinct, strict=True):
+            for name, count in zip(categories, distinct, strict=True):
                 if count > _MANY_CATEGORIES:
                     log.warning(
                         "feature %r has about %d categories: a one-hot encoding of it is that wide; consider id_columns, "

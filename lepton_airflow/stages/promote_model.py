@@ -218,7 +218,8 @@ class _Bench:
         self.candidate = candidate
         self.path = run.fetch(stage.dataset)
         self.package = ModelPackage.open(run.fetch(candidate.package))
-        self.rows = load_rows(self.path, self.package.card, stage.cluster_column)
+        who = f"candidate version {candidate.version} of {stage.name!r}"
+        self.rows = load_rows(self.path, self.package.card, stage.cluster_column, who=who)
         touched = overlap(self.package, self.path, self.rows.info)
         if touched:
             raise BadConfiguration(
@@ -259,16 +260,17 @@ class _Bench:
 
     def _why_not_compared(self, champion: LedgerEntry, package: ModelPackage) -> str | None:
         """Why these rows cannot decide between the two; raises when the two can never be compared."""
-        from lepton_airflow.evaluation.rows import check_kinds
+        from lepton_airflow.evaluation.rows import check_features
         from lepton_airflow.packaging.touched import overlap, untouched_by_id
 
         self._refuse_another_kind(package, champion)
-        check_kinds(package.card, self.rows.info)
         if is_newer(champion.window, self.candidate.window):
             return (
                 f"was trained on newer data ({_span(champion.window)}) than version {self.candidate.version} "
                 f"({_span(self.candidate.window)})."
             )
+        who = f"champion version {champion.version} of {self.stage.name!r}"
+        check_features(package.card, self.path, self.rows.info, who)
         touched = overlap(package, self.path, self.rows.info)
         if not touched:
             self.judged = slice(None)

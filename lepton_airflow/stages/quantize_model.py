@@ -180,7 +180,7 @@ class QuantizeModel(Stage):
                 raise BadConfiguration(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
     def _usable(self, name: str, path: Path, package: ModelPackage) -> DatasetInfo:
-        from lepton_airflow.evaluation.rows import check_kinds
+        from lepton_airflow.evaluation.rows import check_features
 
         info = read_info(path)
         if info.split == "test":
@@ -188,7 +188,7 @@ class QuantizeModel(Stage):
                 f"{name} is the test split: a model that was chosen on these rows could not be evaluated on them any more. "
                 f"Pass prepare.output[{'train' if name == 'calibration' else 'valid'!r}]."
             )
-        check_kinds(package.card, info)
+        check_features(package.card, path, info, "the model")
         return info
 
     def _judge(self, package: ModelPackage, rows: EvaluationRows, path: Path) -> Judge:

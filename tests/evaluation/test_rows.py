@@ -16,7 +16,7 @@ import pytest
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.data.features import Feature
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError
-from lepton_airflow.evaluation.rows import check_kinds, columns_like, load_rows
+from lepton_airflow.evaluation.rows import check_columns, check_features, columns_like, load_rows
 from lepton_airflow.packaging.card import ModelCard
 
 INFO = DatasetInfo(
@@ -146,13 +146,27 @@ def test_columns_that_are_not_there_and_datasets_without_rows_are_refused(tmp_pa
         ),
     ],
 )
-def test_a_feature_of_another_kind_is_refused(categorical: list[str], sentence: str) -> None:
+def test_a_feature_of_another_kind_is_refused(tmp_path: Path, categorical: list[str], sentence: str) -> None:
+    path = write(tmp_path, FRAME, INFO)
     with pytest.raises(BadInput, match=sentence):
-        check_kinds(CARD, replace(INFO, categorical=categorical))
+        check_features(CARD, path, replace(INFO, categorical=categorical), "the model")
+    carried = replace(INFO, features=[], carried=["hour", "origin"], categorical=categorical)
+    with pytest.raises(BadInput, match=sentence):
+        check_features(CARD, path, carried, "the model")
 
 
-def test_a_feature_that_the_dataset_lacks_is_for_the_prediction_to_name() -> None:
-    check_kinds(CARD, replace(INFO, features=["hour"], categorical=[]))
+def test_who_needs_a_column_that_the_dataset_lacks_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path, FRAME.drop(columns="origin"), replace(INFO, features=["hour"], categorical=[]))
+    with pytest.raises(BadConfiguration) as caught:
+        load_rows(path, CARD, who="champion version 3 of 'late'")
+    assert str(caught.value).startswith(
+        "champion version 3 of 'late' needs the column 'origin', which test.parquet does not have: let PrepareData's features"
+    )
+    many = [Feature(f"c{i}", "number", f"c{i}") for i in range(7)]
+    with pytest.raises(
+        BadConfiguration, match="needs the columns 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more, which"
+    ):
+        check_columns(replace(CARD, features=many), path, "the model")
 
 
 def test_probabilities_follow_the_order_of_the_classes() -> None:

@@ -348,3 +348,45 @@ def test_the_package_of_the_ledger_must_be_the_one_that_was_promoted(bench: Benc
     stored.write_text(stored.read_text().replace("JFK", "XXX"))
     with pytest.raises(Exception, match="was altered or is damaged"):
         bench.check(rows(4), name="flights")
+
+
+def test_excluded_columns_are_not_judged_and_are_named(bench: Bench) -> None:
+    reference = {"reference": bench.profile.uri}
+    assert bench.check(rows(4, wind=3.0), **reference).values["columns"] == ["wind"]
+    result = bench.check(rows(4, wind=3.0), **reference, exclude_columns=["wind", "day"])
+    assert (result.values["drifted"], result.metrics["columns"]) == (False, 3)
+    assert "Not judged, by exclude_columns: 'wind'." in result.values["reason"]
+    verdict = json.loads(bench.read(result.artifacts["verdict"]))
+    assert verdict["excluded_columns"] == ["wind"]
+    assert "wind" not in [column["name"] for column in verdict["columns"]]
+    assert "Not judged, by exclude_columns: &#x27;wind&#x27;." in bench.read(result.artifacts["report"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"exclude_columns": ["winds"]}, "exclude_columns: column 'winds' is not there; did you mean 'wind'"),
+        (
+            {"exclude_columns": ["hour", "wind", "origin", "late"]},
+            "names all 4 columns of the reference: leave some",
+        ),
+        (
+            {"exclude_columns": ["hour"], "min_columns": 4},
+            "the reference has 3 columns to judge, so this many can never",
+        ),
+    ],
+)
+def test_exclusions_that_leave_nothing_to_judge_are_refused(
+    bench: Bench, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(BadConfiguration, match=sentence):
+        bench.check(rows(4), reference=bench.profile.uri, **fields)
+
+
+def test_an_excluded_target_is_not_waited_for_and_cannot_be_all_that_is_judged(bench: Bench) -> None:
+    unlabelled = rows(4).drop(columns="late")
+    result = bench.check(unlabelled, reference=bench.profile.uri, exclude_columns=["late"])
+    assert "Not judged, by exclude_columns: 'late'." in result.summary
+    assert "no row has a label yet" not in result.summary
+    with pytest.raises(BadConfiguration, match="leaves only the target 'late' to judge, and no row has a label yet"):
+        bench.check(unlabelled, reference=bench.profile.uri, exclude_columns=["hour", "wind", "origin"])

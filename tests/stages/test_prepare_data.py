@@ -344,6 +344,19 @@ def test_types_become_those_that_every_framework_knows(tmp_path: Path) -> None:
     assert info(tmp_path, result).classes == [0, 1]
 
 
+def test_carried_columns_are_kept_and_are_no_features(tmp_path: Path) -> None:
+    result = prepare(tmp_path, table(), **TIME, carry_columns=["kind", "machine"])
+    described = info(tmp_path, result, "test")
+    assert (described.features, described.carried, described.categorical) == (
+        ["x"],
+        ["machine", "kind"],
+        ["kind"],
+    )
+    assert set(splits(tmp_path, result)["test"]) == set(table())
+    assert set(profile(tmp_path, result)["columns"]) == {"x", "y"}
+    assert result.summary.startswith("1 features (2 more carried for other models) to predict 'y'")
+
+
 TEXT = "SELECT * REPLACE (CASE WHEN y = 1 THEN 'good' ELSE 'bad' END AS y) FROM snapshot"
 FLAG = "SELECT * REPLACE (y = 1 AS y) FROM snapshot"
 
@@ -506,6 +519,9 @@ REFUSALS: list[tuple[dict[str, Any], type[LeptonError], str]] = [
      "class 2 of target 'y' occurs in test and not in train"),
     ({"features": "SELECT * REPLACE (md5(x::TEXT) AS y) FROM snapshot", "test_fraction": 0, "valid_fraction": 0,
       "drop": ["x"]}, BadInput, "more than 1000 classes"),
+    ({"carry_columns": ["tail"]}, BadConfiguration, "carry_columns: column 'tail' is not among"),
+    ({"carry_columns": ["machine"], "id_columns": ["machine"]}, BadConfiguration, "'machine' is in id_columns already"),
+    ({"carry_columns": ["u"], "features": "SELECT *, t AS u FROM snapshot"}, BadConfiguration, "carried column 'u' is TIMESTAMP"),
     ({"features": TEXT, "positive_class": "Bad"}, BadConfiguration,
      "positive_class='Bad': target 'y' has the 2 classes 'bad', 'good', and the positive class is not one of them."),
     ({"positive_class": "1"}, BadConfiguration, "positive_class='1': target 'y' has the 2 classes 0, 1, and"),

@@ -273,6 +273,23 @@ def test_another_positive_class_is_judged_by_that_of_the_candidate(desk: Desk) -
     assert evidence(desk, same)["positive_class"] == 0
 
 
+def test_a_champion_of_other_features_is_judged_on_columns_that_the_split_carries(
+    desk: Desk, put_rows
+) -> None:
+    gusts = replace(INFO, features=["hour", "wind", "gust"])
+    frame = rows().assign(gust=0.0)
+    carried = put_rows(desk.run, frame, replace(INFO, carried=["gust"])).uri
+    desk.promote(desk.register([*WEAK, 1.0], 4, gusts), dataset=carried)
+    candidate = desk.register(GOOD, 5)
+    with pytest.raises(
+        BadConfiguration, match=r"^champion version 1 of 'late' needs the column 'gust', which test.parquet"
+    ):
+        desk.promote(candidate)
+    assert desk.promote(candidate, "carried", dataset=carried).values["decision"] == "promote"
+    with pytest.raises(BadConfiguration, match=r"^candidate version 3 of 'late' needs the column 'gust'"):
+        desk.promote(desk.register([*WEAK, 2.0], 5, gusts))
+
+
 def test_a_regression_is_judged_by_rmse(desk: Desk, put_rows) -> None:
     info = replace(INFO, task="regression", classes=[])
     frame = rows().assign(late=lambda f: f.hour + 0.5 * f.wind + 1.0)
