@@ -324,6 +324,7 @@ class TrainModelOperator(StageOperator):
         folds: int | str | XComArg | None = ...,
         fold_by: Literal["row", "time"] | str | XComArg = ...,
         also_touched: Sequence[ArtifactUri | XComArg] | str | XComArg = ...,
+        refit: Literal["train+valid"] | str | XComArg | None = ...,
         profile: ArtifactUri | XComArg | str | None = ...,
         seed: int | str | XComArg = ...,
         parity_tolerance: float | str | XComArg = ...,

@@ -106,6 +106,7 @@ def _facts(result: Mapping[str, Any], card: ModelCard) -> str:
         "Positive class": _positive(result, card),
         "Features": ", ".join(f.name for f in card.features),
         "Hyperparameters": ", ".join(f"{k}={v}" for k, v in card.hyperparameters.items()) or "defaults",
+        "Fitted on": _refit(card),
         "Model window": f"{card.window['start']} to {card.window['end']}" if card.window else "not known",
         "Model package": result["model"]["sha256"],
         "Rows evaluated": f"{data['rows']:,}"
@@ -115,6 +116,16 @@ def _facts(result: Mapping[str, Any], card: ModelCard) -> str:
     }
     return (
         "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v) + "</dl>"
+    )
+
+
+def _refit(card: ModelCard) -> str:
+    """What a model was fitted on that was fitted again; empty for others."""
+    if card.refit is None:
+        return ""
+    settled = ", ".join(f"{k}={v}" for k, v in card.refit["settled"].items())
+    return f"{card.refit['rows']}" + (
+        f", with {settled} as early stopping on valid had settled" if settled else ""
     )
 
 

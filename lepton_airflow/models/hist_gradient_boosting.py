@@ -2,7 +2,7 @@
 
 Friedman 2001 (Annals of Statistics 29) with the histograms of Ke et al. 2017 (LightGBM), as scikit-learn builds them.
 Missing numbers need no filling: each split learns a side for them. Categories become ranks (see ``_columns.ordinal``).
-With ``valid`` the number of trees is chosen by its loss. Deterministic for a seed.
+With ``valid`` the number of trees is chosen by its loss; a refit makes as many. Deterministic for a seed.
 
 learning_rate        shrinkage of each tree, above 0 [dimensionless]
 max_iter             trees at most (per class, with more than two classes)
@@ -56,7 +56,7 @@ def fit(
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from sklearn.pipeline import Pipeline
 
-    h = dict(hyperparameters)
+    h = {**hyperparameters, **(run.settled or {})}
     columns = _columns.ordinal(
         train, run, max_categories=h.pop("max_categories"), min_frequency=h.pop("min_frequency")
     )
@@ -66,4 +66,5 @@ def fit(
     if valid is not None:
         held_out = {"X_val": columns.transform(valid[run.features]), "y_val": valid[run.target]}
     model.fit(columns.transform(train[run.features]), train[run.target], **held_out)
+    run.settle(max_iter=model.n_iter_)
     return Pipeline([("columns", columns), ("model", model)])

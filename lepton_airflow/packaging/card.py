@@ -47,6 +47,8 @@ class ModelCard:
     :ivar row_identity: the id columns by which ``rows.npy`` knows the touched rows; empty: by their values.
     :ivar code: sha256 of the source of the trainer.
     :ivar data: sha256 of each dataset by role.
+    :ivar refit: of a model that was fitted again on the rows of train and valid: ``rows``, and what was ``settled`` by valid
+        before; the metrics of valid and out of fold are then those of the models before. Else None.
     :ivar metrics: by rows scored: ``train``, ``valid``, ``out_of_fold``; floats, None where undefined.
     :ivar parity: largest difference between the native and the ONNX predictions, the tolerance, its unit, rows compared.
     :ivar quantization: how QuantizeModel made these weights from those that were trained; None when it did not.
@@ -69,6 +71,7 @@ class ModelCard:
     code: str = ""
     data: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    refit: dict[str, Any] | None = None
     parity: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None
     nondeterministic: str | None = None

@@ -105,6 +105,7 @@ class QuantizeModel(Stage):
         from lepton_airflow.packaging.compression.convert import METHODS
         from lepton_airflow.packaging.package import ModelPackage, write_package
         from lepton_airflow.packaging.session import parquet_feeds
+        from lepton_airflow.packaging.touched import overlap
 
         for library in self.engines:
             require(library, "QuantizeModel", self.extra)
@@ -150,9 +151,11 @@ class QuantizeModel(Stage):
         for candidate in found.candidates[1:]:
             log.info("%s: %s (%s)", candidate.name, candidate.verdict, candidate.reason)
         model = self._package(run, package, paths, infos, found, judge)
-        report = self._report(run, found, judge, rows, card)
+        known = overlap(package, paths["dataset"], infos["dataset"]) if card.refit else None
+        summary = _summary(found, judge.metric, card, known)
+        report = self._report(run, found, judge, rows, card, summary)
         return Result(
-            summary=_summary(found, judge.metric, card),
+            summary=summary,
             artifacts={"model": model, "report": report},
             values={"chosen": found.chosen, "reason": found.reason},
             metrics=_metrics(found),
@@ -306,13 +309,19 @@ class QuantizeModel(Stage):
         )
 
     def _report(
-        self, run: RunInfo, found: Comparison, judge: Judge, rows: EvaluationRows, card: ModelCard
+        self,
+        run: RunInfo,
+        found: Comparison,
+        judge: Judge,
+        rows: EvaluationRows,
+        card: ModelCard,
+        summary: str,
     ) -> Artifact:
         from lepton_airflow.packaging.compression import report
         from lepton_airflow.packaging.compression.convert import cpu_flags
 
         record = {
-            "summary": _summary(found, judge.metric, card),
+            "summary": summary,
             "chosen": found.chosen,
             "reason": found.reason,
             "candidates": [asdict(c) for c in found.candidates],
@@ -373,12 +382,14 @@ def _touched_rows(package: ModelPackage, paths: Mapping[str, Path]) -> NDArray[n
     return np.unique(np.concatenate([package.rows, *read]))
 
 
-def _summary(found: Comparison, metric: str, card: ModelCard) -> str:
+def _summary(found: Comparison, metric: str, card: ModelCard, known: str | None) -> str:
     from lepton_airflow.statistics.catalogue import METRICS
 
     positive = card.schema.positive_class
     told = positive is not None and METRICS[metric].of_positive
     about = f" The positive class is {brief(positive)}." if told else ""
+    if known:
+        about += f" The model was fitted again on rows that this was judged on, so on others it may lose more: {known}"
     if found.chosen == "fp32":
         return f"{found.reason[0].upper()}{found.reason[1:]}.{about}"
     return f"Chose {found.chosen}: {found.reason}.{about}"

@@ -6,8 +6,8 @@ import io
 import json
 import logging
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -59,6 +59,9 @@ class TrainModel(Stage):
     :param fold_by: ``row``: at random, stratified by class, whole clusters together; ``time``: train on the past only.
     :param also_touched: other datasets that influenced the model (tuning, calibration), so that no later comparison uses
         their rows. The training rows need not be named.
+    :param refit: ``train+valid``: once the fit on ``dataset`` has settled by ``valid`` when to stop, fit the model again on the
+        rows of both with that number of epochs or trees. The metrics ``valid_…`` are those of the model before, and so is
+        whatever is chosen on ``valid``; the model has touched the rows of both. None: the model never learns from ``valid``.
     :param profile: reference profile of the training rows, which goes into the package for drift checks.
     :param seed: seeds every source of randomness.
     :param parity_tolerance: largest allowed difference between native and ONNX predictions [probability, or standard
@@ -75,6 +78,7 @@ class TrainModel(Stage):
     folds: int | None = None
     fold_by: Literal["row", "time"] = "row"
     also_touched: list[ArtifactUri] = field(default_factory=list)
+    refit: Literal["train+valid"] | None = None
     profile: ArtifactUri | None = None
     seed: int = 0
     parity_tolerance: float = 1e-4
@@ -113,7 +117,8 @@ class TrainModel(Stage):
         fits = _Fits(self, run, trainer, rows, valid, hyperparameters, touched)
         with Readings() as readings:
             out_of_fold = fits.out_of_fold() if self.folds else None
-            model = fits.final()
+            settled = fits.settled() if self.refit else None
+            model = fits.refit(settled) if settled else fits.final()
 
         onnx_model = model.to_onnx().SerializeToString(deterministic=True)
         parity = check_parity(model, onnx_model, rows, valid, self.parity_tolerance)
@@ -122,7 +127,7 @@ class TrainModel(Stage):
             parity["difference"],
             parity["rows"],
         )
-        metrics = _metrics(model, rows, valid, out_of_fold)
+        metrics = _metrics(model, rows, valid, out_of_fold, settled)
         artifacts = {}
         if out_of_fold is not None:
             out_of_fold.to_parquet(run.workdir / "out_of_fold.parquet", index=False)
@@ -136,7 +141,7 @@ class TrainModel(Stage):
         write_package(
             run.workdir / "model",
             onnx_model,
-            replace(fits.card(model, metrics, parity), row_identity=identity),
+            replace(fits.card(model, metrics, parity, settled), row_identity=identity),
             profile=profile,
             rows=seen,
         )
@@ -147,12 +152,19 @@ class TrainModel(Stage):
         flat = {f"{part}_{name}": value for part, values in metrics.items() for name, value in values.items()}
         flat |= readings.metrics()
         return Result(
-            _summary(self, rows, valid, metrics, parity, artifacts["model"].bytes), artifacts, metrics=flat
+            _summary(self, rows, valid, metrics, parity, artifacts["model"].bytes, settled),
+            artifacts,
+            metrics=flat,
         )
 
     def _check_parameters(self) -> None:
         if self.threads < 1:
             raise BadConfiguration(f"threads={self.threads}: expected at least 1.")
+        if self.refit and self.valid is None:
+            raise BadConfiguration(
+                f"refit={self.refit!r} needs valid: pass the rows that settle when to stop, and that the model is fitted on, too, "
+                "such as prepare.output['valid']."
+            )
         if not self.checkpoint_s >= 0:
             raise BadConfiguration(f"checkpoint_s={self.checkpoint_s}: expected 0 or more seconds.")
 
@@ -183,6 +195,20 @@ class TrainModel(Stage):
             if entry.sha256 not in {t.sha256 for t in touched}:
                 touched.append(entry)
         return touched
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What the fit on train has settled by ``valid``, and how good its model was there.
+
+    :ivar numbers: such as ``{"max_iter": 57}``, for the refit.
+    :ivar valid: the metrics of ``valid``.
+    :ivar curves: what this fit reported.
+    """
+
+    numbers: dict[str, Any]
+    valid: dict[str, float | None]
+    curves: dict[str, Any]
 
 
 @dataclass
@@ -239,6 +265,40 @@ class _Fits:
         """Fit the model on all rows."""
         return self._fit("final", None, self.curves)
 
+    def settled(self) -> _Settled:
+        """Fit on train, and keep what ``valid`` settles; an earlier try's is read back."""
+        from lepton_airflow.training.fit import score
+
+        assert self.valid is not None
+        key = f"{self.key}/settled.json"
+        if (kept := self.run.store.read(key)) is not None:
+            try:
+                return _Settled(**json.loads(kept))
+            except (ValueError, TypeError) as error:
+                log.warning("the fit on train is made again, what an earlier try kept is damaged: %s", error)
+        told: list[dict[str, Any] | None] = []
+        model = self._fit("final", None, self.curves, decided=told.append)
+        if told[0] is None:
+            raise BadConfiguration(
+                f"refit={self.stage.refit!r}: trainer {self.trainer.name} does not say what valid has decided. Call "
+                "run.settle(trees=…) in fit and take run.settled['trees'] in the refit, or run.settle() if fit does not use valid."
+            )
+        metrics = score(self.rows.schema, self.valid.y, model.predict(self.valid.frame))
+        text = json.dumps(asdict(_Settled(told[0], metrics, asdict(self.curves))), allow_nan=False)
+        self.run.store.write(key, text.encode())
+        self.run.store.delete(f"{self.key}/final")
+        log.info("settled on train and valid: %s", told[0] or "nothing to stop early")
+        return _Settled(**json.loads(text))  # as a later try reads it
+
+    def refit(self, settled: _Settled) -> Fitted:
+        """Fit the model on all rows of train and valid, with what was settled before."""
+        from lepton_airflow.training.curves import Curves
+
+        assert self.valid is not None
+        self.run.check_stop()
+        self.curves = Curves(**settled.curves)  # of the fit that valid was a measure for
+        return self._fit("refit", None, None, refit=settled.numbers)
+
     def out_of_fold(self) -> pd.DataFrame:
         """Predict each row of every fold with a model that has not seen it; finished folds are read back."""
         import numpy as np
@@ -264,7 +324,11 @@ class _Fits:
         return pd.concat(parts).sort_values("row", ignore_index=True)
 
     def card(
-        self, model: Fitted, metrics: dict[str, dict[str, float | None]], parity: dict[str, Any]
+        self,
+        model: Fitted,
+        metrics: dict[str, dict[str, float | None]],
+        parity: dict[str, Any],
+        settled: _Settled | None,
     ) -> ModelCard:
         """Describe the model for its package."""
         from lepton_airflow.packaging.card import ModelCard
@@ -287,6 +351,7 @@ class _Fits:
             code=self.trainer.code,
             data=self.data,
             metrics=metrics,
+            refit={"rows": self.stage.refit, "settled": settled.numbers} if settled else None,
             parity=parity,
             nondeterministic=getattr(self.trainer.fit, "nondeterministic", None),
             versions=versions(type(self.stage)),
@@ -312,7 +377,15 @@ class _Fits:
         log.info("fold %d of %d predicted (%d rows)", number + 1, self.stage.folds, len(held_out))
         return predicted
 
-    def _fit(self, name: str, subset: NDArray[np.intp] | None, curves: Curves | None) -> Fitted:
+    def _fit(
+        self,
+        name: str,
+        subset: NDArray[np.intp] | None,
+        curves: Curves | None,
+        *,
+        refit: Mapping[str, Any] | None = None,
+        decided: Callable[[dict[str, Any] | None], None] | None = None,
+    ) -> Fitted:
         from lepton_airflow.store.checkpoints import Checkpoints
         from lepton_airflow.training.fit import fit_model
 
@@ -320,9 +393,9 @@ class _Fits:
         try:
             return fit_model(
                 self.trainer,
-                self.rows,
+                self.rows if refit is None or self.valid is None else self.rows.joined(self.valid),
                 self.hyperparameters,
-                valid=self.valid,
+                valid=self.valid if refit is None else None,
                 subset=subset,
                 seed=self.stage.seed,
                 threads=self.stage.threads,
@@ -333,6 +406,8 @@ class _Fits:
                 ),
                 curves=curves,
                 say=lambda text: log.info("%s: %s", name, text),
+                settled=refit,
+                decided=decided,
             )
         except LeptonError as error:
             if error.__cause__ is not None:  # an error of the user's code: show its traceback, without ours
@@ -373,13 +448,19 @@ def _check_apart(path: Path, rows: Rows, valid_path: Path, valid: Rows) -> None:
 
 
 def _metrics(
-    model: Fitted, rows: Rows, valid: Rows | None, out_of_fold: pd.DataFrame | None
+    model: Fitted,
+    rows: Rows,
+    valid: Rows | None,
+    out_of_fold: pd.DataFrame | None,
+    settled: _Settled | None,
 ) -> dict[str, dict[str, float | None]]:
-    """The metrics of the task on the rows trained on, on ``valid``, and out of fold."""
+    """The metrics of the task on the rows of train, on ``valid`` (before a refit on it), and out of fold."""
     from lepton_airflow.training.fit import score
 
     found = {"train": score(rows.schema, rows.y, model.predict(rows.frame))}
-    if valid is not None:
+    if settled is not None:
+        found["valid"] = settled.valid
+    elif valid is not None:
         found["valid"] = score(rows.schema, valid.y, model.predict(valid.frame))
     if out_of_fold is not None:
         predicted = out_of_fold.iloc[:, 3:].to_numpy()
@@ -395,17 +476,24 @@ def _summary(
     metrics: Mapping[str, Any],
     parity: Mapping[str, Any],
     size: int,
+    settled: _Settled | None,
 ) -> str:
     from lepton_airflow.statistics.catalogue import JUDGED_BY
 
     key, positive = JUDGED_BY[rows.schema.task], rows.schema.positive_class
     part = next(p for p in ("out_of_fold", "valid", "train") if p in metrics)
     value = metrics[part][key]
+    held_out = 0 if valid is None else len(valid.frame)
+    numbers = ", ".join(f"{k}={brief(v)}" for k, v in settled.numbers.items()) if settled else ""
+    fitted = len(rows.frame) + (held_out if settled else 0)
+    before = f", of the model before the refit{f' ({numbers})' if numbers else ''}" if settled else ""
     return (
-        f"Trained {stage.trainer} on {len(rows.frame):,} rows and {len(rows.schema.features)} features"
-        + (f" ({len(valid.frame):,} rows held out)" if valid is not None else "")
+        f"Trained {stage.trainer} on {fitted:,} rows{' of train and valid' if settled else ''} and "
+        f"{len(rows.schema.features)} features"
+        + (f" ({held_out:,} rows held out)" if held_out and not settled else "")
         + f": {part.replace('_', ' ')} {key} "
         + (f"{value:.4g}" if value is not None else "undefined")
+        + before
         + (f"; the positive class is {brief(positive)}" if positive is not None else "")
         + f"; ONNX and native differ by at most {parity['difference']:.1g}; package {size / 1e6:.2f} MB."
     )

@@ -15,6 +15,10 @@ positive class of two), or numbers [rows, 1]; it comes as ``(module, example)``,
 ``(fitted transformer of the raw columns, module)``. A module of trainers may set ``SEARCH_SPACE`` for TuneModel; a
 ``fit`` that cannot give equal weights for equal inputs says why in ``fit.nondeterministic = "…"``.
 
+With ``TrainModel(refit="train+valid")`` a second fit follows, on the rows of both and without ``valid``. What the first one
+decided by ``valid`` it tells with ``run.settle(trees=57)``, and the second one reads it from ``run.settled``; a ``fit`` that
+has no use for ``valid`` says so with ``run.settle()``.
+
 To make a long fit resumable, call ``run.latest_checkpoint()`` once before its loop and ``run.save_checkpoint(step, write)``
 after each step; :func:`lepton_airflow.models.fit_torch` does so for torch.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,15 @@ def fit_model(
     checkpoints: Checkpoints | None = None,
     curves: Curves | None = None,
     say: Callable[[str], None] = silent,
+    settled: Mapping[str, Any] | None = None,
+    decided: Callable[[dict[str, Any] | None], None] | None = None,
 ) -> Fitted:
     """Fit on all rows or a subset, with every source of randomness seeded and the number of threads fixed.
 
     :param subset: numbers of the rows to train on; None: all.
     :param say: is told of the progress.
+    :param settled: for a refit: what the fit before it has decided by ``valid``.
+    :param decided: is told what this fit has decided by ``valid``, None if the trainer does not say.
     :raises LeptonError: the user's trainer failed; the message names the line in it, the cause is its error.
     """
     run = TrainerRun(
@@ -57,6 +61,7 @@ def fit_model(
         checkpoints=checkpoints,
         curves=curves if curves is not None else Curves(),
         say=say,
+        settled=settled,
     )
     train = rows.frame.copy() if subset is None else rows.take(subset)
     held_out = valid.frame.copy() if valid is not None else None
@@ -66,6 +71,8 @@ def fit_model(
         finally:
             if checkpoints is not None:
                 checkpoints.close()
+    if decided is not None:
+        decided(run.decided)
     return as_fitted(returned, rows.schema, trainer.name)
 
 

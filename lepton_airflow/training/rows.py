@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,14 @@ class Rows:
         clusters = pd.factorize(frame[info.cluster_column])[0] if info.cluster_column else None
         moments = frame[info.time_column].to_numpy() if info.time_column else None
         return cls(name, info, Schema(features, str(info.task), classes), raw, clusters, moments)
+
+    def joined(self, more: Rows) -> Rows:
+        """These rows and then those of another dataset, to train on."""
+        import pandas as pd
+
+        frame = pd.concat([self.frame, more.frame], ignore_index=True)
+        name, info = f"{self.name} and {more.name}", replace(self.info, rows=len(frame))
+        return Rows(name, info, self.schema, frame)
 
     def take(self, rows: NDArray[np.intp]) -> pd.DataFrame:
         """Some rows, as a trainer gets them."""

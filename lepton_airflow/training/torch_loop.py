@@ -59,7 +59,8 @@ def fit_torch(
     """Train ``net`` on ``run.device``, resuming where a killed try stopped; returns it on the CPU, ready to predict.
 
     Make ``net`` in your ``fit``, where everything is seeded. With ``valid``, its weights are those of the epoch with the
-    smallest loss on these rows. Every epoch is reported with ``train_loss`` and ``valid_loss``.
+    smallest loss on these rows. Every epoch is reported with ``train_loss`` and ``valid_loss``. In a refit, it runs as many
+    epochs as the best one had been.
 
     :param loss: ``loss(net(*inputs), target)`` is the mean loss of a batch, a scalar tensor.
     :param train: the inputs, usually one tensor, and last the target; all with the same number of rows.
@@ -81,6 +82,8 @@ def fit_torch(
     require("torch", "fit_torch", "torch")
     import torch
 
+    if run.settled is not None:
+        epochs = run.settled.get("epochs", epochs)
     _check(train, valid, batch_size, epochs, patience, accumulate, clip_norm, precision)
     torch.set_num_threads(run.threads)
     device = _device(run.device)
@@ -122,6 +125,7 @@ def fit_torch(
         f"{loop.train.rows:,} rows {'on the device' if resident else 'streamed to it'}"
     )
     loop.run_epochs()
+    run.settle(epochs=loop.best_epoch if valid is not None else epochs)
     return net.eval().cpu()
 
 
@@ -310,6 +314,7 @@ class _Loop:
 
     :ivar epoch: whole epochs that are done.
     :ivar batch: batches of the present epoch that are done.
+    :ivar best_epoch: number of the epoch with the smallest loss on ``valid``, from 1 on.
     :ivar weights: those of the best epoch.
     """
 
@@ -331,6 +336,7 @@ class _Loop:
     epoch: int = 0
     batch: int = 0
     best: float = math.inf
+    best_epoch: int = 0
     since_best: int = 0
     weights: dict[str, Tensor] | None = field(default=None, repr=False)
 
@@ -418,7 +424,7 @@ class _Loop:
             better = report["valid_loss"] < self.best
             self.since_best = 0 if better else self.since_best + 1
             if better:
-                self.best = report["valid_loss"]
+                self.best, self.best_epoch = report["valid_loss"], self.epoch + 1
                 self.weights = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
         self.epoch, self.batch = self.epoch + 1, 0
         self.total.zero_()
@@ -457,6 +463,7 @@ class _Loop:
             "batch": self.batch,
             "total": self.total,
             "best": self.best,
+            "best_epoch": self.best_epoch,
             "since_best": self.since_best,
             "weights": self.weights,
             "net": self.net.state_dict(),
@@ -474,6 +481,7 @@ class _Loop:
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.best, self.since_best = state["best"], state["since_best"]
+        self.best_epoch = state["best_epoch"]
         self.total.copy_(state["total"])
         self.net.load_state_dict(state["net"])
         if state["weights"] is not None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lepton_airflow.data.dataset import DatasetInfo
-from lepton_airflow.errors import BadConfiguration, Preempted, did_you_mean
+from lepton_airflow.errors import BadConfiguration, Preempted, brief, did_you_mean
+from lepton_airflow.sdk.values import plain_json
 from lepton_airflow.store.checkpoints import Checkpoint, Checkpoints
 from lepton_airflow.training.curves import Curves
 
@@ -35,6 +36,8 @@ class TrainerRun:
     :ivar checkpoints: where checkpoints are kept; None: they are not.
     :ivar curves: what was reported so far, also by earlier tries.
     :ivar say: is told of the progress.
+    :ivar settled: None, but for a refit on train and valid: what the fit before it passed to :meth:`settle`. There is no
+        ``valid`` then, and nothing to stop early by.
     """
 
     info: DatasetInfo
@@ -49,6 +52,9 @@ class TrainerRun:
     checkpoints: Checkpoints | None = None
     curves: Curves = field(default_factory=Curves)
     say: Callable[[str], None] = silent
+    settled: Mapping[str, Any] | None = None
+    # What the trainer has settled, call by call.
+    _told: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
     # Whether the trainer keeps checkpoints: then save_checkpoint stops it, else report.
     _resumes: bool = field(default=False, init=False, repr=False)
     # The time and the step of the last reports.
@@ -108,6 +114,32 @@ class TrainerRun:
                 + ("there." if kept else "an earlier checkpoint, if there is one.")
             )
         return kept
+
+    def settle(self, **numbers: Any) -> None:
+        """Tell what ``valid`` has decided, such as ``trees=57``, for a refit on train and valid; without numbers: nothing.
+
+        The refit finds it in ``settled``. A trainer that never calls this cannot be refitted. :func:`fit_torch` calls it.
+
+        :param numbers: by name; numbers, texts, or lists of these.
+        """
+        self._told.append(plain_json(numbers))
+
+    @property
+    def decided(self) -> dict[str, Any] | None:
+        """What :meth:`settle` was told; None if it was not called.
+
+        :raises BadConfiguration: it was told two values of one name, as by a ``fit`` of two loops.
+        """
+        if not self._told:
+            return None
+        decided: dict[str, Any] = {}
+        for name, value in ((name, value) for told in self._told for name, value in told.items()):
+            if decided.setdefault(name, value) != value:
+                raise BadConfiguration(
+                    f"run.settle({name}={brief(value)}): it was {brief(decided[name])} before in the same fit, so a refit does not "
+                    "know which; a fit can be refitted that settles each name once."
+                )
+        return decided
 
     def report(self, step: float, *, of: float | None = None, unit: str = "step", **metrics: float) -> None:
         """Report how far the fit is: a line in the log, with rate and time left, and a point in ``curves.png``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_the_facts_say_which_model_and_which_rows(read: Any) -> None:
         "Dataset": "d" * 64,
         "Dependent rows": "by day",
     }
+
+
+def test_a_refit_is_said_with_what_was_settled(read: Any) -> None:
+    def fitted_on(settled: dict[str, Any]) -> str:
+        page = read(card=replace(CARD, refit={"rows": "train+valid", "settled": settled}))
+        facts = dict(zip(map(str, page.all("dt")), map(str, page.all("dd")), strict=True))
+        return facts["Fitted on"]
+
+    assert fitted_on({"epochs": 7}) == "train+valid, with epochs=7 as early stopping on valid had settled"
+    assert fitted_on({}) == "train+valid"
 
 
 def test_pictures_are_in_the_page_byte_for_byte_and_nothing_comes_from_elsewhere(

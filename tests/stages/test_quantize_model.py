@@ -86,7 +86,13 @@ class Bench:
         return self.run.store.put(f"{name}.parquet", self.folder / f"{name}.parquet").uri, info
 
     def prepare(
-        self, train: pd.DataFrame, valid: pd.DataFrame, info: DatasetInfo, model: bytes, rows: Any = None
+        self,
+        train: pd.DataFrame,
+        valid: pd.DataFrame,
+        info: DatasetInfo,
+        model: bytes,
+        rows: Any = None,
+        refit: dict[str, Any] | None = None,
     ) -> None:
         self.train = self.put("train", train, info)
         self.valid = self.put("valid", valid, info)
@@ -101,7 +107,11 @@ class Bench:
             framework="scikit-learn",
             hyperparameters={},
             seed=0,
-            touched=[Touched.by("train", split_pin(self.train[0])[1] or "", self.train[1])],
+            touched=[
+                Touched.by(name, split_pin(uri)[1] or "", info)
+                for name, (uri, info) in {"train": self.train, "valid": self.valid}.items()
+            ][: 2 if refit else 1],
+            refit=refit,
         )
         (self.folder / "profile.json").write_text('{"columns": {}}')
         write_package(folder, model, card, profile=self.folder / "profile.json", rows=rows)
@@ -296,6 +306,24 @@ def test_trees_stay_as_they_are(tmp_path: Path, write_dataset, raw_flights: Path
     assert "<svg" not in report["page"]
     unpinned = bench(model=split_pin(bench.model.uri)[0])
     assert unpinned.artifacts["model"] == bench.model
+    assert "fitted again" not in result.summary
+
+
+def test_rows_that_a_refit_learned_from_are_named(tmp_path: Path, write_dataset, raw_flights: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    bench = Bench(tmp_path, write_dataset)
+    train, valid = flights(raw_flights, range(1, 22)), flights(raw_flights, range(22, 32))
+    model = network(train, INFO, LogisticRegression())
+    bench.prepare(train, valid, INFO, model, refit={"rows": "train+valid", "settled": {}})
+    result = bench(candidates=[], metric="recall", threshold=0.3)
+    assert (
+        " The positive class is 'yes'. The model was fitted again on rows that this was judged on, so on "
+        in result.summary
+    )
+    page = bench.report(result)["page"]
+    assert "fitted again on rows" in page
+    assert "<dd>yes, predicted from a probability of 0.3 on</dd>" in page
 
 
 def test_what_cannot_work_is_refused_in_one_sentence(bench: Bench, fast, raw_flights: Path) -> None:

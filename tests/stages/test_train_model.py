@@ -16,7 +16,7 @@ import pytest
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
 from lepton_airflow.contract import split_pin
-from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.data.dataset import DatasetInfo, read_info
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, OutOfMemory, Preempted
 from lepton_airflow.packaging.package import ModelPackage
 from lepton_airflow.stages import RunInfo
@@ -162,6 +162,109 @@ def test_a_stopped_mlp_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert resumed.artifacts["model"].sha256 == whole.artifacts["model"].sha256
     assert resumed.artifacts["out_of_fold"].sha256 == whole.artifacts["out_of_fold"].sha256
     assert run.store.keys("checkpoints") == []
+
+
+# -- the refit ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_refit_learns_from_both_and_stops_where_valid_settled(tmp_path: Path) -> None:
+    train, valid = splits(tmp_path)
+    stage = TrainModel(dataset=train, valid=valid)
+    before = stage.run(RunInfo.local(tmp_path / "before"))
+    result = replace(stage, refit="train+valid").run(RunInfo.local(tmp_path / "refit"))
+    package = package_of(result)
+    assert package.card.refit is not None
+    trees = package.card.refit["settled"]["max_iter"]
+    assert package.card.refit["rows"] == "train+valid"
+    assert 1 < trees < 200
+    # It is the fit that a person would make who joins both by hand and takes that number of trees.
+    frame, info = real_frame("classification")
+    both = save(frame, replace(info, split="train"), tmp_path / "both.parquet")
+    by_hand = TrainModel(dataset=both, hyperparameters={"max_iter": trees}).run(
+        RunInfo.local(tmp_path / "hand")
+    )
+    graphs = [
+        (p.path / "model.onnx").read_bytes() for p in (package, package_of(by_hand), package_of(before))
+    ]
+    assert graphs[0] == graphs[1] != graphs[2]
+    # What valid says is said of the model before; the rows of both are touched.
+    assert package.card.metrics["valid"] == package_of(before).card.metrics["valid"]
+    assert package.card.metrics["train"] == by_hand_on(package, train)
+    assert [t.role for t in package.card.touched] == ["train", "valid"]
+    assert result.summary.startswith(
+        "Trained hist_gradient_boosting on 569 rows of train and valid and 7 features: valid"
+    )
+    assert f", of the model before the refit (max_iter={trees}); the positive class is 1;" in result.summary
+    assert package.rows is not None
+    assert len(package.rows) == len(np.unique(package.rows)) >= 569 - 5
+
+
+def by_hand_on(package: ModelPackage, uri: str) -> dict[str, float | None]:
+    from lepton_airflow.statistics import classification_metrics
+
+    raw = pq.read_table(uri).to_pandas()
+    found = classification_metrics(raw["target"], package.predict(raw))
+    return {name: pytest.approx(value, abs=1e-6) for name, value in found.items()}
+
+
+@pytest.mark.slow
+def test_a_refit_killed_in_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    train, valid = splits(tmp_path)
+    hyper = {"epochs": 8, "hidden": 8, "batch_size": 100, "learning_rate": 0.05, "patience": 2}
+    stage = TrainModel(dataset=train, valid=valid, trainer="mlp", hyperparameters=hyper, refit="train+valid")
+    asked: list[int] = []
+    whole = stage.run(RunInfo.local(tmp_path / "whole", should_stop=lambda: bool(asked.append(1))))
+    with pytest.raises(Preempted, match="the next try goes on from there"):
+        stage.run(RunInfo.local(tmp_path / "cut", should_stop=Stopping(len(asked) - 4)))
+    run = RunInfo.local(tmp_path / "cut")
+    kept = run.store.keys("checkpoints")
+    assert any(k.endswith("/settled.json") for k in kept)
+    assert any(k.endswith("/refit/latest") for k in kept)
+    assert not any("/final/" in k for k in kept)  # what is settled is not fitted again
+    again: list[int] = []
+    run.should_stop = lambda: bool(again.append(1))
+    resumed = stage.run(run)
+    assert len(again) < len(asked) // 2
+    assert resumed.artifacts["model"].sha256 == whole.artifacts["model"].sha256
+    assert resumed.artifacts["curves"].sha256 == whole.artifacts["curves"].sha256
+    assert resumed.metrics == whole.metrics
+    assert resumed.summary == whole.summary
+    assert run.store.keys("checkpoints") == []
+
+
+def test_what_was_settled_and_is_damaged_is_settled_again(
+    tmp_path: Path, user_module: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    train, valid = splits(tmp_path)
+    stage = TrainModel(dataset=train, valid=valid, trainer=user_module("settles"), refit="train+valid")
+    run = RunInfo.local(tmp_path)
+    with pytest.raises(Preempted):
+        stage.run(replace(run, should_stop=Stopping(0)))
+    (kept,) = [k for k in run.store.keys("checkpoints") if k.endswith("settled.json")]
+    assert json.loads(run.store.read(kept) or b"")["numbers"] == {"c": 0.5}
+    run.store.write(kept, b"{")
+    result = stage.run(run)
+    assert "what an earlier try kept is damaged" in caplog.text
+    assert package_of(result).card.refit == {"rows": "train+valid", "settled": {"c": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("plain", "plain does not say what valid has decided. Call run.settle"),
+        ("settles_twice", r"run.settle\(trees=4\): it was 3 before in the same fit"),
+    ],
+)
+def test_a_trainer_that_does_not_say_what_valid_decides_is_not_refitted(
+    tmp_path: Path, user_module: Callable[[str], str], function: str, sentence: str
+) -> None:
+    path = numbers_only(tmp_path)
+    frame, info = pd.read_parquet(path), read_info(Path(path))
+    halves = [save(frame[k::2], replace(info, split=f"{k}"), tmp_path / f"{k}.parquet") for k in (0, 1)]
+    with pytest.raises(BadConfiguration, match=sentence):
+        TrainModel(
+            dataset=halves[0], valid=halves[1], trainer=user_module(function), refit="train+valid"
+        ).run(RunInfo.local(tmp_path))
 
 
 class Stopping:
@@ -428,6 +531,30 @@ def unseeded(train, valid, hyperparameters, run):
     return net, torch.zeros(2, len(run.features))
 
 
+def settles(train, valid, hyperparameters, run):
+    from sklearn.linear_model import LogisticRegression
+
+    if valid is None and run.should_stop():
+        from lepton_airflow.errors import Preempted
+
+        raise Preempted("stopped in the refit.")
+    run.settle(c=0.5)
+    names = [n for n in run.numbers if not train[n].isna().any()]
+    from sklearn.compose import ColumnTransformer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    columns = ColumnTransformer([("n", StandardScaler(), names)])
+    c = run.settled["c"] if run.settled else 1.0
+    return make_pipeline(columns, LogisticRegression(C=c)).fit(train[run.features], train[run.target])
+
+
+def settles_twice(train, valid, hyperparameters, run):
+    run.settle(trees=3)
+    run.settle(trees=4)
+    return plain(train, valid, hyperparameters, run)
+
+
 def decides(train, valid, hyperparameters, run):
     from sklearn.svm import LinearSVC
 
@@ -607,6 +734,7 @@ def test_a_target_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         ({"checkpoint_s": -1.0}, "checkpoint_s=-1.0: expected 0 or more"),
         ({"trainer": "no_such_module_here:fit"}, "no module 'no_such_module_here'"),
         ({"folds": 1}, "folds=1: expected at least 2"),
+        ({"refit": "train+valid"}, r"refit='train\+valid' needs valid"),
         ({"folds": 3, "fold_by": "time"}, "needs a time column"),
     ],
 )

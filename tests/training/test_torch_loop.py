@@ -237,6 +237,21 @@ def test_the_weights_of_the_best_epoch_are_kept() -> None:
     assert not net.training
 
 
+def test_a_refit_runs_as_many_epochs_as_the_best_one_had_been() -> None:
+    train, valid = rows(200), rows(40, seed=1)
+    options: dict[str, Any] = {"optimizer": sgd, "batch_size": 32}
+    valid[1] = -valid[1]  # learning soon makes the loss on these rows worse
+    first = run_of()
+    best = fit_torch(network(), nn.MSELoss(), train, first, valid=valid, epochs=9, patience=2, **options)
+    assert first.decided is not None
+    epochs = first.decided["epochs"]
+    assert epochs < 9
+    assert_same(best, fit_torch(network(), nn.MSELoss(), train, run_of(), epochs=epochs, **options))
+    again = run_of(settled=first.decided)
+    assert_same(best, fit_torch(network(), nn.MSELoss(), train, again, epochs=9, patience=2, **options))
+    assert again.decided == {"epochs": epochs}
+
+
 def test_several_inputs_reach_the_module() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
