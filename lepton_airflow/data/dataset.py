@@ -7,7 +7,7 @@ PrepareData writes one Parquet file per split. Its key-value metadata holds a :c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,12 +109,18 @@ def info_sql(info: DatasetInfo) -> str:
     return f"KV_METADATA {{lepton: '{text}'}}"
 
 
-def load_frame(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Load columns of a Parquet file, by default all; raises BadInput when one is absent."""
+def load_frame(
+    path: Path, columns: Sequence[str] | None = None, who: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """Load columns of a Parquet file, by default all; raises BadInput when one is absent.
+
+    :param who: by column, what begins the sentence that it is absent: who asks for it.
+    """
     import pyarrow.parquet as pq
 
     present = pq.read_schema(path).names
     for column in columns or ():
         if column not in present:
-            raise BadInput(f"column {column!r} is not in {path.name}; {did_you_mean(column, present)}")
+            begin = f"{who[column]}: " if who and column in who else ""
+            raise BadInput(f"{begin}column {column!r} is not in {path.name}; {did_you_mean(column, present)}")
     return pq.read_table(path, columns=list(columns) if columns is not None else None).to_pandas()

@@ -236,9 +236,12 @@ def feature_frame(frame: pd.DataFrame, features: Sequence[Feature]) -> pd.DataFr
     return pd.DataFrame(columns, index=frame.index, columns=[f.name for f in features])
 
 
-def read_batches(path: Path, columns: Sequence[str], batch_rows: int = BATCH_ROWS) -> Iterator[pd.DataFrame]:
+def read_batches(
+    path: Path, columns: Sequence[str], batch_rows: int = BATCH_ROWS, who: str = ""
+) -> Iterator[pd.DataFrame]:
     """Columns of a Parquet file in its row order, with at most ``batch_rows`` rows in memory at a time.
 
+    :param who: what begins the sentence that a column is absent: who asks for it.
     :raises BadInput: a column is absent.
     """
     import pyarrow.parquet as pq
@@ -247,6 +250,6 @@ def read_batches(path: Path, columns: Sequence[str], batch_rows: int = BATCH_ROW
         present = file.schema_arrow.names
         for column in columns:
             if column not in present:
-                raise BadInput(f"column {column!r} is not in {path.name}; {did_you_mean(column, present)}")
+                raise BadInput(f"{who}column {column!r} is not in {path.name}; {did_you_mean(column, present)}")
         for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns)):
             yield batch.to_pandas()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
-from lepton_airflow.data.features import kind_of
+from lepton_airflow.data.features import Feature, kind_of
 from lepton_airflow.errors import BadConfiguration, BadInput, brief
 from lepton_airflow.packaging.card import ModelCard
 
@@ -57,9 +57,12 @@ def load_rows(
                 "was made for."
             )
     check_features(card, path, info, who)
+    asked = dict.fromkeys(columns, "slices")
+    if cluster_column:
+        asked[cluster_column] = "cluster_column"
     cluster_column = cluster_column or info.cluster_column
     wanted = dict.fromkeys([card.target, *([cluster_column] if cluster_column else []), *columns])
-    frame = load_frame(path, list(wanted))
+    frame = load_frame(path, list(wanted), asked)
     if frame.empty:
         raise BadInput(
             f"{path.name} has 0 rows, expected some to judge a model on; check the window and the filters."
@@ -88,7 +91,7 @@ def check_features(card: ModelCard, path: Path, info: DatasetInfo, who: str) -> 
 
     :param who: what messages call the model.
     """
-    check_columns(card, path, who)
+    check_columns(card.features, path, who)
     for feature in card.features:
         theirs = kind_of(info, feature.name)
         if feature.name in (*info.features, *info.carried) and feature.kind != theirs:
@@ -98,12 +101,12 @@ def check_features(card: ModelCard, path: Path, info: DatasetInfo, who: str) -> 
             )
 
 
-def check_columns(card: ModelCard, path: Path, who: str) -> None:
+def check_columns(features: Sequence[Feature], path: Path, who: str) -> None:
     """Raise BadConfiguration unless a Parquet file has a column for every feature of a model."""
     import pyarrow.parquet as pq
 
     present = set(pq.read_schema(path).names)
-    absent = [feature.name for feature in card.features if feature.name not in present]
+    absent = [feature.name for feature in features if feature.name not in present]
     if absent:
         names = ", ".join(map(brief, absent[:5])) + (
             f" and {len(absent) - 5} more" if len(absent) > 5 else ""

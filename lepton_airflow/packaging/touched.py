@@ -26,7 +26,8 @@ def row_fingerprints(path: Path, features: Iterable[Feature], target: str) -> ND
 
     features = list(features)
     parts = []
-    for batch in read_batches(path, [*(f.name for f in features), target]):
+    who = "rows without time and ids are known again by the model's features and target: "
+    for batch in read_batches(path, [*(f.name for f in features), target], who=who):
         rows = feature_frame(batch, features)
         rows.columns = pd.RangeIndex(len(features))
         # An integer column with a null arrives as float, so all numbers are hashed as floats.

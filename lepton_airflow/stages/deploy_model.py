@@ -319,7 +319,7 @@ class _Wanted:
 
             path = self.run.fetch(self.stage.golden)
             of = f" (champion of {self.stage.name!r})" if self.stage.name else ""
-            check_columns(model.card, path, f"golden: the model to deploy{of}")
+            check_columns(model.card.features, path, f"golden: the model to deploy{of}")
             return _spread(path)
         profile = model.path / "profile.json"
         columns = json.loads(profile.read_bytes())["columns"] if profile.exists() else {}

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, digest_of, split_pin
-from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, Preempted, StoreError, require
+from lepton_airflow.errors import (
+    BadConfiguration,
+    BadInput,
+    LeptonError,
+    Preempted,
+    StoreError,
+    brief,
+    require,
+)
 from lepton_airflow.sdk.closure import package_digest
 from lepton_airflow.sdk.fingerprint import versions
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
@@ -127,7 +135,7 @@ class TuneModel(Stage):
                     f"the finished study could not be brought to the store {run.store.root}, see the warning above: the next try "
                     "goes on from what is there."
                 )
-        return self._result(run, study, scorer.metric, list(space))
+        return self._result(run, study, scorer, list(space))
 
     def _check_parameters(self) -> None:
         for name in ("trials", "workers", "threads"):
@@ -206,9 +214,12 @@ class TuneModel(Stage):
             return connection_url(run.connection(self.storage_connection))
         return checked_url(self.storage or "")
 
-    def _result(self, run: RunInfo, study: optuna.Study, metric: str, names: list[str]) -> Result:
+    def _result(self, run: RunInfo, study: optuna.Study, scorer: Scorer, names: list[str]) -> Result:
+        from lepton_airflow.statistics.catalogue import METRICS
         from lepton_airflow.training.study_plots import importances, plot_history, plot_importance
 
+        metric, positive = scorer.metric, scorer.rows.schema.positive_class
+        told = positive is not None and METRICS[metric].of_positive
         trials = study.get_trials(deepcopy=False)
         counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "PRUNED")}
         failed = sum("error" in t.user_attrs for t in trials)
@@ -228,6 +239,7 @@ class TuneModel(Stage):
         report = {
             "study": study.study_name,
             "metric": metric,
+            "positive_class": positive,
             "direction": study.direction.name.lower(),
             "best": best.number,
             "trials": listed,
@@ -246,7 +258,8 @@ class TuneModel(Stage):
             )
         return Result(
             f"Best {metric} {best.value:.5g} (mean of {self.folds} folds) in trial {best.number} of {self.trainer}; "
-            f"{counts['COMPLETE']} trials complete, {counts['PRUNED']} pruned, {failed} failed.",
+            f"{counts['COMPLETE']} trials complete, {counts['PRUNED']} pruned, {failed} failed."
+            + (f" The positive class is {brief(positive)}." if told else ""),
             artifacts,
             values={"best": {**self.hyperparameters, **best.params}},
             metrics={

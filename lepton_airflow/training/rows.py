@@ -62,7 +62,12 @@ class Rows:
         target = _checked_target(info, name, like)
         others = [c for c in (info.cluster_column, info.time_column) if c]
         wanted = (like.info if like else info).features
-        frame = load_frame(path, list(dict.fromkeys([*wanted, target, *others])))
+        who = (
+            dict.fromkeys(wanted, f"{name}: {like.name} has the feature, take both from one PrepareData")
+            if like
+            else {}
+        )
+        frame = load_frame(path, list(dict.fromkeys([*wanted, target, *others])), who)
         if not len(frame):
             raise BadInput(f"{name}: 0 rows, expected some; check the window and the filters of the data.")
         if max_rows is not None and len(frame) > max_rows:

@@ -702,6 +702,31 @@ def test_validation_rows_of_another_preparation_must_not_be_learned_from(tmp_pat
     train(frame[:400], frame[400:], train={"time_range": may})  # one side has no time: its rows are compared
 
 
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        (
+            "valid",
+            "valid: train has the feature, take both from one PrepareData: column 'a_b' is not in other.parquet",
+        ),
+        (
+            "also_touched",
+            "known again by the model's features and target: column 'a_b' is not in other.parquet",
+        ),
+    ],
+)
+def test_who_needs_a_column_that_another_dataset_lacks_is_said(
+    tmp_path: Path, field: str, sentence: str
+) -> None:
+    train, _ = splits(tmp_path)
+    frame, info = real_frame("classification")
+    other = save(frame.drop(columns="a_b"), replace(info, split="other"), tmp_path / "other.parquet")
+    stage = TrainModel(dataset=train, trainer="logistic_regression")
+    with pytest.raises(LeptonError, match=sentence) as caught:
+        replace(stage, **{field: [other] if field == "also_touched" else other}).run(RunInfo.local(tmp_path))
+    assert caught.value.exit_code == 80
+
+
 def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:
     train, _ = splits(tmp_path)
     with pytest.raises(BadInput, match=r"train\.parquet is no reference profile: pass prepare"):

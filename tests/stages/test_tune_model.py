@@ -253,6 +253,11 @@ def test_the_time_budget_ends_the_search_once_a_trial_is_complete(dataset: str, 
     assert result.metrics["trials_complete"] == 1
 
 
+def test_a_metric_of_the_positive_class_says_which_one(dataset: str, tmp_path: Path) -> None:
+    result = tune(dataset, metric="recall", trials=1).run(RunInfo.local(tmp_path))
+    assert result.summary.endswith("failed. The positive class is 1.")
+
+
 def test_a_set_that_cannot_be_fitted_fails_alone(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
