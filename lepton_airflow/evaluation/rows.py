@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
 from lepton_airflow.data.features import Feature, kind_of
-from lepton_airflow.errors import BadConfiguration, BadInput, brief
+from lepton_airflow.errors import BadConfiguration, BadInput, brief, did_you_mean
 from lepton_airflow.packaging.card import ModelCard
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def load_rows(
     :param cluster_column: column that names dependent rows; None: the one that the dataset names, if any.
     :param columns: further columns to read, for slices.
     :param who: what messages call the model.
-    :raises BadInput: the target is missing on some row, is no number in a regression, or a class that the model does not know.
-    :raises BadConfiguration: the dataset is for another task or target, or lacks a feature of the model.
+    :raises BadInput: a feature of the model is absent, the target is missing on some row, is no number in a regression, or a class that the model does not know.
+    :raises BadConfiguration: the dataset is for another task or target.
     """
     info = read_info(path)
     for what, mine, theirs in (("task", card.task, info.task), ("target", card.target, info.target)):
@@ -102,7 +102,7 @@ def check_features(card: ModelCard, path: Path, info: DatasetInfo, who: str) -> 
 
 
 def check_columns(features: Sequence[Feature], path: Path, who: str) -> None:
-    """Raise BadConfiguration unless a Parquet file has a column for every feature of a model."""
+    """Raise BadInput unless a Parquet file has a column for every feature of a model."""
     import pyarrow.parquet as pq
 
     present = set(pq.read_schema(path).names)
@@ -111,10 +111,10 @@ def check_columns(features: Sequence[Feature], path: Path, who: str) -> None:
         names = ", ".join(map(brief, absent[:5])) + (
             f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         )
-        raise BadConfiguration(
+        raise BadInput(
             f"{who} needs the column{'s' if len(absent) > 1 else ''} {names}, which {path.name} does not have: let "
             "PrepareData's features give it, and where a model trained on these rows should not see it, name it in "
-            "carry_columns, so that the files keep it."
+            f"carry_columns, so that the files keep it; {did_you_mean(absent[0], present)}"
         )
 
 

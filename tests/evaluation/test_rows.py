@@ -159,15 +159,13 @@ def test_a_feature_of_another_kind_is_refused(tmp_path: Path, categorical: list[
 
 def test_who_needs_a_column_that_the_dataset_lacks_is_said(tmp_path: Path) -> None:
     path = write(tmp_path, FRAME.drop(columns="origin"), replace(INFO, features=["hour"], categorical=[]))
-    with pytest.raises(BadConfiguration) as caught:
+    with pytest.raises(BadInput) as caught:
         load_rows(path, CARD, who="champion version 3 of 'late'")
     assert str(caught.value).startswith(
         "champion version 3 of 'late' needs the column 'origin', which test.parquet does not have: let PrepareData's features"
     )
     many = [Feature(f"c{i}", "number", f"c{i}") for i in range(7)]
-    with pytest.raises(
-        BadConfiguration, match="needs the columns 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more, which"
-    ):
+    with pytest.raises(BadInput, match="needs the columns 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more, which"):
         check_columns(many, path, "the model")
 
 

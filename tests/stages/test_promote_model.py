@@ -282,11 +282,11 @@ def test_a_champion_of_other_features_is_judged_on_columns_that_the_split_carrie
     desk.promote(desk.register([*WEAK, 1.0], 4, gusts), dataset=carried)
     candidate = desk.register(GOOD, 5)
     with pytest.raises(
-        BadConfiguration, match=r"^champion version 1 of 'late' needs the column 'gust', which test.parquet"
+        BadInput, match=r"^champion version 1 of 'late' needs the column 'gust', which test.parquet"
     ):
         desk.promote(candidate)
     assert desk.promote(candidate, "carried", dataset=carried).values["decision"] == "promote"
-    with pytest.raises(BadConfiguration, match=r"^candidate version 3 of 'late' needs the column 'gust'"):
+    with pytest.raises(BadInput, match=r"^candidate version 3 of 'late' needs the column 'gust'"):
         desk.promote(desk.register([*WEAK, 2.0], 5, gusts))
 
 
