@@ -189,6 +189,7 @@ class PrepareDataOperator(StageOperator):
         task_id: str,
         snapshot: ArtifactUri | XComArg | str,
         target: str | XComArg | None = ...,
+        positive_class: str | int | bool | XComArg | None = ...,
         features: CodeRef | str | XComArg | None = ...,
         parameters: Mapping[str, Any] | str | XComArg = ...,
         task: Literal["classification", "regression"] | str | XComArg | None = ...,

@@ -78,7 +78,6 @@ def positive_class(classes: Sequence[Any]) -> Any:
     return classes[1] if len(classes) == 2 else None
 
 
-
 def read_info(path: Path, *, plain: bool = False) -> DatasetInfo:
     """Read the description that a Parquet file carries.
 

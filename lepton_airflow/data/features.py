@@ -250,6 +250,8 @@ def read_batches(
         present = file.schema_arrow.names
         for column in columns:
             if column not in present:
-                raise BadInput(f"{who}column {column!r} is not in {path.name}; {did_you_mean(column, present)}")
+                raise BadInput(
+                    f"{who}column {column!r} is not in {path.name}; {did_you_mean(column, present)}"
+                )
         for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns)):
             yield batch.to_pandas()

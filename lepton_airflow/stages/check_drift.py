@@ -377,7 +377,11 @@ class CheckDrift(Stage):
         return _cut(
             f"{'Drifted' if self._drifted(verdicts) else 'Not drifted'}: {len(moved)} of {len(verdicts)} columns{needed} moved away from "
             f"{reference.name} over {rows:,} rows.{left_out} {'Most' if moved else 'Nearest to it'}: {worst}."
-            + (unknown if target and target not in {*self.exclude_columns, *(v.name for v in verdicts)} else ""),
+            + (
+                unknown
+                if target and target not in {*self.exclude_columns, *(v.name for v in verdicts)}
+                else ""
+            ),
             _REASON_BYTES,
         )
 

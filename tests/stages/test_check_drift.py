@@ -388,5 +388,7 @@ def test_an_excluded_target_is_not_waited_for_and_cannot_be_all_that_is_judged(b
     result = bench.check(unlabelled, reference=bench.profile.uri, exclude_columns=["late"])
     assert "Not judged, by exclude_columns: 'late'." in result.summary
     assert "no row has a label yet" not in result.summary
-    with pytest.raises(BadConfiguration, match="leaves only the target 'late' to judge, and no row has a label yet"):
+    with pytest.raises(
+        BadConfiguration, match="leaves only the target 'late' to judge, and no row has a label yet"
+    ):
         bench.check(unlabelled, reference=bench.profile.uri, exclude_columns=["hour", "wind", "origin"])
