@@ -122,7 +122,15 @@ class TrainerRun:
 
         :param numbers: by name; numbers, texts, or lists of these.
         """
-        self._told.append(plain_json(numbers))
+        told = plain_json(numbers)
+        for name, value in told.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise BadConfiguration(
+                    f"run.settle({name}={brief(value)}): expected a number, a text, or a list of these, which the store can keep."
+                ) from None
+        self._told.append(told)
 
     @property
     def decided(self) -> dict[str, Any] | None:

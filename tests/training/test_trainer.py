@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lepton_airflow.data.dataset import DatasetInfo
@@ -57,6 +58,21 @@ def test_a_trainer_knows_which_features_are_which() -> None:
 def test_a_trainer_without_checkpoints_is_stopped_at_its_next_report() -> None:
     with pytest.raises(Preempted, match="at epoch 3; the next try starts this fit again"):
         run_of(should_stop=lambda: True).report(3, unit="epoch", loss=1.0)
+
+
+def test_what_is_settled_is_kept_as_json_and_each_name_once() -> None:
+    run = run_of()
+    assert run.decided is None
+    run.settle()
+    assert run.decided == {}
+    run.settle(trees=np.int64(57), rates=[0.5, 0.25])
+    run.settle(trees=57)
+    assert run.decided == {"trees": 57, "rates": [0.5, 0.25]}
+    with pytest.raises(BadConfiguration, match=r"^run.settle\(stop=<object .*: expected a number, a text"):
+        run.settle(stop=object())
+    run.settle(trees=58)
+    with pytest.raises(BadConfiguration, match=r"^run.settle\(trees=58\): it was 57 before in the same fit"):
+        _ = run.decided
 
 
 def test_a_report_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
