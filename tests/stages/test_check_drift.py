@@ -329,7 +329,11 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(bench: Bench) -> None:
             BadConfiguration,
             "min_columns=0: expected a number above 0",
         ),
-        ({"reference": profile, "min_columns": 5}, BadConfiguration, "has 4 columns, so this many can never"),
+        (
+            {"reference": profile, "min_columns": 5},
+            BadConfiguration,
+            "has 4 columns to judge, so this many can never",
+        ),
         ({"reference": profile, "cluster_column": "dya"}, BadConfiguration, "did you mean 'day'"),
         ({"reference": bare}, BadInput, "no reference profile: pass profile=prepare.output"),
         ({"reference": data}, BadInput, "is no reference profile: expected prepare.output"),
