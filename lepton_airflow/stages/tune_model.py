@@ -50,7 +50,8 @@ class TuneModel(Stage):
 
     The study is named after the run key and a digest of what is tuned. So changed data or another space start a new study,
     and a larger ``trials`` continues the old one. After a kill, finished trials count, and trials that were running are run
-    again with their parameters, unless the copy of the study in a remote store does not have these yet.
+    again with their parameters, unless the copy of the study in a remote store does not have these yet. With one worker the
+    result is that of a search that nobody stopped.
 
     Returns the value ``best`` (hyperparameters for TrainModel, the fixed ones included), and the artifacts ``trials``
     (JSON), ``history`` and ``importance`` (PNG; the latter needs four finished trials and two parameters).
@@ -220,13 +221,15 @@ class TuneModel(Stage):
 
         metric, positive = scorer.metric, scorer.rows.schema.positive_class
         told = positive is not None and METRICS[metric].of_positive
-        trials = study.get_trials(deepcopy=False)
+        # Numbered among themselves: Optuna also numbers the trials that a stop has cut short, which were run again.
+        trials = [t for t in study.get_trials(deepcopy=False) if _finished(t)]
         counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "PRUNED")}
         failed = sum("error" in t.user_attrs for t in trials)
         best = study.best_trial
+        best_number = [t.number for t in trials].index(best.number)
         listed = [
             {
-                "number": t.number,
+                "number": number,
                 "state": t.state.name.lower(),
                 "value": t.value if t.state.name == "COMPLETE" else None,
                 "hyperparameters": t.params,
@@ -234,19 +237,21 @@ class TuneModel(Stage):
                 "seconds": round(t.duration.total_seconds(), 3) if t.duration else None,
             }
             | ({"error": t.user_attrs["error"]} if "error" in t.user_attrs else {})
-            for t in trials
+            for number, t in enumerate(trials)
         ]
         report = {
             "study": study.study_name,
             "metric": metric,
             "positive_class": positive,
             "direction": study.direction.name.lower(),
-            "best": best.number,
+            "best": best_number,
             "trials": listed,
         }
+        maximize = study.direction.name == "MAXIMIZE"
+        history = plot_history(trials, metric, run.workdir / "history.png", maximize=maximize)
         artifacts: dict[str, Artifact] = {
             "trials": run.save("trials.json", json.dumps(report, indent=1, ensure_ascii=False)),
-            "history": run.save("history.png", plot_history(study, metric, run.workdir / "history.png")),
+            "history": run.save("history.png", history),
         }
         importance = importances(study, self.seed) if len(names) > 1 else {}
         if importance:
@@ -257,7 +262,7 @@ class TuneModel(Stage):
                 "importance is not drawn: it needs two parameters and four complete trials of different value"
             )
         return Result(
-            f"Best {metric} {best.value:.5g} (mean of {self.folds} folds) in trial {best.number} of {self.trainer}; "
+            f"Best {metric} {best.value:.5g} (mean of {self.folds} folds) in trial {best_number} of {self.trainer}; "
             f"{counts['COMPLETE']} trials complete, {counts['PRUNED']} pruned, {failed} failed."
             + (f" The positive class is {brief(positive)}." if told else ""),
             artifacts,
@@ -276,6 +281,7 @@ class _Running:
     """A trial that has not run through all folds yet."""
 
     trial: optuna.Trial
+    number: int
     hyperparameters: dict[str, Any]
     values: list[float] = field(default_factory=list)
 
@@ -305,7 +311,7 @@ class _Search:
         for trial in trials:
             if trial.state == TrialState.RUNNING:
                 self.study.tell(trial.number, state=TrialState.FAIL)
-                if trial.params:
+                if trial.params.keys() == self.space.keys():
                     self.study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number})
         if trials:
             log.info("study %s is taken up with %d finished trials", self.study.study_name, self.done)
@@ -352,12 +358,13 @@ class _Search:
     def _start(self) -> None:
         import optuna
 
-        # Seeded by the number of trials: a sampler that is seeded once would repeat its first parameters after a kill.
-        trials = len(self.study.get_trials(deepcopy=False))
-        digest = hashlib.sha256(f"{self.stage.seed}/{trials}".encode()).digest()
+        # Seeded by the number of trials: a sampler that is seeded once would repeat its first parameters after a kill. Those
+        # that a stop has cut short do not count, or the search would go on with others than if nobody had stopped it.
+        number = self.done + len(self.running)
+        digest = hashlib.sha256(f"{self.stage.seed}/{number}".encode()).digest()
         self.study.sampler = optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "big"))
         trial = self.study.ask(self.space)
-        running = _Running(trial, {**self.stage.hyperparameters, **trial.params})
+        running = _Running(trial, number, {**self.stage.hyperparameters, **trial.params})
         self._next_fold(running)
 
     def _next_fold(self, running: _Running) -> None:
@@ -371,7 +378,7 @@ class _Search:
         done, _ = concurrent.futures.wait(
             self.running, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED
         )
-        for future in sorted(done, key=lambda f: self.running[f].trial.number):
+        for future in sorted(done, key=lambda f: self.running[f].number):
             running = self.running.pop(future)
             try:
                 value = future.result()
@@ -380,7 +387,7 @@ class _Search:
             except BrokenProcessPool:
                 self.run.check_stop()
                 raise LeptonError(
-                    f"a worker process ended in trial {running.trial.number} (out of memory, or killed): a retry goes on "
+                    f"a worker process ended in trial {running.number} (out of memory, or killed): a retry goes on "
                     "from the finished trials; set fewer workers or max_rows."
                 ) from None
             except Exception as error:  # noqa: BLE001  hyperparameters that cannot be fitted end their trial only
@@ -430,7 +437,7 @@ class _Search:
             left = min(left, max(self.stage.timeout_s - self._spent(), 0.0))
         log.info(
             "trial %d (%d of %d): %s; best %s; about %.0f s left; %s",
-            running.trial.number,
+            running.number,
             done,
             self.stage.trials,
             outcome,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,22 +11,30 @@ if TYPE_CHECKING:
     import optuna
 
 
-def plot_history(study: optuna.Study, metric: str, path: Path) -> Path:
-    """Draw the value of every trial, and the best so far."""
+def plot_history(
+    trials: Sequence[optuna.trial.FrozenTrial], metric: str, path: Path, *, maximize: bool
+) -> Path:
+    """Draw the value of every trial, numbered in this order, and the best so far."""
     from matplotlib.figure import Figure
 
-    complete = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    pruned = [
-        t for t in study.get_trials(deepcopy=False) if t.state.name == "PRUNED" and t.intermediate_values
+    complete = [
+        (n, t.value) for n, t in enumerate(trials) if t.state.name == "COMPLETE" and t.value is not None
     ]
-    better = max if study.direction.name == "MAXIMIZE" else min
-    best = [better(t.value for t in complete[: i + 1] if t.value is not None) for i in range(len(complete))]
+    pruned = [(n, t.intermediate_values) for n, t in enumerate(trials) if t.state.name == "PRUNED"]
+    last = [(n, values[max(values)]) for n, values in pruned if values]
+    numbers = [n for n, _ in complete]
+    best = list(accumulate((value for _, value in complete), max if maximize else min))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([t.number for t in complete], [t.value for t in complete], "o", label="complete")
-    last = [t.intermediate_values[max(t.intermediate_values)] for t in pruned]
-    axes.plot([t.number for t in pruned], last, "x", color="0.6", label="pruned (mean of the folds run)")
-    axes.step([t.number for t in complete], best, where="post", label="best so far")
+    axes.plot(numbers, [value for _, value in complete], "o", label="complete")
+    axes.plot(
+        [n for n, _ in last],
+        [value for _, value in last],
+        "x",
+        color="0.6",
+        label="pruned (mean of the folds run)",
+    )
+    axes.step(numbers, best, where="post", label="best so far")
     axes.set(xlabel="trial", ylabel=f"{metric}, mean over folds", title=f"{len(complete)} complete trials")
     axes.legend()
     figure.savefig(path, format="png", dpi=100)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,17 +212,57 @@ def test_two_workers_share_a_study_in_postgresql(dataset: str, tmp_path: Path, p
     assert postgres["password"] not in str(error.value)
 
 
-def test_a_stop_between_folds_keeps_what_is_finished(dataset: str, tmp_path: Path) -> None:
-    stage = tune(dataset, pruner="none", trials=4)
-    asked = iter([False] * 8)
-    with pytest.raises(Preempted):
-        stage.run(RunInfo.local(tmp_path, should_stop=lambda: next(asked, True)))
-    result = stage.run(RunInfo.local(tmp_path))
-    trials = trials_of(result)
-    assert [t["state"] for t in trials].count("complete") == 4
-    cut = [t for t in trials if t["state"] == "fail"]
-    assert len(cut) == 1
-    assert [t["hyperparameters"] for t in trials].count(cut[0]["hyperparameters"]) == 2
+def without_times(result: Result) -> dict[str, Any]:
+    """All that a search came to, but for how long its trials took and what the study is called."""
+    trials = [{k: v for k, v in trial.items() if k != "seconds"} for trial in trials_of(result)]
+    drawn = {name: a.sha256 for name, a in result.artifacts.items() if name != "trials"}
+    return {
+        "trials": trials,
+        "drawn": drawn,
+        "best": result.values,
+        "metrics": result.metrics,
+        "said": result.summary,
+    }
+
+
+SPACE_OF_TWO = SPACE | {"max_iter": {"low": 50, "high": 90}}
+
+
+@pytest.fixture
+def undisturbed(dataset: str, tmp_path: Path) -> dict[str, Any]:
+    """What a short search comes to that nobody stops."""
+    stage = tune(dataset, folds=2, trials=2, search_space=SPACE_OF_TWO)
+    return without_times(stage.run(RunInfo.local(tmp_path / "undisturbed")))
+
+
+def test_a_search_that_is_stopped_wherever_it_asks_comes_to_the_same(
+    dataset: str, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    stage = tune(dataset, folds=2, trials=2, search_space=SPACE_OF_TWO)
+    asked, stopped = 0, True
+    while stopped:
+        asked, folder = asked + 1, tmp_path / str(asked)
+        answers = iter([False] * (asked - 1))
+        try:
+            result = stage.run(RunInfo.local(folder, should_stop=partial(next, answers, True)))
+            stopped = False
+        except Preempted:
+            result = stage.run(RunInfo.local(folder))
+        assert without_times(result) == undisturbed, f"asked to stop at its question {asked}"
+    assert asked > 4  # between any two folds
+
+
+def test_a_search_killed_while_it_draws_parameters_comes_to_the_same(
+    dataset: str, tmp_path: Path, undisturbed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = tune(dataset, folds=2, trials=2, search_space=SPACE_OF_TWO)
+    with caplog.at_level(logging.INFO), pytest.raises(Preempted):
+        stage.run(RunInfo.local(tmp_path, should_stop=lambda: "(1 of 2)" in caplog.text))
+    storage = f"sqlite:///{next((tmp_path / 'store' / 'studies').glob('*.db'))}"
+    study = optuna.load_study(study_name=optuna.get_all_study_names(storage)[0], storage=storage)
+    study.ask({"C": optuna.distributions.FloatDistribution(1e-4, 1e2, log=True)})  # max_iter was to come
+    assert [t.state.name for t in study.trials].count("RUNNING") == 1
+    assert without_times(stage.run(RunInfo.local(tmp_path))) == undisturbed
 
 
 def test_a_refresh_makes_a_finished_study_anew(
