@@ -31,6 +31,7 @@ from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError,
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
 
     from lepton_airflow.packaging.card import ModelCard
 
@@ -98,11 +99,17 @@ class VersionShown:
 
 
 def glance(
-    tracking_uri: str | None, connection: Connection | None, name: str, version: int
+    tracking_uri: str | None,
+    connection: Connection | None,
+    name: str,
+    version: int,
+    mlflow_run_id: str | None = None,
 ) -> VersionShown | None:
     """What a server shows of a version, without importing MLflow, which costs two seconds of CPU.
 
     None when that cannot be told (a database, special credentials, no such version, no answer): then open the registry.
+
+    :param mlflow_run_id: a run that must be there, too.
     """
     uri = resolve_tracking(tracking_uri, connection)
     special = connection is not None and (connection.login or connection.password or connection.extra)
@@ -111,6 +118,10 @@ def glance(
     try:
         found = _get(uri, "model-versions/get", name=name, version=str(version))["model_version"]
         aliases = _get(uri, "registered-models/get", name=name)["registered_model"].get("aliases", [])
+        if mlflow_run_id is not None:
+            run = _get(uri, "runs/get", run_id=mlflow_run_id)["run"]
+            if run["info"]["lifecycle_stage"] != "active":
+                return None
         return VersionShown(
             tags={tag["key"]: tag["value"] for tag in found.get("tags", [])},
             aliases={alias["alias"]: int(alias["version"]) for alias in aliases},
@@ -182,53 +193,53 @@ class MlflowRegistry:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
         description: str,
+        taken: Callable[[int], bool],
         check: Callable[[], None] = lambda: None,
     ) -> tuple[int, str]:
         """Log a package as a run's artifact and make it a version; returns the version and the id of the run.
 
-        Finds what an earlier call for the same run key and digest has left and goes on from there. ``check`` is called
-        before each of the two writes that must not be made twice, and raises when another process has taken them over.
+        Finds what an earlier call for the same run key and digest has left and goes on from there. ``taken`` tells whether
+        another package has a number already: in a model that was deleted, MLflow begins again with 1. ``check`` is called
+        before each write that must not be made twice, and raises when another process has taken them over.
         """
         mark = {RUN_KEY: run_key, PACKAGE: sha256}
         with _errors_of_mlflow(f"registering {name!r} in {_without_password(self.uri)}"):
-            run = self._run(self._experiment(experiment), f"{name} {run_key}", mark | dict(tags), check)
+            experiment_id = self._experiment(experiment)
+            left = [v for v in self._versions(name, run_key, sha256) if self._has_run(v.run_id)]
+            run = self._run(experiment_id, f"{name} {run_key}", mark | dict(tags), check)
             self.log(run.info.run_id, metrics, card)
-            versions = self._versions(name, run_key, sha256)
-            if not versions:
+            found = next((v for v in left if not taken(int(v.version))), None)
+            if found is None:
                 self._upload(run, package, card)
                 self._model(name)
+            while found is None:
                 check()
-                source = f"{run.info.artifact_uri.rstrip('/')}/{_ARTIFACT}"
-                versions = [
-                    self.client.create_model_version(
-                        name,
-                        source=source,
-                        run_id=run.info.run_id,
-                        tags=mark | dict(tags),
-                        description=description,
-                        await_creation_for=0,  # both databases and servers answer only when it exists
-                    )
-                ]
+                made = self._create(name, run, mark | dict(tags), description)
+                if taken(int(made.version)):
+                    self.client.delete_model_version(name, made.version)
+                else:
+                    found = made
             if run.info.status != "FINISHED":
                 self.client.set_terminated(run.info.run_id)
-            return int(versions[0].version), str(versions[0].run_id)
+            return int(found.version), str(found.run_id)
 
     def log(self, mlflow_run_id: str, metrics: Mapping[str, float], card: ModelCard) -> None:
         """Set a run's metrics and parameters; those it has already are not written again."""
         from mlflow.entities import Metric, Param
 
-        run = self.client.get_run(mlflow_run_id)
-        params = {k: str(v)[:500] for k, v in card.hyperparameters.items()}
-        params |= {"trainer": card.trainer, "seed": str(card.seed)}
-        self.client.log_batch(
-            mlflow_run_id,
-            metrics=[
-                Metric(k, float(v), run.info.start_time, 0)
-                for k, v in metrics.items()
-                if run.data.metrics.get(k) != v
-            ],
-            params=[Param(k, v) for k, v in params.items() if k not in run.data.params],
-        )
+        with _errors_of_mlflow(f"logging metrics and parameters of run {mlflow_run_id}"):
+            run = self.client.get_run(mlflow_run_id)
+            params = {k: str(v)[:500] for k, v in card.hyperparameters.items()}
+            params |= {"trainer": card.trainer, "seed": str(card.seed)}
+            self.client.log_batch(
+                mlflow_run_id,
+                metrics=[
+                    Metric(k, float(v), run.info.start_time, 0)
+                    for k, v in metrics.items()
+                    if run.data.metrics.get(k) != v
+                ],
+                params=[Param(k, v) for k, v in params.items() if k not in run.data.params],
+            )
 
     def annotate(self, name: str, version: int, tags: Mapping[str, str]) -> None:
         """Set the tags of a version that are absent or differ; a version that was deleted in MLflow is skipped."""
@@ -242,10 +253,13 @@ class MlflowRegistry:
                     self.client.set_model_version_tag(name, str(version), key, value)
 
     def has(self, name: str, version: int, run_key: str, sha256: str) -> bool:
-        """Whether MLflow still has the version of a registration, made for the same run key and package."""
+        """Whether MLflow still has the version of a registration, made for the same run key and package, and its run.
+
+        A run that was deleted is restored, since the version's files are its artifacts, and ``mlflow gc`` would remove them.
+        """
         with _errors_of_mlflow(f"looking for version {version} of {name!r}"):
-            found = self._versions(name, run_key, sha256)
-            return any(int(v.version) == version for v in found)
+            found = [v for v in self._versions(name, run_key, sha256) if int(v.version) == version]
+            return any(self._has_run(v.run_id) for v in found)
 
     def drop_doubles(self, name: str, run_key: str, sha256: str, keep: int) -> None:
         """Delete the versions of a run key and digest, except for the one that the store's record names."""
@@ -254,20 +268,26 @@ class MlflowRegistry:
                 if int(version.version) != keep:
                     self.client.delete_model_version(name, version.version)
 
-    def point(self, name: str, aliases: Mapping[str, int | None]) -> None:
+    def point(self, name: str, aliases: Mapping[str, int | None], package_of: Callable[[int], str]) -> None:
         """Set each alias to its version, or remove it; what is set already is not written again.
 
-        When the version was deleted in MLflow, its alias stays as it is, with a warning: the store decides which version
-        an alias means, and MLflow cannot show one that is gone.
+        An alias is also removed, with a warning, when its version was deleted in MLflow: the store decides which version an
+        alias means, and MLflow cannot show one that is gone.
+
+        :param package_of: the digest of a version's package, which tells it from another one of that number.
         """
         with _errors_of_mlflow(f"setting aliases of {name!r}"), _if_exists(f"model {name!r}"):
             present = {k: int(v) for k, v in self.client.get_registered_model(name).aliases.items()}
             for alias, version in aliases.items():
-                if version is None and alias in present:
+                if version is not None and present.get(alias) == version:
+                    continue
+                if version is not None and self._holds(name, version, package_of(version)):
+                    self.client.set_registered_model_alias(name, alias, str(version))
+                    continue
+                if version is not None:
+                    _warn_of_missing(f"version {version} of {name!r}, which should have the alias {alias!r},")
+                if alias in present:
                     self.client.delete_registered_model_alias(name, alias)
-                elif version is not None and present.get(alias) != version:
-                    with _if_exists(f"version {version} of {name!r}, which should have the alias {alias!r},"):
-                        self.client.set_registered_model_alias(name, alias, str(version))
 
     def link(self, name: str, version: int) -> str | None:
         """The page of a version for a person; None when MLflow is a database without a server."""
@@ -313,7 +333,47 @@ class MlflowRegistry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _versions(self, name: str, run_key: str, sha256: str) -> list[Any]:
+    def _create(self, name: str, run: Run, tags: Mapping[str, str], description: str) -> ModelVersion:
+        return self.client.create_model_version(
+            name,
+            source=f"{run.info.artifact_uri.rstrip('/')}/{_ARTIFACT}",
+            run_id=run.info.run_id,
+            tags=dict(tags),
+            description=description,
+            await_creation_for=0,  # both databases and servers answer only when it exists
+        )
+
+    def _has_run(self, run_id: str) -> bool:
+        """Whether a run is there; one that was deleted alone, without its experiment, is restored."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            info = self.client.get_run(run_id).info
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        if info.lifecycle_stage != "active":
+            if self.client.get_experiment(info.experiment_id).lifecycle_stage != "active":
+                return False
+            self.client.restore_run(run_id)
+            log.warning(
+                "run %s was deleted in MLflow and is restored, as a version has its files there", run_id
+            )
+        return True
+
+    def _holds(self, name: str, version: int, sha256: str) -> bool:
+        """Whether a version is there and was made of this package."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self.client.get_model_version(name, str(version)).tags.get(PACKAGE) == sha256)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
+    def _versions(self, name: str, run_key: str, sha256: str) -> list[ModelVersion]:
         wanted = f"tags.`{RUN_KEY}` = '{run_key}' and tags.`{PACKAGE}` = '{sha256}'"
         found = [v for v in self.client.search_model_versions(wanted) if v.name == name]
         return sorted(found, key=lambda v: int(v.version))
@@ -448,7 +508,11 @@ def _if_exists(what: str) -> Iterator[None]:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        log.warning("%s is not in MLflow any more; clear the task that registered it to get it back", what)
+        _warn_of_missing(what)
+
+
+def _warn_of_missing(what: str) -> None:
+    log.warning("%s is not in MLflow any more; clear the task that registered it to get it back", what)
 
 
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE")

@@ -398,7 +398,7 @@ def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, 
     """
     with lease(run.store, f"register/{name}", run.check_stop):
         champion, previous, aliases = _decided(run, name)
-        mlflow.point(name, aliases)
+        mlflow.point(name, aliases, lambda version: find_version(run.store, name, version).sha256)
     return champion, previous
 
 

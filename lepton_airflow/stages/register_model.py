@@ -18,6 +18,7 @@ from lepton_airflow.registry.ledger import (
     as_window,
     check_alias,
     check_model_name,
+    find_version,
 )
 from lepton_airflow.registry.mlflow import (
     PACKAGE,
@@ -45,7 +46,8 @@ class RegisterModel(Stage):
     The package is logged as the artifact of an MLflow run (with ``MLmodel``, signature, metrics and hyperparameters)
     and then becomes a version, with its window, digests and origin as tags. A record in the store decides which version
     a task instance has; MLflow shows it, and a retry completes what a crash left undone. When a task is cleared and its
-    package has another digest now, the package gets a new version, and the old version the tag ``lepton.superseded_by``.
+    package has another digest now, the package gets a new version, and the old version the tag ``lepton.superseded_by``. What a
+    person has deleted in MLflow is there again once its task is cleared: a run is restored, a version registered again.
 
     Returns the values ``name``, ``version`` (a number) and ``model_uri`` (``models:/name/version``).
 
@@ -104,7 +106,11 @@ class RegisterModel(Stage):
                     registration, made = self._register(
                         run, mlflow, held, path, package.card, pinned, metrics
                     )
-                    mlflow.point(self.name, _aliases(run, self.name))
+                    mlflow.point(
+                        self.name,
+                        _aliases(run, self.name),
+                        lambda version: find_version(run.store, self.name, version).sha256,
+                    )
                 link = mlflow.link(self.name, registration.version)
         verb = "registered as" if made else "was registered by this task before as"
         return Result(
@@ -130,7 +136,7 @@ class RegisterModel(Stage):
         before = Registrations(run.store, self.name).of_run(run.run_key)
         if before is None or before.sha256 != sha256:
             return None
-        shown = glance(self.tracking_uri, connection, self.name, before.version)
+        shown = glance(self.tracking_uri, connection, self.name, before.version, before.mlflow_run_id)
         tags = self._tags(run, card, metrics) | {RUN_KEY: run.run_key, PACKAGE: sha256}
         if shown and shown.agrees(tags=tags, aliases=_aliases(run, self.name)):
             return before, shown.link
@@ -168,6 +174,9 @@ class RegisterModel(Stage):
             metrics=metrics,
             tags=tags,
             description=self.description,
+            taken=lambda version: any(
+                (r.run_key, r.sha256) != (run.run_key, sha256) for r in records.find("version", version)
+            ),
             check=held.check,
         )
         wanted = Registration(
@@ -190,6 +199,11 @@ class RegisterModel(Stage):
         if before and before.sha256 != sha256:
             log.warning("version %s supersedes %s: the package changed since", version, before.version)
             mlflow.annotate(self.name, before.version, {SUPERSEDED: str(version)})
+        elif before:
+            log.warning(
+                "version %s takes the place of %s, which was deleted in MLflow", version, before.version
+            )
+            mlflow.drop_doubles(self.name, run.run_key, sha256, keep=version)
         return registration, True
 
     def _tags(self, run: RunInfo, card: ModelCard, metrics: Mapping[str, float]) -> dict[str, str]:

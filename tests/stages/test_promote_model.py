@@ -67,7 +67,8 @@ class Desk:
         mlflow = self.mlflow()
         if not mlflow.search_registered_models():
             mlflow.create_registered_model("late")
-        version = int(mlflow.create_model_version("late", source="file:///unused").version)
+        tags = {"lepton.package": model.sha256}
+        version = int(mlflow.create_model_version("late", source="file:///unused", tags=tags).version)
         records = Registrations(self.run.store, "late")
         made = Registration("late", version, model.uri, f"register-{version}", "", "candidate", window)
         assert records.append_after(records.newest(), made)
@@ -350,7 +351,7 @@ def test_a_crash_between_ledger_and_alias_is_repaired_by_the_retry(desk: Desk, m
 
     version = desk.register(GOOD, 4)
 
-    def away(self, name: str, aliases: Any) -> None:
+    def away(self, name: str, aliases: Any, package_of: Any) -> None:
         raise LeptonError("MLflow is away")
 
     with monkeypatch.context() as patch:
@@ -362,6 +363,30 @@ def test_a_crash_between_ledger_and_alias_is_repaired_by_the_retry(desk: Desk, m
     assert desk.promote(version).values["moved"] is True
     assert desk.moves() == [("bootstrap", version, None)]
     assert desk.aliases() == {"champion": version}
+
+
+def test_an_alias_is_shown_for_no_other_version_when_its_own_was_deleted(desk: Desk, caplog) -> None:
+    first, second = desk.register(WEAK, 4), desk.register(GOOD, 5)
+    desk.promote(first)
+    assert desk.aliases() == {"champion": first}
+    desk.mlflow().delete_model_version("late", str(second))
+    promoted = desk.promote(second)
+    assert (promoted.values["decision"], promoted.values["champion"]) == ("promote", second)
+    assert desk.aliases() == {"previous": first}  # not that the first were champion still
+    assert (
+        f"version {second} of 'late', which should have the alias 'champion', is not in MLflow" in caplog.text
+    )
+
+    desk.mlflow().delete_registered_model("late")
+    assert desk.promote(second).values["champion"] == second
+    assert "model 'late' is not in MLflow any more" in caplog.text
+
+    # Somebody's own versions have the numbers now.
+    desk.mlflow().create_registered_model("late")
+    for _ in (first, second):
+        desk.mlflow().create_model_version("late", source="file:///unused")
+    assert desk.promote(second).values["champion"] == second
+    assert desk.aliases() == {}
 
 
 def test_one_task_in_six_processes_moves_once(desk: Desk, at_once) -> None:

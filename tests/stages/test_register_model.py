@@ -229,15 +229,86 @@ def test_a_changed_package_supersedes_the_version_of_its_run_key(mlflow_sqlite, 
     assert (current.version, current.supersedes, current.sha256) == (2, 1, new.sha256)
 
 
-def test_a_version_deleted_in_mlflow_is_registered_again(mlflow_sqlite, run, name, put_model) -> None:
+def delete(uri: str, name: str, what: str, version: str) -> None:
+    """Delete what belongs to a version, as a person does in MLflow's pages and with ``mlflow gc``."""
+    mlflow = client(uri)
+    run_id = mlflow.get_model_version(name, version).run_id
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    store = mlflow._tracking_client.store
+    {
+        "alias": lambda: mlflow.delete_registered_model_alias(name, "candidate"),
+        "version": lambda: mlflow.delete_model_version(name, version),
+        "run": lambda: mlflow.delete_run(run_id),
+        "run, gc": lambda: (mlflow.delete_run(run_id), store._hard_delete_run(run_id)),
+        "version and run": lambda: (mlflow.delete_model_version(name, version), mlflow.delete_run(run_id)),
+        "model": lambda: mlflow.delete_registered_model(name),
+        "model and run, gc": lambda: (
+            mlflow.delete_registered_model(name),
+            mlflow.delete_run(run_id),
+            store._hard_delete_run(run_id),
+        ),
+        "experiment": lambda: mlflow.delete_experiment(experiment),
+    }[what]()
+
+
+@pytest.mark.parametrize(
+    ("what", "expected", "shown"),
+    [
+        ("alias", 2, [1, 2]),
+        ("version", 3, [1, 3]),
+        ("run", 2, [1, 2]),
+        ("run, gc", 3, [1, 3]),
+        ("version and run", 3, [1, 3]),
+        ("model", 2, [2]),  # the first version that MLflow makes of it has the number of another package
+        ("model and run, gc", 2, [2]),
+    ],
+)
+def test_what_was_deleted_in_mlflow_is_back_when_its_task_is_cleared(
+    mlflow_sqlite, run, name, put_model, what: str, expected: int, shown: list[int]
+) -> None:
+    infos = [replace(run, run_key=f"run-{number}") for number in (1, 2)]
+    stages = [
+        RegisterModel(
+            model=put_model(run.store, INFO, [1.0, weight]).uri, name=name, tracking_uri=mlflow_sqlite
+        )
+        for weight in (2.0, 3.0)
+    ]
+    for stage, info in zip(stages, infos, strict=True):
+        stage.run(info)
+    delete(mlflow_sqlite, name, what, "2")
+    for _ in range(2):  # the second time there is nothing left to do
+        assert stages[1].run(infos[1]).values["version"] == expected
+        assert [int(v.version) for v in versions(mlflow_sqlite, name)] == shown
+    mlflow = client(mlflow_sqlite)
+    assert {k: int(v) for k, v in mlflow.get_registered_model(name).aliases.items()} == {
+        "candidate": expected
+    }
+    found = mlflow.get_run(mlflow.get_model_version(name, str(expected)).run_id)
+    assert (found.info.lifecycle_stage, found.info.status) == ("active", "FINISHED")
+    assert Path(mlflow.download_artifacts(found.info.run_id, "model/model.onnx")).is_file()
+    assert len(runs(mlflow_sqlite, name)) == 2
+
+    # Whoever was not cleared, and whoever comes next, keeps a number of its own.
+    again = stages[0].run(infos[0]).values["version"]
+    assert again == (3 if "model" in what else 1)
+    new = replace(stages[0], model=put_model(run.store, INFO, [1.0, 4.0]).uri).run(
+        replace(run, run_key="run-3")
+    )
+    assert new.values["version"] == max(expected, again) + 1
+
+
+def test_a_deleted_experiment_is_said_and_another_one_taken(mlflow_sqlite, run, name, put_model) -> None:
     model = put_model(run.store, INFO, [1.0, 2.0])
     stage = RegisterModel(model=model.uri, name=name, tracking_uri=mlflow_sqlite)
     stage.run(run)
-    stage.run(replace(run, run_key="run-2"))
-    client(mlflow_sqlite).delete_model_version(name, "1")
-    assert stage.run(run).values["version"] == 3
-    assert stage.run(run).values["version"] == 3
-    assert [int(v.version) for v in versions(mlflow_sqlite, name)] == [2, 3]
+    delete(mlflow_sqlite, name, "experiment", "1")
+    for info in (run, replace(run, run_key="run-2")):
+        with pytest.raises(BadConfiguration, match="was deleted in MLflow: restore it or name another one"):
+            stage.run(info)
+    assert replace(stage, experiment="another").run(run).values["version"] == 2
+    mlflow = client(mlflow_sqlite)
+    mlflow.restore_experiment(mlflow.get_experiment_by_name(name).experiment_id)
+    assert stage.run(replace(run, run_key="run-2")).values["version"] == 3
 
 
 def test_what_a_server_shows_already_is_only_glanced_at(
@@ -260,6 +331,11 @@ def test_what_a_server_shows_already_is_only_glanced_at(
     assert stage.run(run).values == first.values
     assert len(opened) == 1
     assert client(mlflow_server.uri).get_registered_model(name).aliases == {"candidate": "1"}
+
+    (mlflow_run,) = runs(mlflow_server.uri, name)
+    client(mlflow_server.uri).delete_run(mlflow_run.info.run_id)
+    assert stage.run(run).values == first.values
+    assert len(runs(mlflow_server.uri, name)) == 1
 
     replace(stage, metrics={"rmse": 2.5}).run(run)
     assert versions(mlflow_server.uri, name)[0].tags["metric.rmse"] == "2.5"
