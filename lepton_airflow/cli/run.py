@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         kind = get_stage(request.stage)
     except Exception:  # noqa: BLE001 - whatever importing a user's module raises: run_stage raises it again and says it
         kind = None
-    stop = StopOnSigterm(interrupts=kind is None or not kind.resumable)
+    stop = StopOnSigterm(resumable=kind is not None and kind.resumable)
     receipt = run_stage(request, connections, stop)
     _write(receipt, args.receipt, args.termination_message)
     level = logging.ERROR if receipt.error else logging.INFO

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 # process takes half a second to start.
 _QUICKLY_READ = 64 << 20
 _STOPPED = "asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again."
+_STOPPED_EARLY = (
+    "asked to stop (SIGTERM) before it had begun its work; what an earlier try has finished is kept."
+)
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
 
@@ -64,7 +67,7 @@ def run_stage(
     except Stopped:
         if stop:
             stop.end()
-        receipt = _failed(request, Preempted(_STOPPED))
+        receipt = _failed(request, Preempted(_STOPPED_EARLY if stop and stop.resumable else _STOPPED))
     store = stores[0] if stores else None
     if receipt.status not in ("done", "cached"):
         receipt = replace(receipt, seconds=round(time.monotonic() - started, 3))
@@ -183,7 +186,7 @@ def _perform(
         result = _run(kind, stage, run)
         if isinstance(should_stop, StopOnSigterm):
             should_stop.end()  # from here on it is quicker to finish
-            if should_stop.interrupts and should_stop():
+            if should_stop.disturbed:
                 raise Preempted(_STOPPED)  # something took the interruption for an error, and went on with it
         receipt = Receipt(
             stage=request.stage,

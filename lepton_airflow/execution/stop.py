@@ -17,32 +17,40 @@ _AGAIN_S = 0.1
 
 
 class Stopped(BaseException):
-    """SIGTERM came, to a stage that does not ask for it."""
+    """SIGTERM came, to a stage that does not ask for it, or has not asked yet."""
 
 
 class StopOnSigterm:
-    """Whether SIGTERM came: a call answers. A resumable stage asks; any other is interrupted, until it ends.
+    """Whether SIGTERM came: a call answers. Until a call, :class:`Stopped` is raised in the main thread, where this must be made.
 
-    :param interrupts: raise :class:`Stopped` in the main thread, where this must be made.
-    :ivar interrupts: whether a stage may have been interrupted, so that nothing that it says after the signal counts.
+    So a resumable stage that still imports its libraries, or reads its input, is interrupted as any other; from its first
+    question on it has work to save, and is left to ask.
+
+    :param resumable: leave it to the stage once it has asked; any other is interrupted until it ends.
     """
 
-    def __init__(self, *, interrupts: bool) -> None:
-        self.interrupts = interrupts
-        self._asked = self._begun = self._over = False
+    def __init__(self, *, resumable: bool) -> None:
+        self.resumable = resumable
+        self._asked = self._answered = self._raised = self._begun = self._over = False
         self._main = threading.get_ident()
         signal.signal(signal.SIGTERM, self._handle)
-        if interrupts:
-            # Started now, since a handler can start no thread: the signal may come where the threads' own lock is held.
-            threading.Thread(target=self._ask_again, daemon=True).start()
+        # Started now, since a handler can start no thread: the signal may come where the threads' own lock is held.
+        threading.Thread(target=self._ask_again, daemon=True).start()
 
     def __call__(self) -> bool:
+        self._answered = True
         return self._asked
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the stage may have been interrupted, so that nothing that it says counts."""
+        return self._asked and (self._raised or not self.resumable)
 
     def begin(self) -> None:
         """Interrupt from now on, also for a signal that came before: who calls this catches :class:`Stopped`."""
         self._begun = True
-        if self._asked and self.interrupts:
+        if self._asked:
+            self._raised = True
             raise Stopped
 
     def end(self) -> None:
@@ -53,7 +61,9 @@ class StopOnSigterm:
     def _handle(self, *_: Any) -> None:
         first = not self._asked
         self._asked = True
-        if self.interrupts and self._begun and not self._over and (first or not _is_unwinding()):
+        interrupts = self._begun and not self._over and not (self.resumable and self._answered)
+        if interrupts and (first or not _is_unwinding()):
+            self._raised = True
             raise Stopped
 
     def _ask_again(self) -> None:

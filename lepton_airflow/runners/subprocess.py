@@ -143,6 +143,7 @@ class Subprocess(Runner):
     env: dict[str, str] = field(default_factory=dict)
     pass_env: list[str] = field(default_factory=list)
     _process: subprocess.Popen[str] | None = field(default=None, init=False, repr=False, compare=False)
+    _grace_over: bool = field(default=False, init=False, repr=False, compare=False)
     _same_interpreter: ClassVar[bool] = True  # the stage has the worker's code and libraries
 
     def __post_init__(self) -> None:
@@ -160,6 +161,7 @@ class Subprocess(Runner):
         if self._same_interpreter and (hit := recall(request, {c.id: c for c in connections})):
             return hit
         supervised = bool(context)
+        self._grace_over = False
         with tempfile.TemporaryDirectory(prefix="lepton-run-", ignore_cleanup_errors=True) as folder:
             receipt_file = Path(folder, "receipt.json")
             Path(folder, "request.json").write_text(request.to_json(), encoding="utf-8")
@@ -189,6 +191,7 @@ class Subprocess(Runner):
         # Airflow calls this from a signal handler, which may have interrupted run() anywhere, so this must take no lock.
         while time.monotonic() < deadline and not _has_ended(process.pid):
             time.sleep(0.05)
+        self._grace_over = not _has_ended(process.pid)
         signal_group(process.pid, signal.SIGKILL)
 
     @contextmanager
@@ -324,6 +327,11 @@ class Subprocess(Runner):
         if name == "SIGTERM":
             return Preempted(
                 f"{stage} was asked to stop (SIGTERM) before it began; the next try starts again."
+            )
+        if name == "SIGKILL" and self._grace_over:
+            return RunnerError(
+                f"{stage} left no receipt: it was asked to stop, had not stopped after grace_s={self.grace_s:g} s, and was killed; "
+                "the next try goes on from what an earlier one has kept."
             )
         if name == "SIGKILL":
             return RunnerError(

@@ -95,11 +95,38 @@ class Asks(Base):
     """Resumable, and its children die of the signal."""
     resumable: ClassVar[bool] = True
     def score(self, run):
+        run.should_stop()
+        time.sleep(1)  # from its first question on it is not interrupted
+        Path(self.begun).with_name("slept").touch()
         while not run.should_stop():
             time.sleep(0.01)
         raise LeptonError("a worker process ended")
+
+@dataclass(kw_only=True)
+class HasNotAsked(Base):
+    """Resumable, and still importing its libraries."""
+    resumable: ClassVar[bool] = True
+    def score(self, run):
+        time.sleep(20)
+        run.check_stop()
+        return 1.0
+
+@dataclass(kw_only=True)
+class NeverAsks(SwallowsAll):
+    """Resumable, and takes the only interruption that there is for an error."""
+    resumable: ClassVar[bool] = True
 '''
-NAMES = ["Swallows", "SwallowsAll", "Destructor", "Replaces", "Wraps", "CleansUp", "Asks"]
+NAMES = [
+    "Swallows",
+    "SwallowsAll",
+    "Destructor",
+    "Replaces",
+    "Wraps",
+    "CleansUp",
+    "Asks",
+    "HasNotAsked",
+    "NeverAsks",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,6 +153,7 @@ def test_a_stop_is_obeyed_and_counts_for_nothing_else(tmp_path: Path, name: str,
     assert found.status == "preempted"
     assert "asked to stop (SIGTERM)" in found.summary
     assert (tmp_path / "cleaned").exists() == (name == "CleansUp")
+    assert (tmp_path / "slept").exists() == (name == "Asks")
     store = Store(str(tmp_path / "store"))
     assert store.receipt(request.run_key) == found
     assert store.keys("cache") == []  # nothing that a later run would take for a result
@@ -137,7 +165,7 @@ import os, signal
 from lepton_airflow.contract import Request
 from lepton_airflow.execution.run_stage import run_stage
 from lepton_airflow.execution.stop import StopOnSigterm
-stop = StopOnSigterm(interrupts=True)
+stop = StopOnSigterm(resumable=False)
 os.kill(os.getpid(), signal.SIGTERM)
 print(run_stage(Request("lepton_airflow.testing.probe_stages:Copy", {{}}, {str(tmp_path)!r}), {{}}, stop).status)
 """
@@ -159,7 +187,7 @@ def interrupted(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
 module.cache.record = interrupted
 request = Request("lepton_airflow.testing.probe_stages:Copy", {{"text": "whole"}}, {str(tmp_path)!r})
-print(module.run_stage(request, {{}}, StopOnSigterm(interrupts=True)).status)
+print(module.run_stage(request, {{}}, StopOnSigterm(resumable=False)).status)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "done"
