@@ -8,7 +8,7 @@ runner             default runner: ``Subprocess``, or JSON such as ``{"Subproces
 environments       folder of the environments that ``Venv`` builds; default: ``lepton_airflow/environments`` in the user's
                    cache (``XDG_CACHE_HOME``, else ``~/.cache``)
 constraints        path or URL of the constraints file of those environments; default: none
-deployment         name of this Airflow, when several share one store; default: ``airflow``
+deployment         name of this Airflow, when several share one store: each needs its own; default: ``airflow``
 cache_ttl_s        age in seconds above which a cache entry is a miss; default: entries do not age
 =================  =========================================================================================
 """

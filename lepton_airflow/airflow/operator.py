@@ -19,7 +19,7 @@ from lepton_airflow import settings
 from lepton_airflow.airflow import window as windows
 from lepton_airflow.airflow.connections import connection_of
 from lepton_airflow.airflow.dag_files import Uploads, on_worker, resolved
-from lepton_airflow.connections import Connection
+from lepton_airflow.airflow.installation import check_deployment
 from lepton_airflow.contract import Receipt, Request, RunIdentity, Window
 from lepton_airflow.errors import DO_NOT_RETRY, SKIP, BadConfiguration, LeptonError, RunnerError, did_you_mean
 from lepton_airflow.runners import Runner, default_runner
@@ -167,12 +167,15 @@ class StageOperator(BaseOperator):
         )
         request = self._request(context)
         connections = [connection_of(conn_id) for conn_id in request.connections]
+        opened = {c.id: c for c in connections}
+        store = Store(request.store, opened.get(request.store_connection or ""))
+        check_deployment(store, request.identity.deployment)
         self._active = runner
         try:
             receipt = runner.run(request, connections, {**context, "lepton": kept})
         finally:
             self._active = None
-        self._prove(request, receipt, {c.id: c for c in connections}, whole=not runner.local)
+        self._prove(request, receipt, store, whole=not runner.local)
         return request, receipt
 
     def _emit(self, request: Request, receipt: Receipt, context: Mapping[str, Any]) -> None:
@@ -242,15 +245,12 @@ class StageOperator(BaseOperator):
             raise BadConfiguration(f"window={span!r}: expected {{'start': …, 'end': …}}.")
         return windows.checked(span["start"], span["end"], "window"), ""
 
-    def _prove(
-        self, request: Request, receipt: Receipt, connections: Mapping[str, Connection], *, whole: bool
-    ) -> None:
+    def _prove(self, request: Request, receipt: Receipt, store: Store, *, whole: bool) -> None:
         """Raise unless the store holds this receipt and every artifact it names.
 
         :param whole: read the artifacts and compare their digests, for what was written elsewhere. Without it, and for
             what is larger than :data:`_READ_WHOLE_BYTES`, the size has to do: whoever reads it verifies the digest.
         """
-        store = Store(request.store, connections.get(request.store_connection or ""))
         kept = store.receipt(request.run_key)
         if kept is None or _evidence(kept) != _evidence(receipt):
             raise RunnerError(

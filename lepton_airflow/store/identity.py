@@ -1,4 +1,4 @@
-"""What tells one store from another, wherever either is mounted."""
+"""What tells one store from another, wherever either is mounted; and which Airflow uses it under which name."""
 
 from __future__ import annotations
 
@@ -28,3 +28,23 @@ def identity_of(store: Store) -> str:
             "while no task runs in a pod."
         )
     return text
+
+
+def owner_of(store: Store, deployment: str) -> str | None:
+    """The id of the Airflow that uses the store under this name of a deployment; None: none yet."""
+    found = store.read(_owner_key(deployment))
+    return None if found is None else found.decode(errors="replace").strip()
+
+
+def claim(store: Store, deployment: str, installation: str) -> str:
+    """Let an Airflow use the store under this name, unless another one does; returns the id of the one that does."""
+    key, content = _owner_key(deployment), installation.encode()
+    if store.can_create_exclusively:
+        store.create_exclusive(key, content)
+    elif store.read(key) is None:
+        store.write(key, content)
+    return owner_of(store, deployment) or ""
+
+
+def _owner_key(deployment: str) -> str:
+    return f"deployments/{digest_of(deployment)[:_LENGTH]}"

@@ -132,6 +132,24 @@ def _assert_nowhere(airflow: LocalAirflow, secret: str) -> None:
     assert holders == []
 
 
+def test_a_store_that_another_airflow_uses_under_this_name_is_refused(airflow: LocalAirflow) -> None:
+    run = airflow.trigger("one_stage")
+    assert airflow.wait("one_stage", run) == "success"
+    own = airflow.api("GET", "/variables/lepton_installation")["value"]
+    (owner,) = (airflow.home / "store" / "deployments").iterdir()
+    assert owner.read_text() == own
+    owner.write_text("another's")
+    try:
+        refused = airflow.trigger("one_stage")
+        assert airflow.wait("one_stage", refused) == "failed"
+    finally:
+        owner.write_text(own)
+    log = airflow.log("one_stage", refused, "check")
+    assert "under [lepton] deployment='airflow'" in log
+    assert "set [lepton] deployment to another name here" in log
+    assert airflow.tasks("one_stage", refused)["check"]["try_number"] == 1
+
+
 def test_an_asset_event_brings_its_window(airflow: LocalAirflow) -> None:
     (asset,) = [a for a in airflow.api("GET", "/assets")["assets"] if a["name"] == "letters-arrived"]
     window = {"start": "2026-03-01T00:00:00+00:00", "end": "2026-04-01T00:00:00+00:00"}
