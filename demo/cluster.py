@@ -26,7 +26,7 @@ from urllib.request import urlopen
 sys.path.insert(0, str(Path(__file__).parent))
 
 from flights import land
-from run import alone, backfill, follow, print_table, runs_of, say
+from run import PAUSED, alone, backfill, follow, print_table, runs_of, say, switch_on
 
 from lepton_airflow.connections import Connection
 from lepton_airflow.errors import LeptonError
@@ -45,6 +45,7 @@ PORT_ENDPOINT = int(os.environ.get("LEPTON_DEMO_ENDPOINT_PORT", "8801"))
 STORE = "s3://lepton/store"
 RAW = f"{STORE}/raw"
 KEY = "demo"
+MADE = STATE / "namespace.json"  # in which cluster the namespace was made
 PODS, PROFILE = "flights_retrain_pods", "flights_retrain"
 MONTHS = ["2013-04", "2013-05"]
 
@@ -93,38 +94,53 @@ def up() -> int:
 
 
 def down() -> int:
-    """Stop what ``up`` started, and remove its namespace where the cluster still answers."""
+    """Stop what ``up`` started, and remove its namespace from the cluster where it was made."""
     if not STATE.exists():
         return 0
     Servers("127.0.0.1").stop()
-    shutil.rmtree(
-        STATE
-    )  # with Airflow's database, whose runs name artifacts that are gone with the S3 server
-    if os.environ.get("KUBECONFIG"):
-        Cluster().remove_namespace()
+    made = MADE.read_text() if MADE.exists() else None
+    # With Airflow's database, whose runs name artifacts that are gone with the S3 server.
+    shutil.rmtree(STATE)
+    if made:
+        where = json.loads(made)
+        try:
+            Cluster(where["kubeconfig"], where["context"]).remove_namespace(where["namespace"])
+        except LeptonError as error:
+            STATE.mkdir(parents=True)
+            MADE.write_text(made)
+            raise LeptonError(
+                f"the servers are stopped, but namespace {where['namespace']} stays: {error} Then make demo-stop again."
+            ) from None
     say("stopped")
     return 0
 
 
 class Cluster:
-    """The cluster of ``$KUBECONFIG``, as far as the demo asks it.
+    """A cluster, as far as the demo asks it.
 
+    :param kubeconfig: None: the one of ``$KUBECONFIG``.
+    :param context: None: the current one of the kubeconfig.
     :ivar host: the address by which its pods reach this machine.
     :ivar seen: each of our pods that was seen, and in which phase last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kubeconfig: str | None = None, context: str | None = None) -> None:
         from kubernetes import client, config
         from urllib3.exceptions import HTTPError
 
-        file = os.environ.get("KUBECONFIG")
+        file = kubeconfig or os.environ.get("KUBECONFIG")
         if not file:
             raise LeptonError(
                 "no cluster: set KUBECONFIG to the kubeconfig of one, then make demo-cluster again (kind create cluster "
                 "makes one on this machine)."
             )
         try:
-            config.load_kube_config(file)
+            current = config.list_kube_config_contexts(file)[1]["name"]
+            self._where = {
+                "kubeconfig": os.pathsep.join(map(os.path.abspath, file.split(os.pathsep))),
+                "context": context or current,
+            }
+            config.load_kube_config(file, self._where["context"])
             self._core = client.CoreV1Api()
             nodes = self._core.list_node(_request_timeout=20).items
         except (config.ConfigException, client.ApiException, HTTPError) as error:
@@ -139,9 +155,10 @@ class Cluster:
         self.seen: dict[str, str] = {}
 
     def make_namespace(self) -> None:
-        """Make the demo's namespace, marked as ours."""
+        """Make the demo's namespace, marked as ours, and keep where it is for whoever removes it, from whatever shell."""
         from kubernetes import client
 
+        MADE.write_text(json.dumps({**self._where, "namespace": NAMESPACE}))
         meta = client.V1ObjectMeta(name=NAMESPACE, labels={MANAGED_BY: MANAGER})
         try:
             self._core.create_namespace(client.V1Namespace(metadata=meta))
@@ -152,11 +169,11 @@ class Cluster:
                     "that is there."
                 ) from None
 
-    def remove_namespace(self) -> None:
+    def remove_namespace(self, namespace: str) -> None:
         """Remove the demo's namespace, if the demo made it."""
         mine = self._core.list_namespace(label_selector=f"{MANAGED_BY}={MANAGER}").items
-        if NAMESPACE in [n.metadata.name for n in mine]:
-            self._core.delete_namespace(NAMESPACE)
+        if namespace in [n.metadata.name for n in mine]:
+            self._core.delete_namespace(namespace)
 
     def show(self) -> None:
         """Say which pods have come and what has become of them since the last call."""
@@ -202,6 +219,7 @@ class Servers:
             dags=ROOT / "dags",
             port=PORT,
             env={
+                **PAUSED,
                 "AIRFLOW__LEPTON__STORE": STORE,
                 "AIRFLOW__LEPTON__STORE_CONN_ID": self.s3.id,
                 "AIRFLOW__LEPTON__DEPLOYMENT": "demo-cluster",
@@ -253,8 +271,7 @@ class Servers:
             say(f"{what} runs already" if runs else f"starting {what}")
             if not runs:
                 start()
-        for dag in (PODS, PROFILE):
-            self.airflow.wait_for_dag(dag)
+        switch_on(self.airflow, PODS, PROFILE)
 
     def stop(self) -> None:
         """Stop those that run."""
