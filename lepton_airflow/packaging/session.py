@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.features import BATCH_ROWS, Feature, feature_frame, read_batches
+from lepton_airflow.errors import BadInput, first_line
 from lepton_airflow.packaging.schema import Schema
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ def open_session(model: bytes, threads: int = 1, *, spin: bool = True) -> onnxru
 
     :param threads: CPU threads of one call; 1 gives equal rows equal bits, and lets calls run side by side.
     :param spin: whether threads wait for their next work by spinning; False where sessions are timed beside one another.
+    :raises BadInput: ONNX Runtime does not take the model.
     """
     import onnxruntime
 
@@ -32,7 +35,21 @@ def open_session(model: bytes, threads: int = 1, *, spin: bool = True) -> onnxru
     # A model may name files that hold its weights. They would be read from the current directory, though no digest covers
     # them. This folder has none.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a dozen kinds, without a base of their own
+        if locale := re.search(r"construct locale with name:\s*([\w.@-]+)", str(error)):
+            raise BadInput(
+                f"the model changes the case of text by the locale {locale[1]}, which is not installed here; install it, on "
+                f"Debian by apt-get install locales && localedef -i {locale[1].partition('.')[0]} -f UTF-8 {locale[1]}, or "
+                "give the model's StringNormalizer the locale C.UTF-8."
+            ) from error
+        raise BadInput(f"ONNX Runtime cannot open the model: {runtime_reason(error)}") from error
+
+
+def runtime_reason(error: BaseException) -> str:
+    """What ONNX Runtime says in an error, without its number and the path of its source."""
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ ", "", first_line(error))[:300]
 
 
 def predict_onnx(
@@ -46,6 +63,10 @@ def predict_onnx(
     for start in range(0, len(raw), BATCH_ROWS):
         part = raw.iloc[start : start + BATCH_ROWS]
         (values,) = session.run([schema.output], _feed(part, schema.features))
+        if values.size != len(part) * schema.output_columns:
+            raise BadInput(
+                f"the ONNX model gives {values.size / len(part):g} numbers a row, expected {schema.output_columns}."
+            )
         result[start : start + len(part)] = values.reshape(schema.output_shape(len(part)))
     return result
 

@@ -96,6 +96,7 @@ class TrainModel(Stage):
         for library in ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "pandas", "pyarrow"):
             require(library, "TrainModel", self.extra)
         from lepton_airflow import models
+        from lepton_airflow.packaging.export.fitted import packaged
         from lepton_airflow.packaging.package import write_package
         from lepton_airflow.packaging.touched import touched_rows
         from lepton_airflow.training.curves import draw
@@ -120,7 +121,7 @@ class TrainModel(Stage):
             settled = fits.settled() if self.refit else None
             model = fits.refit(settled) if settled else fits.final()
 
-        onnx_model = model.to_onnx().SerializeToString(deterministic=True)
+        onnx_model = packaged(model)
         parity = check_parity(model, onnx_model, rows, valid, self.parity_tolerance)
         log.info(
             "native and ONNX predictions differ by at most %.2g over %d rows",

@@ -31,21 +31,39 @@ def check_parity(
     """
     import numpy as np
 
-    from lepton_airflow.packaging.session import open_session, predict_onnx
+    from lepton_airflow.packaging.session import open_session, predict_onnx, runtime_reason
 
-    session = open_session(onnx_model)
+    try:
+        session = open_session(onnx_model)
+    except BadInput as error:
+        raise BadInput(f"trainer {model.trainer}: {error}") from error
     schema = rows.schema
     unit = 1.0 if schema.task == "classification" else float(np.std(rows.y)) or 1.0
     worst, compared, tried = 0.0, 0, []
     for probe, frame in _probes(rows, valid):
         try:
             native = model.predict(frame)
-        except Exception:
+        except BadInput:
             if probe in ("train", "valid"):
                 raise
             log.info("parity: the native model does not take %s, so that is not compared", probe)
             continue
-        onnx = predict_onnx(session, schema, frame).astype(np.float64)
+        if (
+            probe in ("train", "valid")
+            and not (finite := np.isfinite(native).reshape(len(frame), -1).all(axis=1)).all()
+        ):
+            raise BadInput(
+                f"trainer {model.trainer}: its model predicts NaN or infinity in {int((~finite).sum()):,} of {len(frame):,} "
+                f"rows of {probe}, first at {_few_values(frame[schema.names].iloc[int(np.argmin(finite))])}; expected finite "
+                "numbers."
+            )
+        try:
+            onnx = predict_onnx(session, schema, frame).astype(np.float64)
+        except Exception as error:  # onnxruntime has a dozen kinds, without a base of their own
+            raise BadInput(
+                f"trainer {model.trainer}: its model was written as ONNX, but ONNX Runtime fails on rows with {probe}, which "
+                f"the model itself takes: {runtime_reason(error)}. Use other estimators, or return an onnx.ModelProto."
+            ) from error
         equal = (native == onnx) | (np.isnan(native) & np.isnan(onnx))
         difference = np.where(equal, 0.0, np.abs(native - onnx) / unit)
         difference = np.where(np.isnan(difference), np.inf, difference).reshape(len(frame), -1).max(axis=1)

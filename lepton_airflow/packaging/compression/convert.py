@@ -68,7 +68,8 @@ def inspect(model: onnx.ModelProto) -> Graph:
                 for inner in (attribute.g, *attribute.graphs):
                     yield from nodes(inner)
 
-    stored = {i.name: i.data_type for i in model.graph.initializer}
+    # Weights in float64 belong to a preprocessing that decides on which side of a threshold a value is: they stay.
+    stored = {i.name: i.data_type for i in model.graph.initializer if i.data_type != TensorProto.DOUBLE}
     scaled = {
         n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored
     }
@@ -200,12 +201,15 @@ def _half(prepared: onnx.ModelProto) -> onnx.ModelProto:
 def _cut_at_linear(
     graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]
 ) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
-    """The nodes that depend on no linear operator, and all others."""
+    """The nodes that depend on no linear operator in float32, and all others."""
+    from onnx import TensorProto
+
     made: set[str] = set()
     front: list[onnx.NodeProto] = []
     back: list[onnx.NodeProto] = []
     for node in graph.node:  # in topological order
-        linear = node.op_type in _LINEAR and node.input[1] in stored
+        weight = stored.get(node.input[1]) if node.op_type in _LINEAR else None
+        linear = weight is not None and weight.data_type == TensorProto.FLOAT
         if linear or made.intersection(node.input):
             back.append(node)
             made.update(node.output)

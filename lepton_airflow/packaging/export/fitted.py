@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, LeptonError, first_line
 from lepton_airflow.packaging.export.onnx import OnnxModel
 from lepton_airflow.packaging.export.sklearn import SklearnModel
 from lepton_airflow.packaging.export.torch import TorchModel
@@ -25,6 +25,7 @@ class Fitted(Protocol):
     """A fitted model of any kind."""
 
     framework: str
+    trainer: str
 
     def predict(self, frame: pd.DataFrame) -> NDArray[np.float64]:
         """Predict from raw features with the model's own library: (n, k) probabilities, or (n,) numbers for regression."""
@@ -55,6 +56,19 @@ def as_fitted(returned: Any, schema: Schema, trainer: str) -> Fitted:
         f"trainer {trainer}: it returned {_type_name(returned)}; expected a fitted scikit-learn estimator over the raw "
         "feature columns, a torch.nn.Module with an example input, or an onnx.ModelProto."
     )
+
+
+def packaged(model: Fitted) -> bytes:
+    """The packaged graph's bytes; raises BadInput with what the exporter says where there is none."""
+    try:
+        return model.to_onnx().SerializeToString(deterministic=True)
+    except (LeptonError, MemoryError):
+        raise
+    except Exception as error:  # of an exporter, or of a step of the user's
+        raise BadInput(
+            f"trainer {model.trainer}: its {model.framework} model cannot be written as ONNX: {type(error).__name__}: "
+            f"{first_line(error)[:200]}"
+        ) from error
 
 
 def _is(value: Any, module: str, name: str) -> bool:

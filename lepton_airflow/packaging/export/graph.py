@@ -30,6 +30,39 @@ def with_concat(model: onnx.ModelProto, features: Sequence[Feature]) -> onnx.Mod
     return model
 
 
+def read_float32(model: onnx.ModelProto) -> None:
+    """Let a graph whose inputs are float64 read float32, in which packages take numbers."""
+    from onnx import TensorProto, helper
+
+    casts = []
+    for read in model.graph.input:
+        if read.type.tensor_type.elem_type == TensorProto.DOUBLE:
+            given = f"{read.name}/float32"
+            casts.append(
+                helper.make_node(
+                    "Cast", [given], [read.name], name=f"cast/{read.name}", to=TensorProto.DOUBLE
+                )
+            )
+            read.name, read.type.tensor_type.elem_type = given, TensorProto.FLOAT
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def give_float32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Round what a graph gives to float32, which a network reads."""
+    from onnx import TensorProto, helper
+
+    (made,) = model.graph.output
+    if made.type.tensor_type.elem_type == TensorProto.DOUBLE:
+        rounded = f"{made.name}/float32"
+        model.graph.node.append(
+            helper.make_node("Cast", [made.name], [rounded], name="cast", to=TensorProto.FLOAT)
+        )
+        made.name, made.type.tensor_type.elem_type = rounded, TensorProto.FLOAT
+    return model
+
+
 def finish(model: onnx.ModelProto, output: str, schema: Schema, *, columns: int) -> onnx.ModelProto:
     """Give a graph the package's inputs and outputs, and take out all that could differ between equal runs.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.features import BATCH_ROWS
-from lepton_airflow.errors import BadInput, first_line
+from lepton_airflow.errors import BadInput, LeptonError, first_line
 from lepton_airflow.packaging.export import graph, network
 from lepton_airflow.packaging.export.sklearn import convert_sklearn
 from lepton_airflow.packaging.schema import Schema
@@ -54,15 +54,23 @@ class TorchModel:
         return np.ascontiguousarray(table.toarray() if hasattr(table, "toarray") else table, dtype=np.float32)
 
     def predict(self, frame: pd.DataFrame) -> NDArray[np.float64]:
-        """Predict with torch, without gradients."""
+        """Predict with torch, without gradients; raises BadInput where the module or its transformer fails."""
         import numpy as np
         import torch
 
         parts = []
-        with torch.inference_mode():
-            for start in range(0, max(len(frame), 1), BATCH_ROWS):
-                rows = self.matrix(frame.iloc[start : start + BATCH_ROWS])
-                parts.append(self.module(torch.from_numpy(rows)).numpy().astype(np.float64))
+        try:
+            with torch.inference_mode():
+                for start in range(0, max(len(frame), 1), BATCH_ROWS):
+                    rows = self.matrix(frame.iloc[start : start + BATCH_ROWS])
+                    parts.append(self.module(torch.from_numpy(rows)).numpy().astype(np.float64))
+        except (LeptonError, MemoryError):
+            raise
+        except Exception as error:  # of the user's code
+            raise BadInput(
+                f"trainer {self.trainer}: {type(self.module).__name__} fails on the raw feature columns: "
+                f"{type(error).__name__}: {first_line(error)[:200]}"
+            ) from error
         return network.checked_predictions(np.concatenate(parts), self.schema, self.trainer)
 
     def to_onnx(self) -> onnx.ModelProto:
@@ -77,7 +85,7 @@ class TorchModel:
         if self.transformer is None:
             whole = graph.with_concat(body, self.schema.features)
             return graph.finish(whole, "outcome", self.schema, columns=columns)
-        front = convert_sklearn(self.transformer, self.schema.features, self.trainer)
+        front = graph.give_float32(convert_sklearn(self.transformer, self.schema.features, self.trainer))
         front = onnx.compose.add_prefix(front, "pre/")
         body = onnx.compose.add_prefix(body, "net/")
         front.ir_version = body.ir_version = max(front.ir_version, body.ir_version)

@@ -25,7 +25,8 @@ class WithExample(torch.nn.Linear):
 
 
 def test_an_estimator_is_recognised() -> None:
-    assert isinstance(as_fitted(LogisticRegression(), SCHEMA, "mine"), SklearnModel)
+    estimator = LogisticRegression().fit([[0, 1], [1, 0]], [0, 1])
+    assert isinstance(as_fitted(estimator, SCHEMA, "mine"), SklearnModel)
 
 
 @pytest.mark.parametrize(

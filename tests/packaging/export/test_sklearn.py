@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.compose import ColumnTransformer
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.mixture import GaussianMixture
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
@@ -93,6 +96,16 @@ class Mine(ClassifierMixin, BaseEstimator):
     [
         (LinearSVC(), NUMBERS, r"LinearSVC has no predict_proba, and classification needs probabilities"),
         (Mine(), NUMBERS, r"trainer mine: skl2onnx cannot convert Mine: .+ return an onnx\.ModelProto"),
+        (
+            GaussianMixture(2),
+            NUMBERS,
+            r"GaussianMixture has no classes_: it is no classifier, or it was not fitted",
+        ),
+        (
+            make_pipeline(StandardScaler(), Mine()),
+            NUMBERS,
+            r"skl2onnx cannot convert StandardScaler > Mine: ",
+        ),
         (Mine(), NUMBERS + TEXTS, r"Mine gets numbers and categories in one table, which ONNX cannot hold"),
     ],
 )
@@ -108,3 +121,54 @@ def test_columns_may_be_named_in_any_order(frame: pd.DataFrame) -> None:
     model = make_pipeline(columns, LogisticRegression()).fit(frame, np.arange(300) % 2)
     fitted = SklearnModel(model, schema(["wind", "origin", "carrier"], [0, 1]), "mine")
     np.testing.assert_allclose(packaged(fitted, frame), fitted.predict(frame), atol=1e-6)
+
+
+class Broken(Mine):
+    def predict_proba(self, x: Any) -> np.ndarray:
+        raise KeyError("no such\nthing")
+
+
+class Short(Mine):
+    def predict_proba(self, x: Any) -> np.ndarray:
+        return super().predict_proba(x)[1:]
+
+
+class Words(Mine):
+    def predict_proba(self, x: Any) -> np.ndarray:
+        return np.full((len(x), 2), "half")
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            Broken(),
+            r"trainer mine: predict_proba of Broken fails on the raw feature columns: KeyError: 'no such",
+        ),
+        (Short(), r"predict_proba of Short gives the shape \(299, 2\), expected 300 rows and 2 columns"),
+        (Words(), r"predict_proba of Words fails on .+: ValueError: could not convert string to float"),
+        (
+            MultiOutputClassifier(LogisticRegression()),
+            r"knows the classes \[\[0, 1\]\], expected the class numbers 0 to 1",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_estimator_that_fails_or_gives_something_else_gets_a_sentence(
+    frame: pd.DataFrame, model: Any, sentence: str
+) -> None:
+    if isinstance(model, MultiOutputClassifier):
+        model.fit(frame[NUMBERS], (np.arange(300) % 2)[:, None])
+    with pytest.raises(BadInput, match=sentence):
+        SklearnModel(model, schema(NUMBERS, ["no", "yes"]), "mine").predict(frame)
+
+
+def test_text_is_made_lower_case_without_a_locale_that_small_images_lack() -> None:
+    texts = pd.DataFrame({"origin": ["New York", "NEW york", "ÜBER New", "Elsewhere"] * 30})
+    model = make_pipeline(
+        ColumnTransformer([("t", CountVectorizer(analyzer="char"), "origin")]), LogisticRegression()
+    )
+    fitted = SklearnModel(model.fit(texts, np.arange(120) % 2), schema(["origin"], [0, 1]), "mine")
+    normalizers = [n for n in fitted.to_onnx().graph.node if n.op_type == "StringNormalizer"]
+    assert [a.s for n in normalizers for a in n.attribute if a.name == "locale"] == [b"C.UTF-8"]
+    np.testing.assert_allclose(packaged(fitted, texts), fitted.predict(texts), atol=1e-6)
