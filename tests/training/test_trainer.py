@@ -61,8 +61,8 @@ def test_a_trainer_without_checkpoints_is_stopped_at_its_next_report() -> None:
 
 
 def test_what_is_settled_is_kept_as_json_and_each_name_once() -> None:
+    assert run_of().decided is None
     run = run_of()
-    assert run.decided is None
     run.settle()
     assert run.decided == {}
     run.settle(trees=np.int64(57), rates=[0.5, 0.25])
