@@ -11,10 +11,12 @@ import sys
 import threading
 from collections import UserList
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
+import pendulum
 import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException, XComNotFound
 from airflow.sdk import DAG
@@ -269,6 +271,21 @@ def test_outputs_of_a_mapped_task_arrive_as_a_list(run: Any, dag: DAG) -> None:
         """Airflow's own sequence of a mapped task's outputs is no list either."""
 
     assert run(JoinOperator(task_id="x", words=Lazy(["a", "bcd"])))["values"] == {"text": "a bcd"}
+
+
+def test_dates_and_times_of_native_rendering_arrive_as_texts(run: Any) -> None:
+    class JoinOperator(StageOperator, stage=Join):
+        pass
+
+    with DAG("d", schedule=None, render_template_as_native_obj=True):
+        task = JoinOperator(
+            task_id="x", words=[f"{{{{ params.{name} }}}}" for name in ("start", "local", "day")]
+        )
+    start = pendulum.datetime(2013, 5, 1, 2, tz="Europe/Berlin")
+    values = {"start": start, "local": datetime.fromisoformat("2013-05-01T02:30:00"), "day": start.date()}
+    assert run(task, params=values)["values"] == {
+        "text": "2013-05-01T00:00:00+00:00 2013-05-01T02:30:00 2013-05-01"
+    }
 
 
 def test_paths_beside_the_dag_file(run: Any, dag: DAG, tmp_path: Path) -> None:

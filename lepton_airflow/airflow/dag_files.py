@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ from lepton_airflow.store.files import Store
 def resolved(value: Any, folder: str, place: Callable[[str], str]) -> Any:
     """The value with paths that start with ``./`` or ``../`` taken from the DAG file's folder, at any depth.
 
-    Airflow brings what a mapped task pushed as a lazy sequence; it becomes a list.
+    Airflow brings what a mapped task pushed as a lazy sequence; it becomes a list. A date or time, as templates give it with
+    ``render_template_as_native_obj``, becomes its ISO 8601 text, in UTC if it has an offset.
 
     :param place: turns such a path on the worker into what the stage is given.
     """
     if isinstance(value, str) and value.startswith(("./", "../")) and folder:
         return place(os.path.normpath(os.path.join(folder, value)))
+    if isinstance(value, datetime) and value.tzinfo:
+        return value.astimezone(UTC).isoformat()
+    if isinstance(value, (date, time)):
+        return value.isoformat()
     if isinstance(value, Mapping):
         return {k: resolved(v, folder, place) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

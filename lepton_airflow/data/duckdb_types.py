@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+# The types of timestamps in nanoseconds, and those that hold the same in microseconds.
+MICROSECONDS = {"TIMESTAMP_NS": "TIMESTAMP", "TIMESTAMPTZ_NS": "TIMESTAMP WITH TIME ZONE"}
 _NUMBERS = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN")
 
 
@@ -26,12 +28,9 @@ def has_zone(duckdb_type: str) -> bool:
 def in_microseconds(column: str, duckdb_type: str) -> str:
     """SQL that casts timestamps in nanoseconds, as pandas writes them, to microseconds.
 
-    DuckDB compares nanoseconds with no other timestamp, so a query could not compare them with the run's window.
+    DuckDB compares nanoseconds with no time that has a zone, so a query could not compare them with the run's window.
     """
-    return {
-        "TIMESTAMP_NS": f"CAST({column} AS TIMESTAMP)",
-        "TIMESTAMPTZ_NS": f"CAST({column} AS TIMESTAMPTZ)",
-    }.get(duckdb_type, column)
+    return f"CAST({column} AS {MICROSECONDS[duckdb_type]})" if duckdb_type in MICROSECONDS else column
 
 
 def portable(column: str, duckdb_type: str) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,13 +159,22 @@ class _Cursor:
     def __init__(self, connection: _Connection) -> None:
         self._owner = connection
 
-    def __getattr__(self, name: str) -> Any:  # execute, fetchall, description, …
-        if name == "execute":
-            self._owner.tell()
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
+        """Run a query. DuckDB compares nanoseconds with no time that has a zone; its own is UTC, so none is needed."""
+        self._owner.tell()
+        self._owner.connection.execute(sql, [_without_zone(value) for value in parameters])
+
+    def __getattr__(self, name: str) -> Any:  # fetchall, description, …
         return getattr(self._owner.connection, name)
 
     def close(self) -> None:
         """The connection outlives its cursors."""
+
+
+def _without_zone(value: Any) -> Any:
+    if isinstance(value, datetime) and value.tzinfo:
+        return value.astimezone(UTC).replace(tzinfo=None)
+    return value
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------

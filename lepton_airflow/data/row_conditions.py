@@ -1,7 +1,7 @@
 """Read an expectation's row_condition to its end.
 
 Great Expectations' parser reads one comparison and ignores what follows: of ``col("a") == 1 OR col("b") == 2`` it keeps the rows of the
-first alone. Its conditions in JSON may be joined, so a text with AND and OR becomes one of these.
+first alone. Its conditions in JSON may be joined, and hold dates, so a text becomes one of these.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ def whole_condition(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(text, str) or not text.strip() or kwargs.get("condition_parser") not in _PARSERS:
         return kwargs
     alternatives = [[_comparison(part, text, where) for part in parts] for parts in _split(text)]
-    if len(alternatives) == len(alternatives[0]) == 1:
-        return kwargs
     joined = [_join("and", comparisons) for comparisons in alternatives]
     rest = {k: v for k, v in kwargs.items() if k != "condition_parser"}
     return rest | {"row_condition": _join("or", joined)}

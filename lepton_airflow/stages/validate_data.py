@@ -6,17 +6,17 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
-from lepton_airflow.data.duckdb_types import has_zone, is_time
 from lepton_airflow.data.findings import call_text, failure_text, severity
+from lepton_airflow.data.moments import with_moments
 from lepton_airflow.data.row_conditions import whole_condition
 from lepton_airflow.data.sql import connect, fetch_row, literal, nan_as_null, quote
+from lepton_airflow.data.suite_parameters import asks_for_now, filled
 from lepton_airflow.data.suites import checked_suite, propose_suite
 from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line, require
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
@@ -74,11 +74,14 @@ class ValidateData(Stage):
     threads: int = 2
 
     def input_digests(self, run: RunInfo) -> dict[str, str] | None:
-        """The dataset's digest and that of the suite's content, so that an edited suite is a new result."""
+        """The dataset's digest and that of the suite's content, so that an edited suite is a new result; None if it asks for now()."""
         digests = super().input_digests(run) or {}
-        if isinstance(self.suite, str) and self.suite != INFER:
-            digests["suite"] = digest_of(self._suite(run))
-        return digests
+        if self.suite == INFER:
+            return digests
+        suite = self._suite(run)
+        if asks_for_now(suite):
+            return None
+        return digests if isinstance(self.suite, dict) else digests | {"suite": digest_of(suite)}
 
     def run(self, run: RunInfo) -> Result:
         require("duckdb", "ValidateData", self.extra)
@@ -121,11 +124,11 @@ class ValidateData(Stage):
         log.info("loading Great Expectations, which takes some seconds")
         with _quiet():
             validator = _validator(con, path, self.engine)
-            expectations = _expectations(suite, set(self.suite_parameters), columns)
+            expectations = _expectations(suite, self.suite_parameters, columns)
             log.info(
                 "checking %d expectations of suite %r on %s", len(expectations), suite["name"], self.engine
             )
-            results = _evaluate(validator, expectations, self.suite_parameters, self.max_offending)
+            results = _evaluate(validator, expectations, self.max_offending)
             report = _report(results, suite["name"], run.run_key, path.name)
             document = json.dumps(
                 report.to_json_dict(), indent=1, sort_keys=True, ensure_ascii=False, default=_scalar
@@ -222,10 +225,11 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
     context.variables.progress_bars = {"globally": False}
     if engine == "pandas":
         import pyarrow.parquet as pq
-        from great_expectations.execution_engine import PandasExecutionEngine
         from great_expectations.execution_engine.pandas_batch_data import PandasBatchData
 
-        in_memory = PandasExecutionEngine()
+        from lepton_airflow.data.expectations_on_pandas import PandasEngine
+
+        in_memory = PandasEngine()
         frame = pq.read_table(path).to_pandas()
         batch = Batch(data=PandasBatchData(execution_engine=in_memory, dataframe=frame))
         return Validator(execution_engine=in_memory, data_context=context, batches=[batch])
@@ -240,7 +244,7 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
 
 
 def _expectations(
-    suite: dict[str, Any], parameters: set[str], columns: Mapping[str, str]
+    suite: dict[str, Any], parameters: Mapping[str, Any], columns: Mapping[str, str]
 ) -> list[ExpectationConfiguration]:
     """Check each expectation of the suite; raises BadConfiguration with the first that is none."""
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
@@ -256,12 +260,9 @@ def _expectations(
             raise BadConfiguration(
                 f"{where}: there is no expectation {kind!r}; {close.partition(' Known')[0]}"
             )
-        kwargs = _with_moments(whole_condition(item.get("kwargs", {}), f"{where}: {kind}"), columns)
-        for name in _parameter_names(kwargs):
-            if name not in parameters:
-                raise BadConfiguration(
-                    f"{where}: {kind} needs the suite parameter {name!r}: pass suite_parameters={{{name!r}: …}}."
-                )
+        asks = f"{where}: {kind}"
+        kwargs = filled(item.get("kwargs", {}), parameters, asks)
+        kwargs = with_moments(whole_condition(kwargs, asks), columns, asks)
         try:
             config = ExpectationConfiguration(
                 type=kind,
@@ -280,43 +281,9 @@ def _expectations(
     return checked
 
 
-def _with_moments(kwargs: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments, with the ISO texts of a value_set as dates or timestamps where the column holds such.
-
-    JSON has no dates, and no text equals a date: on pandas every such value would be unexpected, or none.
-    """
-    kind = columns.get(str(kwargs.get("column")), "")
-    values = kwargs.get("value_set")
-    if not is_time(kind) or not isinstance(values, list):
-        return kwargs
-
-    def moment(value: Any) -> Any:
-        with suppress(ValueError):
-            if isinstance(value, str):
-                found = datetime.fromisoformat(value)
-                if kind == "DATE":
-                    return found.date() if found.time() == time() else value
-                return found.replace(tzinfo=found.tzinfo or UTC) if has_zone(kind) else found
-        return value
-
-    return kwargs | {"value_set": [moment(value) for value in values]}
-
-
-def _parameter_names(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        if "$PARAMETER" in value:
-            yield re.split(r"\W", str(value["$PARAMETER"]).strip())[0]
-        for item in value.values():
-            yield from _parameter_names(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _parameter_names(item)
-
-
 def _evaluate(
     validator: Validator,
     expectations: list[ExpectationConfiguration],
-    parameters: dict[str, Any],
     max_offending: int,
 ) -> list[ExpectationValidationResult]:
     """Evaluate without examples first, and look for examples only where unexpected values were counted.
@@ -326,7 +293,7 @@ def _evaluate(
     """
 
     def ask(wanted: list[ExpectationConfiguration], result_format: str, examples: int) -> dict[str, Any]:
-        configs = validator.process_expectations_for_validation(wanted, parameters)
+        configs = validator.process_expectations_for_validation(wanted)
         settings = {"result_format": result_format, "partial_unexpected_count": examples}
         runtime = {"catch_exceptions": True, "result_format": settings}
         found = validator.graph_validate(configurations=configs, runtime_configuration=runtime)

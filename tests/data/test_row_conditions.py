@@ -35,10 +35,17 @@ def test_joined_comparisons_become_a_condition_of_json(text: str, meaning: dict[
 
 
 @pytest.mark.parametrize(
-    "text", [TEXTS["A"], 'col("a") == "x AND y"', 'col("a").notNull()', 'col("and") == "or"']
+    ("text", "meaning"),
+    [
+        (TEXTS["A"], A),
+        ('col("a") == "x AND y"', compare("a", "==", "x AND y")),
+        ('col("a").notNull()', {"type": "nullity", "column": {"name": "a"}, "is_null": False}),
+        ('col("and") == "or"', compare("and", "==", "or")),
+        ('col("a") >= date("2013-05-01")', compare("a", ">=", "2013-05-01")),
+    ],
 )
-def test_one_comparison_stays_as_it_is(text: str) -> None:
-    assert read(text) == text
+def test_one_comparison_is_read_as_one(text: str, meaning: dict[str, Any]) -> None:
+    assert read(text) == meaning
 
 
 def test_what_another_parser_reads_stays_as_it_is() -> None:

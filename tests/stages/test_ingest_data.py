@@ -137,6 +137,43 @@ def test_window_and_parameters_are_bound_not_pasted(tmp_path: Path) -> None:
     assert result.values["rows"] == 1
 
 
+@pytest.mark.parametrize("zone", [None, "UTC", "Europe/Berlin"])
+def test_times_as_pandas_writes_them_are_compared_with_the_window(tmp_path: Path, zone: str | None) -> None:
+    times = pd.Series(pd.date_range("2013-04-30 12:00", "2013-06-01 12:00", freq="12h")).dt.tz_localize(
+        zone and "UTC"
+    )
+    units = ("s", "ms", "us", "ns")
+    written = pd.DataFrame(
+        {
+            unit: times.dt.as_unit(unit).dt.tz_convert(zone) if zone else times.dt.as_unit(unit)
+            for unit in units
+        }
+    )
+    written["day"] = times.dt.date
+    written.to_parquet(tmp_path / "s.parquet")
+    within = " AND ".join(f"{c} >= $window_start AND {c} < $window_end" for c in written)
+    result = ingest(
+        tmp_path, {"s": str(tmp_path / "s.parquet")}, f"SELECT * FROM s WHERE {within}", window=MAY
+    )
+    kind = "TIMESTAMP WITH TIME ZONE" if zone else "TIMESTAMP"
+    assert result.values["schema"] == dict.fromkeys(units, kind) | {"day": "DATE"}
+    assert result.values["rows"] == 62
+    assert frame(tmp_path, result).ns.dt.tz_localize(None).min() == pd.Timestamp("2013-05-01")
+
+
+def test_finer_times_than_microseconds_are_kept(tmp_path: Path) -> None:
+    fine = pd.Series(pd.date_range("2013-04-30", "2013-06-01", freq="D")) + pd.Timedelta(1, "ns")
+    fine.to_frame("t").to_parquet(tmp_path / "s.parquet")
+    sources = {"s": str(tmp_path / "s.parquet")}
+    with pytest.raises(
+        BadConfiguration, match=r"Cannot compare values of type TIMESTAMP_NS .*line 1, at 't >= "
+    ):
+        ingest(tmp_path, sources, "FROM s WHERE t >= $window_start", window=MAY)
+    query = "FROM s WHERE t >= $window_start::TIMESTAMP AND t < $window_end::TIMESTAMP"
+    rows = frame(tmp_path, ingest(tmp_path, sources, query, window=MAY))
+    assert (len(rows), rows.t.min()) == (31, pd.Timestamp("2013-05-01 00:00:00.000000001"))
+
+
 def test_types_do_not_depend_on_where_in_the_file_a_value_stands(tmp_path: Path) -> None:
     lines = "".join(f"{i},01/02/2013\n" for i in range(50_000))
     source = write(tmp_path / "s.csv", "n,day\n" + lines + "late text,13/02/2013\n")
@@ -296,21 +333,28 @@ def test_a_csv_several_times_larger_than_the_memory_limit_passes(tmp_path: Path)
 # -- databases --------------------------------------------------------------------------------------------------------
 
 
-def test_sqlite_rows_within_the_window(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "form", ["%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S.000Z"]
+)
+def test_sqlite_rows_within_the_window(tmp_path: Path, form: str) -> None:
     with sqlite3.connect(tmp_path / "shop.db") as db:
         db.execute("CREATE TABLE orders (at TEXT, amount REAL)")
-        db.executemany(
-            "INSERT INTO orders VALUES (?, ?)", [("2013-04-01", 1), ("2013-05-02", 2), ("2013-05-03", None)]
-        )
+        days = pd.date_range("2013-04-30", "2013-06-01", freq="D")
+        db.executemany("INSERT INTO orders VALUES (?, ?)", [(day.strftime(form), None) for day in days])
     db.close()
-    source = {
-        "connection": "shop",
-        "sql": "SELECT * FROM orders WHERE at >= $window_start AND at < $window_end",
-    }
     connections = {"shop": Connection("shop", "sqlite", host=str(tmp_path / "shop.db"))}
-    result = ingest(tmp_path, {"orders": source}, "SELECT * FROM orders", window=MAY, connections=connections)
-    assert result.values["rows"] == 2
-    assert result.values["sources"]["orders"]["digest"] is None
+
+    def rows(sql: str, window: Window) -> int:
+        source = {"connection": "shop", "sql": f"SELECT * FROM orders WHERE {sql}"}
+        result = ingest(tmp_path, {"orders": source}, "FROM orders", window=window, connections=connections)
+        assert result.values["sources"]["orders"]["digest"] is None
+        return int(result.values["rows"])
+
+    assert rows("at >= $window_start AND at < $window_end", MAY) == 31
+    noon = Window("2013-05-01T12:00:00+00:00", "2013-05-02T14:00:00+02:00")
+    with pytest.raises(BadConfiguration, match=r"compare datetime\(column\) with datetime\(\$window_start\)"):
+        rows("at >= $window_start AND at < datetime($window_end)", noon)
+    assert rows("datetime(at) >= datetime($window_start) AND datetime(at) < datetime($window_end)", noon) == 1
 
 
 def test_postgres_rows_of_many_types_join_a_file(postgres: Any, tmp_path: Path) -> None:

@@ -299,6 +299,58 @@ def test_dates_are_compared_with_the_texts_of_a_suite(mixed: str, run: RunInfo, 
     assert [r["success"] for r in full_result(run, stage)] == [holds for _, holds in of_all]
 
 
+@pytest.fixture(scope="session")
+def hours(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The 48 hours of two days, as every type of time that Parquet has."""
+    path = tmp_path_factory.mktemp("hours") / "hours.parquet"
+    con = duckdb.connect()
+    con.execute("SET TimeZone = 'UTC'")
+    con.execute(
+        f"""COPY (
+            SELECT "at", "at"::TIMESTAMP_NS AS ns, "at"::TIMESTAMP_MS AS ms, "at"::TIMESTAMPTZ AS seen, "at"::TIMESTAMPTZ_NS AS seen_ns,
+                "at"::DATE AS day
+            FROM (SELECT TIMESTAMP '2013-01-01' + INTERVAL (i) HOUR AS "at" FROM range(48) t(i))
+        ) TO '{path}' (FORMAT parquet)"""
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_bounds_in_any_form_are_compared_with_times_of_any_type(
+    hours: str, run: RunInfo, engine: Any
+) -> None:
+    texts = ["2013-01-02", "2013-01-02T00:00:00", "2013-01-02 00:00:00+00:00", "2013-01-02T02:00:00+02:00"]
+    start, week = {"$PARAMETER": "start"}, {"$PARAMETER": "start + timedelta(weeks=1)"}
+    asked, wanted = list[Any](), list[Any]()
+    for column in ("at", "ns", "ms", "seen", "seen_ns", "day"):
+        equal = 24 if column == "day" else 1
+        for text in texts:
+            condition = {
+                "row_condition": f'col("{column}") < "{text}"',
+                "condition_parser": "great_expectations",
+            }
+            asked += [
+                expect("column_values_to_be_between", column=column, min_value=text),
+                expect("column_values_to_be_in_set", column=column, value_set=[text]),
+                expect("column_values_to_be_null", column="ms", **condition),
+            ]
+            wanted += [(False, 24), (False, 48 - equal), (False, 24)]
+        asked += [
+            expect("column_max_to_be_between", column=column, min_value=start, max_value=week),
+            expect("column_min_to_be_between", column=column, min_value=start),
+            expect("column_max_to_be_between", column=column, min_value=week),
+        ]
+        wanted += [(True, None), (False, None), (False, None)]
+    stage = ValidateData(
+        dataset=hours,
+        suite=suite(*asked),
+        engine=engine,
+        suite_parameters={"start": "2013-01-02T00:00:00+00:00"},
+    )
+    found = [(r["success"], r["result"].get("unexpected_count")) for r in full_result(run, stage)]
+    assert [(a, f) for a, f, w in zip(asked, found, wanted, strict=True) if f != w] == []
+
+
 @pytest.mark.parametrize("engine", ["duckdb", "pandas"])
 def test_outliers_are_the_same_on_both_engines(mixed: str, run: RunInfo, engine: Any) -> None:
     kind = "column_values_to_not_be_outliers"
@@ -617,6 +669,13 @@ def test_parameters_fill_the_suite(january: str, run: RunInfo) -> None:
         stage.run(run)
     with pytest.raises(BadConfiguration, match=r"pass suite_parameters=\{'least_rows': …\}"):
         ValidateData(dataset=january, suite=asked).run(run)
+
+
+def test_what_asks_for_now_is_asked_again(january: str, run: RunInfo, tmp_path: Path) -> None:
+    asked = suite(expect("column_max_to_be_between", column="at", min_value={"$PARAMETER": "now()"}))
+    path = write(tmp_path / "suite.json", asked)
+    keys = [cache_key(ValidateData(dataset=january, suite=one), run) for one in (asked, path, FAILING)]
+    assert [key is None for key in keys] == [True, True, False]
 
 
 def write(path: Path, content: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote as percent, urlencode
@@ -33,6 +33,8 @@ _POSTGRES_OPTIONS = (
     "sslmode", "sslrootcert", "sslcert", "sslkey", "options", "connect_timeout", "application_name",
 )  # fmt: skip
 _BOUNDS = re.compile(r"\$(window_start|window_end)\b")
+# A bound that sqlite's functions of date and time read, whatever its form.
+_READ_AS_TIME = r"\b(date|time|datetime|julianday|unixepoch|strftime|timediff)\s*\(\s*('[^']*'\s*,\s*)?\$window_(start|end)\b"
 
 
 def query_database(source: Source, run: RunInfo) -> Iterator[pa.RecordBatch]:
@@ -105,5 +107,24 @@ def _bind(source: Source, run: RunInfo, mark: str) -> tuple[str, list[Any]]:
         return query, []
     sql = _BOUNDS.sub(lambda found: f"{mark}{names.index(found[1]) + 1}", query)
     window = run.need_window(f"source {source.name!r}: its sql uses ${names[0]}")
-    values = [{"window_start": window.start, "window_end": window.end}[name] for name in names]
-    return sql, values if mark == "?" else [datetime.fromisoformat(v) for v in values]
+    bounds = {"window_start": window.start, "window_end": window.end}
+    moments = [datetime.fromisoformat(bounds[name]).astimezone(UTC) for name in names]
+    if mark == "$":
+        return sql, moments
+    return sql, [_as_text(moment, name, source) for moment, name in zip(moments, names, strict=True)]
+
+
+def _as_text(moment: datetime, name: str, source: Source) -> str:
+    """A bound as sqlite, whose times are texts, compares it: a day alone, which is right however a text goes on after its day.
+
+    :raises BadConfiguration: it is no midnight, and the sql compares it as it is: texts with a space and with a T would differ.
+    """
+    if moment.time() == time.min:
+        return moment.date().isoformat()
+    bare = re.search(rf"\${name}\b", re.sub(_READ_AS_TIME, "", str(source.sql), flags=re.IGNORECASE))
+    if bare:
+        raise BadConfiguration(
+            f"source {source.name!r}: its sql compares ${name}, {moment.isoformat()}, as a text, and sqlite's texts of one moment "
+            f"differ: compare datetime(column) with datetime(${name})."
+        )
+    return moment.strftime("%Y-%m-%d %H:%M:%S")

@@ -11,11 +11,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.connections import AwsAccess, Connection, hide_logins
 from lepton_airflow.contract import digest_of
+from lepton_airflow.data.moments import midnight
 from lepton_airflow.data.sources.spec import Source
 from lepton_airflow.data.sql import literal, quote
 from lepton_airflow.errors import (
@@ -134,10 +135,7 @@ class Lake(ABC):
 
         kind = self._types[column]
         if pa.types.is_date(kind):
-            utc = moment.astimezone(UTC)
-            # A date means its midnight, so a bound inside a day moves to the midnight with the same dates on each side.
-            later = sign in (">=", "<") and utc.time() != time.min
-            return date.isoformat(utc.date() + timedelta(days=int(later)))
+            return midnight(moment, sign).isoformat()
         if pa.types.is_timestamp(kind):
             return moment.isoformat() if kind.tz else moment.astimezone(UTC).replace(tzinfo=None).isoformat()
         raise BadConfiguration(

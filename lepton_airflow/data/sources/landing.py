@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.contract import digest_of
+from lepton_airflow.data.duckdb_types import MICROSECONDS
 from lepton_airflow.data.sources.csv_files import CsvFiles
 from lepton_airflow.data.sources.database import query_database
 from lepton_airflow.data.sources.files import (
@@ -102,12 +103,15 @@ class Landing:
         lines = reader.unreadable if reader else 0
         paths, inferred, unfit = self._cast(source, paths, reader)
         name = quote(source.name)
+        scan = parquet_scan(paths, union=source.union)
+        coarser = self._in_microseconds(source, scan)
+        replaced = ", ".join(f"CAST({quote(c)} AS {kind}) AS {quote(c)}" for c, kind in coarser.items())
         self.con.execute(
-            f"CREATE TEMP VIEW {name} AS SELECT * FROM {parquet_scan(paths, union=source.union)}"
+            f"CREATE TEMP VIEW {name} AS SELECT *{f' REPLACE ({replaced})' if coarser else ''} FROM {scan}"
         )
         columns = {str(r[0]): str(r[1]) for r in self.con.execute(f"DESCRIBE {name}").fetchall()}
         rows = self._count(f"FROM {name}")
-        return Landed(source.name, rows, lines + unfit, columns, inferred, version)
+        return Landed(source.name, rows, lines + unfit, columns, inferred | coarser, version)
 
     def _check_date_format(self, source: Source) -> None:
         """Raise for a format that DuckDB does not know, or that has no year: it would read one of 1900."""
@@ -219,6 +223,22 @@ class Landing:
             f"COPY (SELECT * REPLACE ({columns}) FROM {scan} WHERE NOT ({any_wrong})) TO {literal(target)} ({SCRATCH})",
         )
         return [target], inferred, unfit
+
+    def _in_microseconds(self, source: Source, scan: str) -> dict[str, str]:
+        """The types, in microseconds, of the timestamps in nanoseconds that lose nothing by it: most of those that pandas writes.
+
+        DuckDB compares nanoseconds with no time that has a zone, such as the bounds of the run's window. A column with finer
+        values stays as it is.
+        """
+        found = self.con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
+        fine = {str(c): str(of) for c, of, *_ in found if of in MICROSECONDS and c not in source.types}
+        return {
+            column: MICROSECONDS[of]
+            for column, of in fine.items()
+            if not self._count(
+                f"FROM {scan} WHERE {quote(column)} IS NOT NULL AND NOT {fits_again(quote(column), MICROSECONDS[of], of)}"
+            )
+        }
 
     def _stated(self, source: Source, names: Iterable[str]) -> dict[str, str]:
         """The stated types by DuckDB's names for them; raises when one is none, or its column is not there."""
