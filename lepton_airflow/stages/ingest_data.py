@@ -53,9 +53,9 @@ class IngestData(Stage):
     "stock": {"format": "delta", "uri": "s3://lake/stock", "version": 12, "connection": "lake"}}``
 
     :param sources: by name, a URI, a glob, a list of them, or a dict. Of files: uri, format (csv, tsv, jsonl, parquet), types,
-        delimiter, null_values, date_format, encoding, union, connection. Of a lake: format (delta), uri, version, or format
-        (iceberg), catalog, table, snapshot_id, each with columns, filters, types, connection. Of a database: connection
-        (postgres, sqlite), sql, version, types.
+        date_format, union, connection; of CSV also delimiter, quote, skip_lines, null_values, decimal, thousands, encoding. Of a
+        lake: format (delta), uri, version, or format (iceberg), catalog, table, snapshot_id, each with columns, filters, types,
+        connection. Of a database: connection (postgres, sqlite), sql, version, types.
     :param query: one SELECT; ``$window_start`` and ``$window_end`` are the run's window as TIMESTAMPTZ, and
         ``parameters`` are bound by name.
     :param parameters: values bound to the query by name; put values from a form here, not into the text.
@@ -250,7 +250,7 @@ class IngestData(Stage):
                 raise BadInput(
                     f"source {one.name!r}: {one.rejected} of {total} rows ({one.rejected / total:.2%}) cannot be read, at "
                     f"most {self.max_rejected_share:.2%} may (max_rejected_share); the first is {where}: "
-                    f"{first_line(ValueError(error))}{f' in {raw[:120]!r}' if raw else ''}. All are kept in {split_pin(kept)[0]}; "
+                    f"{first_line(ValueError(error))}{f' in {raw[:40]!r}' if raw else ''}. All are kept in {split_pin(kept)[0]}; "
                     "correct the source, its types, delimiter or encoding."
                 )
 

@@ -503,16 +503,10 @@ REFUSALS: list[tuple[dict[str, str | bytes], dict[str, Any], type[LeptonError], 
     ({"s.csv": "a;b\n1;2\n"}, {}, BadInput, "looks separated by ';': set delimiter=';'"),
     ({"s.csv": "a,b\n"}, {}, BadInput, "the query gives no row; rows read: s 0"),
     (
-        {"s.csv": 'a,b\n1,"open\n2,3\n'},
-        {},
-        BadInput,
-        "s.csv cannot be read: no CSV in utf-8; look for an unclosed quote",
-    ),
-    (
         {"s.csv.gz": "not gzip"},
         {"sources": {"s": "s.csv.gz"}},
         BadInput,
-        "s.csv.gz cannot be read: .*not a GZIP stream",
+        "s.csv.gz cannot be read: Not a gzipped file",
     ),
     (
         {"s.parquet": b"PAR1 cut off"},

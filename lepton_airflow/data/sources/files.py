@@ -1,19 +1,19 @@
-"""Find the files of a source, and land those in JSON lines and Parquet as Parquet that DuckDB can query."""
+"""Find the files of a source, read them whatever compresses them, and say what every reader of a format does."""
 
 from __future__ import annotations
 
-import json
+import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from lepton_airflow.contract import digest_of, split_pin
+from lepton_airflow.contract import split_pin
 from lepton_airflow.data.sources.spec import Source
-from lepton_airflow.data.sources.text_types import TIMES_ONLY
-from lepton_airflow.data.sql import SCRATCH, literal
+from lepton_airflow.data.sql import SCRATCH, literal, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, first_line
 from lepton_airflow.store.files import Store, total_bytes
 
@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
     from lepton_airflow.sdk.stage import RunInfo
 
-_REALS = ("DOUBLE", "JSON", "DOUBLE[]")  # what DuckDB finds where numbers have a point, or stand beside texts
-_NEAREST = ("DOUBLE", "FLOAT", "REAL", "FLOAT4", "FLOAT8", "BOOLEAN")  # types that lose nothing by it
-_TEXTS = ("VARCHAR", "DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "UUID")
 _REJECTED_AT_ONCE = 1000  # bad lines held in memory before they go into the table ``rejected``
+_RAW_CHARACTERS = 65_536  # of a rejected record that are kept
+_BLOCK_BYTES = 1 << 20
+_MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ\0"}
+
+
+class Unreadable(ValueError):
+    """A file cannot be read: the end of a sentence that begins with its URI."""
 
 
 class NoFiles(BadInput):
@@ -74,28 +78,60 @@ class Reader(ABC):
 
     :ivar files: local paths, each with its URI for messages.
     :ivar folder: where the Parquet is written.
-    :ivar unreadable: how many lines were no row.
+    :ivar check_stop: called between pieces; it raises to end the work.
     :ivar texts: the columns that are landed as text, and the types that each may have, the narrowest first.
+    :ivar place: two further columns of what was landed: the position of a row's file among ``files``, and the row's number in it.
+    :ivar unreadable: how many lines were no row.
     """
 
     con: duckdb.DuckDBPyConnection
     source: Source
     files: Mapping[Path, str]
     folder: Path
+    check_stop: Callable[[], None]
     texts: dict[str, Sequence[str]] = field(default_factory=dict)
+    place: tuple[str, ...] = ()
     unreadable: int = 0
 
     @abstractmethod
     def land(self) -> list[Path]:
         """Write the rows as Parquet, and those that cannot be read into DuckDB's table ``rejected``."""
 
-    def reject(self, wrong: Mapping[str, tuple[str, str]]) -> bool:
+    def records(self, path: Path) -> Iterator[tuple[int, int, bytes]]:
+        """The number, the line and the text of each row of a file that was landed with its ``place``."""
+        raise NotImplementedError
+
+    def reject(self, scan: str, wrong: Mapping[str, tuple[str, str]]) -> bool:
         """Write the rows with a value that does not fit into ``rejected``, with file and line.
 
         :param wrong: by column, the SQL condition under which its value does not fit, and what to say of it.
         :return: whether it did; where a format has no lines, nothing is written.
         """
-        return False
+        import pyarrow.parquet as pq
+
+        if not self.place:
+            return False
+        found = self.folder / f"{self.source.name}-misfits.parquet"
+        file, number = map(quote, self.place)
+        cases = ", ".join(f"CASE WHEN {sql} THEN {literal(column)} END" for column, (sql, _) in wrong.items())
+        self.query(
+            "its rows",
+            f"COPY (SELECT * FROM (SELECT {file} AS file, {number} AS number, list_filter([{cases}], lambda x: x IS NOT NULL) AS columns "
+            f"FROM {scan}) WHERE len(columns) > 0 ORDER BY file, number) TO {literal(found)} ({SCRATCH})",
+        )
+        rejected, paths, at = Rejected(self.con, self.source.name), list(self.files), -1
+        with pq.ParquetFile(found) as misfits:
+            for batch in misfits.iter_batches(_REJECTED_AT_ONCE):
+                for misfit in batch.to_pylist():
+                    if misfit["file"] != at:
+                        at = misfit["file"]
+                        records = self.records(paths[at])
+                    line, raw = next((line, raw) for row, line, raw in records if row == misfit["number"])
+                    for column in misfit["columns"]:
+                        rejected.add(self.files[paths[at]], line, wrong[column][1], raw, column)
+                self.check_stop()
+        rejected.flush()
+        return True
 
     def warn_of(self, texts: Sequence[str], scan: str) -> None:  # noqa: B027 - most formats have nothing to warn of
         """Warn of columns that look as if they should hold something else than text."""
@@ -103,6 +139,14 @@ class Reader(ABC):
     def query(self, what: str, sql: str) -> list[tuple[Any, ...]]:
         """Run a query that reads ``what``; raises BadInput if that cannot be read."""
         return query(self.con, self.source, what, sql)
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """Name the file of which :class:`Unreadable` tells."""
+        try:
+            yield
+        except Unreadable as error:
+            raise BadInput(f"source {self.source.name!r}: {self.files[path]} {error}") from None
 
     def first_uris(self, paths: Sequence[Path]) -> str:
         """The first URIs of some files, for a message."""
@@ -127,130 +171,42 @@ class Reader(ABC):
                 )
 
 
-class JsonLines(Reader):
-    """One JSON object a line."""
+class Rejected:
+    """Fills DuckDB's table ``rejected``, some rows at a time."""
 
-    def land(self) -> list[Path]:
-        paths = [self._without_bad_lines(path, uri) for path, uri in self.files.items()]
-        types = self._types(paths)
-        stated = self.source.types
-        exact = {c for c, kind in stated.items() if kind.upper().removesuffix("[]") not in _NEAREST}
-        if numbers := [
-            c for c, k in types.items() if (k in _REALS and c in exact) or (k == "JSON" and c not in stated)
-        ]:
-            paths = [self._with_texts(path, numbers) for path in paths]
-        for column, kind in types.items():
-            if kind == "JSON" and column not in stated:  # numbers beside texts
-                types[column], self.texts[column] = "VARCHAR", ()
-            elif kind == "DOUBLE[]" and column in exact:
-                types[column] = "VARCHAR[]"
-            elif column in stated and not kind.endswith((")", "]")):  # other nested values have no text
-                types[column] = "VARCHAR"
-            elif kind == "DOUBLE":  # whole numbers that no DOUBLE holds may be among them
-                types[column], self.texts[column] = "VARCHAR", ("DOUBLE",)
-            elif kind in _TEXTS:
-                types[column], self.texts[column] = "VARCHAR", TIMES_ONLY
-        target = self.folder / f"{self.source.name}.parquet"
-        self.query(
-            self.first_uris(list(self.files)),
-            f"COPY (FROM read_ndjson({literal(paths)}, records=true, columns={literal(types)})) TO {literal(target)} ({SCRATCH})",
-        )
-        return [target]
+    def __init__(self, con: duckdb.DuckDBPyConnection, source: str) -> None:
+        self.con, self.source = con, source
+        self.rows: list[tuple[Any, ...]] = []
 
-    def _scratch(self, path: Path, what: str) -> Path:
-        """A file of this one file's own: others may have its name in other folders."""
-        return self.folder / f"{self.source.name}-{digest_of(str(path))[:16]}-{what}.jsonl"
+    def add(self, uri: str, line: int, error: str, raw: bytes, column: str | None = None) -> None:
+        """A record that is no row, or of which a column does not fit."""
+        text = raw.decode(errors="replace").rstrip("\r\n")[:_RAW_CHARACTERS]
+        self.rows.append((self.source, uri, line, column, error, text))
+        if len(self.rows) >= _REJECTED_AT_ONCE:
+            self.flush()
 
-    def _types(self, paths: Sequence[Path]) -> dict[str, str]:
-        """What DuckDB finds in each field; it looks at every row, so that this does not depend on where a field first appears."""
-        found = self.query(
-            self.first_uris(list(self.files)),
-            f"DESCRIBE FROM read_ndjson({literal(paths)}, records=true, sample_size=-1, maximum_sample_files=1000000, "
-            "map_inference_threshold=-1, field_appearance_threshold=0)",
-        )
-        names = [str(name) for name, *_ in found]
-        # DuckDB gives keys that differ by case alone a number, and would then look for keys of these names.
-        if any(re.fullmatch(rf"(?i){re.escape(one)}_\d+", other) for one in names for other in names):
-            keys = self.query(
-                self.first_uris(list(self.files)),
-                f"SELECT DISTINCT unnest(json_keys(json)) FROM read_ndjson_objects({literal(paths)}) ORDER BY 1",
-            )
-            check_no_doubles(self.source, self.first_uris(list(self.files)), [str(key) for (key,) in keys])
-        # Parquet holds a HUGEINT as a DOUBLE, which rounds it.
-        return {str(name): re.sub(r"\bU?HUGEINT\b", "VARCHAR", str(kind)) for name, kind, *_ in found}
+    def flush(self) -> None:
+        """Write what waits."""
+        import pyarrow as pa
 
-    def _with_texts(self, path: Path, columns: Sequence[str]) -> Path:
-        """A copy in which the numbers of some fields are texts: DuckDB reads a number with a point as a DOUBLE, which rounds it."""
-        target = self._scratch(path, "texts")
-        with open_bytes(path) as lines, target.open("w") as out:
-            for line in lines:
-                if line.strip():
-                    try:
-                        row = json.loads(line, parse_float=_Written)
-                    except ValueError:  # a number of thousands of digits: DuckDB says what it makes of it
-                        out.write(line.decode(errors="replace"))
-                        continue
-                    row |= {c: _as_text(row[c]) for c in columns if c in row}
-                    out.write(json.dumps(row) + "\n")
-        return target
-
-    def _without_bad_lines(self, path: Path, uri: str) -> Path:
-        """The file itself, or a copy without the lines that are no JSON object, which become rejected rows."""
-        ((bad,),) = self.query(
-            uri,
-            "SELECT count(*) FILTER (json IS NULL OR json_type(json) <> 'OBJECT') FROM "
-            f"read_ndjson_objects({literal(path)}, ignore_errors=true)",
-        )
-        if not bad:
-            return path
-        target = self._scratch(path, "good")
-        good, rejected = 0, list[list[Any]]()
-        with open_bytes(path) as lines, target.open("wb") as out:
-            for number, line in enumerate(lines, 1):
-                error = _json_error(line)
-                if error is None:
-                    good += bool(line.strip())
-                    out.write(line)
-                else:
-                    raw = line.decode(errors="replace").rstrip("\r\n")
-                    rejected.append([self.source.name, uri, number, None, error, raw])
-                if len(rejected) >= _REJECTED_AT_ONCE:
-                    self._reject(rejected)
-        self._reject(rejected)
-        if not good:
-            raise BadInput(
-                f"source {self.source.name!r}: {uri} has no line that is a JSON object; expected JSON lines, "
-                "one object a line (a single JSON array is not)."
-            )
-        return target
-
-    def _reject(self, lines: list[list[Any]]) -> None:
-        if lines:
-            self.unreadable += len(lines)
-            self.con.executemany("INSERT INTO rejected VALUES ($1, $2, $3, $4, $5, $6)", lines)
-            lines.clear()
+        if self.rows:
+            names = ("source", "file", "line", "column", "error", "raw")
+            kinds = (pa.string(), pa.string(), pa.int64(), pa.string(), pa.string(), pa.string())
+            arrays = [
+                pa.array(cells, kind) for cells, kind in zip(zip(*self.rows, strict=True), kinds, strict=True)
+            ]
+            self.con.register("rejected_rows", pa.table(dict(zip(names, arrays, strict=True))))
+            self.con.execute("INSERT INTO rejected FROM rejected_rows").fetchall()
+            self.con.unregister("rejected_rows")
+            self.rows.clear()
 
 
-class _Written(float):
-    """A number that remembers how it was written."""
-
-    text: str
-
-    def __new__(cls, text: str) -> Self:
-        self = super().__new__(cls, text)
-        self.text = text
-        return self
-
-
-def _as_text(value: Any) -> Any:
-    """A value of JSON with the numbers in it as texts, as they were written."""
-    if isinstance(value, _Written):
-        return value.text
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, list):
-        return [_as_text(item) for item in value]
-    return value
+def unused(name: str, names: Iterable[str]) -> str:
+    """A name that no column has."""
+    taken = {n.lower() for n in names}
+    while name in taken:
+        name += "_"
+    return name
 
 
 class ParquetFiles(Reader):
@@ -314,31 +270,53 @@ def parquet_scan(paths: Sequence[Path], *, union: bool) -> str:
     return f"read_parquet({literal(paths)}, union_by_name={str(union or len(paths) > 1).lower()})"
 
 
-def open_bytes(path: Path) -> Any:
+def open_bytes(path: Path) -> IO[bytes]:
     """Open a file that may be compressed, as its name says."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         import gzip
 
-        return gzip.open(path, "rb")
-    if suffix == ".zst":
-        import io
+        return cast("IO[bytes]", gzip.open(path))
+    if suffix == ".bz2":
+        import bz2
 
+        return bz2.open(path)
+    if suffix == ".xz":
+        import lzma
+
+        return lzma.open(path)
+    if suffix == ".zst":
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+        return cast("IO[bytes]", io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
     return path.open("rb")
 
 
-def _json_error(line: bytes) -> str | None:
-    """Why a line is not one JSON object; None: it is, or is blank."""
-    if not line.strip():
-        return None
-    try:
-        value = json.loads(line)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # broken JSON, bytes that are no UTF-8, or no end of brackets
-        return f"JSON: {error}"
-    return None if isinstance(value, dict) else f"JSON: a {type(value).__name__}, expected an object"
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file that may be compressed, some megabytes at a time.
+
+    :raises Unreadable: it is no archive of the kind that its name says, or is cut off; or is one that its name does not tell.
+    """
+    import lzma
+    import zlib
+
+    first = True
+    with open_bytes(path) as stream:
+        while True:
+            try:
+                block = stream.read(_BLOCK_BYTES)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                if getattr(error, "errno", None):  # the disk's, not the archive's
+                    raise
+                raise Unreadable(
+                    f"cannot be read: {first_line(error)}; it may still be being written, or is damaged."
+                ) from None
+            if not block:
+                return
+            for suffix, magic in _MAGIC.items():
+                if first and block.startswith(magic):
+                    raise Unreadable(
+                        f"is compressed within, as {suffix} files are: rename it so that its name says it."
+                    )
+            yield block
+            first = False

@@ -18,7 +18,6 @@ from lepton_airflow.data.duckdb_types import MICROSECONDS
 from lepton_airflow.data.sources.csv_files import CsvFiles
 from lepton_airflow.data.sources.database import query_database
 from lepton_airflow.data.sources.files import (
-    JsonLines,
     ParquetFiles,
     Reader,
     check_no_doubles,
@@ -26,9 +25,10 @@ from lepton_airflow.data.sources.files import (
     parquet_scan,
     query,
 )
+from lepton_airflow.data.sources.json_files import JsonFiles
 from lepton_airflow.data.sources.lakes import lake_digest, open_lake
-from lepton_airflow.data.sources.spec import Source
-from lepton_airflow.data.sources.text_types import canonical, cast, fits, fits_again, infer
+from lepton_airflow.data.sources.spec import CSV_ONLY, Source
+from lepton_airflow.data.sources.text_types import Notation, canonical, cast, fits, fits_again, infer
 from lepton_airflow.data.sql import SCRATCH, literal, quote
 from lepton_airflow.errors import BadConfiguration, BadInput, LeptonError, did_you_mean, first_line
 from lepton_airflow.store.files import digest_path
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _READERS: dict[str, type[Reader]] = {
-    "csv": CsvFiles, "tsv": CsvFiles, "jsonl": JsonLines, "parquet": ParquetFiles,
+    "csv": CsvFiles, "tsv": CsvFiles, "jsonl": JsonFiles, "parquet": ParquetFiles,
 }  # fmt: skip
 _ROW_GROUP_BYTES = 32 << 20  # of a table's rows in memory before they are written
 _TELL_S = 10.0  # between two lines in the log about a table that is being read
@@ -106,8 +106,10 @@ class Landing:
         scan = parquet_scan(paths, union=source.union)
         coarser = self._in_microseconds(source, scan)
         replaced = ", ".join(f"CAST({quote(c)} AS {kind}) AS {quote(c)}" for c, kind in coarser.items())
+        without = f" EXCLUDE ({', '.join(map(quote, reader.place))})" if reader and reader.place else ""
+        with_times = f" REPLACE ({replaced})" if coarser else ""
         self.con.execute(
-            f"CREATE TEMP VIEW {name} AS SELECT *{f' REPLACE ({replaced})' if coarser else ''} FROM {scan}"
+            f"CREATE TEMP VIEW {name} AS SELECT *{without}{with_times} FROM {scan}"
         )
         columns = {str(r[0]): str(r[1]) for r in self.con.execute(f"DESCRIBE {name}").fetchall()}
         rows = self._count(f"FROM {name}")
@@ -121,7 +123,7 @@ class Landing:
         if not re.search(r"%-?[YyGxcs]", source.date_format):
             raise BadConfiguration(f"{wrong} has no year: expected a format of strptime such as %d/%m/%Y.")
         try:
-            self.con.execute("SELECT try_strptime('', $1)", [source.date_format])
+            self.con.execute("SELECT try_strptime('', $1)", [source.date_format]).fetchall()
         except duckdb.Error as error:
             raise BadConfiguration(f"{wrong}: {first_line(error)}") from None
 
@@ -132,12 +134,17 @@ class Landing:
             raise BadConfiguration(
                 f"source {source.name!r} mixes {' and '.join(sorted(formats))}: make it two sources."
             )
+        (form,) = formats
+        if form not in ("csv", "tsv") and (useless := next(filter(source.states, CSV_ONLY), None)):
+            raise BadConfiguration(
+                f"source {source.name!r} has the option {useless!r}, which does nothing in {form}: it is for CSV files only."
+            )
         for path, uri in files.items():
             if path.stat().st_size == 0:
                 raise BadInput(
                     f"source {source.name!r}: {uri} is empty (0 bytes): expected at least a header or a row."
                 )
-        return _READERS[formats.pop()](self.con, source, files, self.folder)
+        return _READERS[form](self.con, source, files, self.folder, self.run.check_stop)
 
     def _files(self, reader: Reader) -> list[Path]:
         """Land files that nobody may change meanwhile."""
@@ -185,12 +192,13 @@ class Landing:
         :return: the Parquet, the types that were found, and how many rows had a value that does not fit its stated type.
         """
         scan = parquet_scan(paths, union=source.union)
+        notation = Notation(source.date_format, source.decimal, source.thousands)
         found = self.con.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
         of = {str(name): str(kind) for name, kind, *_ in found}
-        stated = self._stated(source, of)
-        inferred = {} if reader is None else self._inferred(reader, scan, stated)
+        stated = self._stated(source, [name for name in of if reader is None or name not in reader.place])
+        inferred = {} if reader is None else self._inferred(reader, scan, stated, notation)
         wrong = {
-            column: f"({quote(column)} IS NOT NULL AND NOT {self._fits(column, kind, of[column], source)})"
+            column: f"({quote(column)} IS NOT NULL AND NOT {_fits(column, kind, of[column], notation)})"
             for column, kind in stated.items()
             if kind not in ("VARCHAR", of[column])
         }
@@ -198,14 +206,14 @@ class Landing:
         unfit = self._count(f"FROM {scan} WHERE {any_wrong}") if wrong else 0
         if unfit:
             reasons = {column: f"CAST: not exactly a {stated[column]}" for column in wrong}
-            by_line = reader is not None and reader.reject({c: (wrong[c], reasons[c]) for c in wrong})
+            by_line = reader is not None and reader.reject(scan, {c: (wrong[c], reasons[c]) for c in wrong})
             for column, condition in {} if by_line else wrong.items():
                 self.con.execute(
                     f"INSERT INTO rejected SELECT $1, NULL, NULL, $2, $3, to_json(t)::TEXT FROM {scan} t WHERE {condition}",
                     [source.name, column, reasons[column]],
                 )
         casts = {
-            column: cast(quote(column), kind, source.date_format) if of[column] == "VARCHAR"
+            column: cast(quote(column), kind, notation) if of[column] == "VARCHAR"
             else f"TRY_CAST({quote(column)} AS {kind})"
             for column, kind in (inferred | stated).items()
             if kind != of[column]
@@ -263,22 +271,25 @@ class Landing:
                 )
         return stated
 
-    def _inferred(self, reader: Reader, scan: str, stated: Mapping[str, str]) -> dict[str, str]:
+    def _inferred(
+        self, reader: Reader, scan: str, stated: Mapping[str, str], notation: Notation
+    ) -> dict[str, str]:
         """The types of the columns of text that nobody stated."""
         found: dict[str, str] = {}
         for kinds in dict.fromkeys(tuple(kinds) for kinds in reader.texts.values()):
             columns = [c for c, own in reader.texts.items() if tuple(own) == kinds and c not in stated]
-            found |= infer(self.con, scan, columns, reader.source.date_format, kinds)
+            found |= infer(self.con, scan, columns, notation, kinds)
         return found
-
-    def _fits(self, column: str, kind: str, of: str, source: Source) -> str:
-        value = quote(column)
-        of_text = of == "VARCHAR" or (of == "VARCHAR[]" and kind.endswith("[]"))
-        return fits(value, kind, source.date_format) if of_text else fits_again(value, kind, of)
 
     def _count(self, of: str, parameters: Sequence[Any] = ()) -> int:
         ((rows,),) = self.con.execute(f"SELECT count(*) {of}", list(parameters)).fetchall()
         return int(rows)
+
+
+def _fits(column: str, kind: str, of: str, notation: Notation) -> str:
+    value = quote(column)
+    of_text = of == "VARCHAR" or (of == "VARCHAR[]" and kind.endswith("[]"))
+    return fits(value, kind, notation) if of_text else fits_again(value, kind, of)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

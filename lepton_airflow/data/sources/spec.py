@@ -5,6 +5,7 @@ Nothing is opened here: an entry of ``sources`` is only parsed and checked.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,13 +21,15 @@ _SUFFIXES = {
     "csv": "csv", "tsv": "tsv", "tab": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl",
     "parquet": "parquet", "pq": "parquet",
 }  # fmt: skip
-_COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _SIGNS = ("=", "<", "<=", ">", ">=", "in")
+# A JSON or Parquet file says itself what these would say of a CSV file.
+CSV_ONLY = ("delimiter", "quote", "skip_lines", "null_values", "decimal", "thousands", "encoding")
 _LAKE_ONLY = ("catalog", "table", "snapshot_id", "columns", "filters")
 # The options of each kind of source. Any other is refused, because it would do nothing: an Iceberg table has snapshots, so
 # with ``version`` its current state would be read.
 _OPTIONS = {
-    "files": ("uri", "format", "connection", "types", "delimiter", "null_values", "date_format", "encoding", "union"),
+    "files": ("uri", "format", "connection", "types", "date_format", "union", *CSV_ONLY),
     "delta": ("format", "uri", "version", "columns", "filters", "types", "connection"),
     "iceberg": ("format", "catalog", "table", "snapshot_id", "columns", "filters", "types", "connection"),
     "a database": ("connection", "sql", "version", "types"),
@@ -43,9 +46,14 @@ class Source:
     :ivar format: ``csv``, ``tsv``, ``jsonl`` or ``parquet``, None: by the suffix; or ``delta`` or ``iceberg``.
     :ivar types: DuckDB types of columns. A row with a value that does not fit is rejected. The types of other CSV columns
         are found from all values of the file. State them in a scheduled run: the values of one month may look different.
-    :ivar delimiter: of a CSV file; None: ``,`` for csv and a tab for tsv.
+    :ivar delimiter: of a CSV file; None: ``,`` for csv, a tab for tsv, or what a first line ``sep=;`` says.
+    :ivar quote: the character that quotes in a CSV file; empty: none does.
+    :ivar skip_lines: how many lines of a CSV file stand above its header.
     :ivar null_values: texts that mean "no value" in a CSV file, besides the empty one.
-    :ivar date_format: of dates in a CSV file, as in strptime; by default ISO.
+    :ivar decimal: the decimal point of numbers in a CSV file.
+    :ivar thousands: what may stand between groups of three digits of numbers in a CSV file; empty: nothing.
+    :ivar date_format: of dates in texts, as in strptime; by default ISO.
+    :ivar encoding: of a CSV file, by Python's name for it.
     :ivar union: whether a file may lack columns that others have; they are read as missing values.
     :ivar connection: id of an Airflow Connection: the database for ``sql``, or what opens the URI or the catalog.
     :ivar sql: one query for the database; ``$window_start`` and ``$window_end`` are bound.
@@ -64,7 +72,11 @@ class Source:
     format: str | None = None
     types: Mapping[str, str] = field(default_factory=dict)
     delimiter: str | None = None
+    quote: str = '"'
+    skip_lines: int | str = 0
     null_values: list[str] = field(default_factory=list)
+    decimal: str = "."
+    thousands: str = ""
     date_format: str = "%Y-%m-%d"
     encoding: str = "utf-8"
     union: bool = False
@@ -99,6 +111,7 @@ class Source:
         _check_kind(source)
         _check_options(source, spec)
         _check_types(source)
+        _check_csv(source)
         return source
 
     @property
@@ -129,12 +142,16 @@ class Source:
         """What a table is called in the log."""
         return f"{self.table or self.uri}, version {version}" if version is not None else str(self.connection)
 
+    def states(self, option: str) -> bool:
+        """Whether an option has another value than its default."""
+        return getattr(self, option) not in (None, getattr(Source(self.name), option))
+
     def file_format(self, file: str) -> str:
         """The format of a file by its name; raises BadConfiguration when neither ``format`` nor the suffix tells it."""
         if self.format:
             return self.format
         name = file.lower()
-        for suffix in _COMPRESSED:
+        for suffix in COMPRESSED:
             name = name.removesuffix(suffix)
         found = _SUFFIXES.get(name.rpartition(".")[2])
         if found is None:
@@ -166,10 +183,8 @@ def _check_kind(source: Source) -> None:
 
 def _check_options(source: Source, stated: Mapping[str, Any]) -> None:
     """Raise for an option that a source of this kind would ignore."""
-    unset = Source(name=source.name)
     for option in stated:
-        value = getattr(source, option)
-        if option not in _OPTIONS[source.kind] and value is not None and value != getattr(unset, option):
+        if option not in _OPTIONS[source.kind] and source.states(option):
             raise BadConfiguration(
                 f"source {source.name!r} has the option {option!r}, which a source of {source.kind} does not take; it takes "
                 f"{', '.join(_OPTIONS[source.kind])}."
@@ -190,6 +205,41 @@ def _check_types(source: Source) -> None:
             raise BadConfiguration(
                 f"source {source.name!r}: types[{column!r}]={kind!r} is not a DuckDB type such as BIGINT."
             )
+
+
+def _check_csv(source: Source) -> None:
+    """Raise for characters that would mean two things, and for an encoding that there is not."""
+    what = f"source {source.name!r}"
+    if not str(source.skip_lines).isdecimal():
+        raise BadConfiguration(f"{what}: skip_lines={source.skip_lines!r}: expected a whole number.")
+    for option in ("delimiter", "quote", "decimal", "thousands"):
+        value = getattr(source, option)
+        longest = 4 if option == "delimiter" else 1
+        least = 0 if option in ("quote", "thousands") else 1
+        if value is None and option == "delimiter":
+            continue
+        if not isinstance(value, str) or not least <= len(value) <= longest or set(value) & set("\r\n\0"):
+            raise BadConfiguration(
+                f"{what}: {option}={value!r}: expected {'one character' if longest == 1 else 'up to four characters'}"
+                f"{'' if least else ', or none'}."
+            )
+        if option in ("decimal", "thousands") and re.search(r"[\w+-]", value):
+            raise BadConfiguration(f"{what}: {option}={value!r} may be a part of a number itself.")
+    if source.quote and (not source.quote.isascii() or source.quote in " +-." or source.quote.isalnum()):
+        raise BadConfiguration(f"{what}: quote={source.quote!r}: expected a character such as ' or \".")
+    if source.quote and source.quote in (source.delimiter or ","):
+        raise BadConfiguration(
+            f"{what}: quote={source.quote!r} and delimiter={source.delimiter!r} are the same."
+        )
+    if source.decimal == source.thousands:
+        raise BadConfiguration(f"{what}: decimal and thousands are both {source.decimal!r}.")
+    try:
+        b"x".decode(source.encoding, "replace")
+        codecs.getincrementaldecoder(source.encoding)
+    except (LookupError, TypeError, ValueError):
+        raise BadConfiguration(
+            f"{what}: encoding={source.encoding!r} is none that Python knows: expected utf-8, cp1252, utf-16, ..."
+        ) from None
 
 
 def _check_lake(source: Source) -> None:

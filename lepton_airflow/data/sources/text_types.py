@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lepton_airflow.data.duckdb_types import WHOLE
@@ -41,51 +42,91 @@ def canonical(con: duckdb.DuckDBPyConnection, kind: str) -> str:
     return str(name)
 
 
-def has_time(date_format: str) -> bool:
-    """Whether dates in this format bring a time of day."""
-    return _TIME_DIRECTIVE.search(date_format.replace("%%", "")) is not None
+@dataclass(frozen=True)
+class Notation:
+    """How the texts of a source write dates and numbers.
+
+    :ivar date_format: as in strptime.
+    :ivar decimal: the decimal point.
+    :ivar thousands: what may stand between groups of three digits; empty: nothing.
+    """
+
+    date_format: str = ISO_DATE
+    decimal: str = "."
+    thousands: str = ""
+
+    @property
+    def date_kinds(self) -> tuple[str, ...]:
+        """The types that may hold dates of the source's own format, the narrowest first; empty where that is ISO."""
+        if self.date_format == ISO_DATE:
+            return ()
+        if not _TIME_DIRECTIVE.search(self._directives):
+            return ("DATE",)
+        if re.search("%[zZ]", self._directives):
+            return ("TIMESTAMP WITH TIME ZONE",)
+        return ("TIMESTAMP", "TIMESTAMP_NS") if "%n" in self._directives else ("TIMESTAMP",)
+
+    def dates(self, kind: str) -> bool:
+        """Whether values of this type are written in the source's own format of dates."""
+        kinds = self.date_kinds
+        # A time without an offset is one in UTC; an offset cannot be left out.
+        times = bool(kinds) and kinds != ("DATE",) and kind.startswith("TIMESTAMP")
+        return bool(kinds) and (kind == "DATE" or (times and ("ZONE" in kind or "ZONE" not in kinds[0])))
+
+    def number(self, value: str) -> str:
+        """SQL that writes the number in a text with a decimal point and nothing else between its digits; NULL where it is none."""
+        if (self.decimal, self.thousands) == (".", ""):
+            return value
+        point, between = re.escape(self.decimal), re.escape(self.thousands)
+        whole = f"([0-9]+|[0-9]{{1,3}}({between}[0-9]{{3}})+)" if between else "[0-9]+"
+        written = rf"[+-]?({whole}({point}[0-9]*)?|{point}[0-9]+)([eE][+-]?[0-9]+)?"
+        bare = f"replace(trim({value}), {literal(self.thousands)}, '')" if between else value
+        plain = f"replace({bare}, {literal(self.decimal)}, '.')"
+        return (
+            f"CASE WHEN {_match(value, written)} THEN {plain} "
+            f"WHEN {_match(f'lower({value})', _NO_NUMBER)} THEN {value} END"
+        )
+
+    @property
+    def _directives(self) -> str:
+        return self.date_format.replace("%%", "")
 
 
-def cast(value: str, kind: str, date_format: str = ISO_DATE) -> str:
+PLAIN = Notation()
+
+
+def cast(value: str, kind: str, notation: Notation = PLAIN) -> str:
     """SQL that casts text to a type (by its canonical name); NULL where DuckDB cannot."""
-    if date_format != ISO_DATE and _of_format(kind, date_format):
-        return f"CAST(try_strptime(trim({value}), {literal(date_format)}) AS {kind})"
-    return f"TRY_CAST({value} AS {kind})"
+    if notation.dates(kind):
+        return f"TRY_CAST({_read(value, notation)} AS {kind})"
+    return f"TRY_CAST({notation.number(value) if _is_number(kind) else value} AS {kind})"
 
 
-def fits(value: str, kind: str, date_format: str = ISO_DATE) -> str:
+def fits(value: str, kind: str, notation: Notation = PLAIN) -> str:
     """SQL that says of a text, not NULL, whether a type (by its canonical name) can hold what it says."""
     if kind == "VARCHAR":
         return "true"
     if kind.endswith("[]"):
         # Of each element in turn. The text of a list is DuckDB's own, as in '[1, 2]'.
-        inner = fits("x", kind[:-2], date_format)
+        inner = fits("x", kind[:-2], notation)
         elements = f"TRY_CAST({value} AS VARCHAR[])"
         return (
             f"coalesce(TRY_CAST({value} AS {kind}) IS NOT NULL "
             f"AND len(list_filter({elements}, lambda x: x IS NOT NULL AND NOT ({inner}))) = 0, false)"
         )
-    done = f"{cast(value, kind, date_format)} IS NOT NULL"
-    if date_format != ISO_DATE and _of_format(kind, date_format):
-        read = f"try_strptime(trim({value}), {literal(date_format)})"
-        # A year of two digits read by %Y is one of antiquity.
-        whole = f" AND CAST({read} AS TIMESTAMP) = date_trunc('day', CAST({read} AS TIMESTAMP))"
-        return f"({done} AND year({read}) >= 1000{whole * (kind == 'DATE')})"
-    return f"({done} AND {_as_written(value, kind)})"
+    if notation.dates(kind):
+        # Cast back it is the same, nothing rounded or left out. A year of two digits read by %Y is one of antiquity, and
+        # DuckDB reads "epoch" and "infinity" in any format as the year 1900.
+        read, done = _read(value, notation), cast(value, kind, notation)
+        return (
+            f"coalesce({done} = {read} AND year({done}) >= 1000 AND regexp_matches({value}, '[0-9]'), false)"
+        )
+    number = notation.number(value) if _is_number(kind) else value
+    return f"coalesce({cast(value, kind, notation)} IS NOT NULL AND {_as_written(number, kind)}, false)"
 
 
-def _of_format(kind: str, date_format: str) -> bool:
-    """Whether values of this type are written in the source's format of dates."""
-    if kind == "DATE":
-        return True
-    return kind == format_kind(date_format) and has_time(date_format)
-
-
-def format_kind(date_format: str) -> str:
-    """The type that holds dates written in this format."""
-    if not has_time(date_format):
-        return "DATE"
-    return "TIMESTAMP WITH TIME ZONE" if "%z" in date_format.replace("%%", "") else "TIMESTAMP"
+def _read(value: str, notation: Notation) -> str:
+    return f"try_strptime(trim({value}), {literal(notation.date_format)})"
 
 
 def _as_written(value: str, kind: str) -> str:
@@ -136,6 +177,10 @@ def fits_again(value: str, kind: str, of: str) -> str:
     return f"({done} AND coalesce(TRY_CAST(TRY_CAST({value} AS {kind}) AS {of}) = {value}, false))"
 
 
+def _is_number(kind: str) -> bool:
+    return kind in (*WHOLE, "DOUBLE", "FLOAT") or kind.startswith("DECIMAL")
+
+
 def _is_whole(kind: str) -> bool:
     return kind in WHOLE or kind in ("HUGEINT", "UHUGEINT")
 
@@ -144,7 +189,7 @@ def infer(
     con: duckdb.DuckDBPyConnection,
     scan: str,
     columns: Sequence[str],
-    date_format: str,
+    notation: Notation = PLAIN,
     kinds: Sequence[str] = ALL_KINDS,
 ) -> dict[str, str]:
     """The narrowest type that holds what every value of each column of text says, whichever file and row it stands in.
@@ -153,15 +198,15 @@ def infer(
     BIGINT nor, beside fractions, DOUBLE holds, a time without an offset beside one with an offset. Single letters are no BOOLEAN: a
     column of codes may hold only F in one month.
     """
-    if date_format != ISO_DATE:
+    if notation.date_kinds:
         # The stated format comes first, since the dates of %Y%m%d are whole numbers, too.
-        kinds = [format_kind(date_format), *(kind for kind in kinds if kind not in TIMES_ONLY)]
+        kinds = [*notation.date_kinds, *(kind for kind in kinds if kind not in TIMES_ONLY)]
     found = dict.fromkeys(columns, "VARCHAR")
     open_kinds = {column: list(kinds) for column in columns}
     ((rows,),) = con.execute(f"SELECT count(*) FROM {scan}").fetchall()
     for table in [f"(FROM {scan} LIMIT {_FIRST_ROWS})", scan] if rows > _FIRST_ROWS else [scan]:
         asked = {c: k for c, k in open_kinds.items() if k}
-        values, misfits = _misfits(con, table, asked, date_format)
+        values, misfits = _misfits(con, table, asked, notation)
         for column, candidates in asked.items():
             open_kinds[column] = [k for k in candidates if not misfits[column, k]]
     for column, candidates in open_kinds.items():
@@ -171,7 +216,7 @@ def infer(
 
 
 def _misfits(
-    con: duckdb.DuckDBPyConnection, table: str, asked: Mapping[str, Sequence[str]], date_format: str
+    con: duckdb.DuckDBPyConnection, table: str, asked: Mapping[str, Sequence[str]], notation: Notation
 ) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """How many values each column has, and how many of them rule out each type that it may still have."""
     values: dict[str, int] = {}
@@ -184,7 +229,7 @@ def _misfits(
             parts.append(f"count({name})")
             keys.append((column, ""))
             for kind in asked[column]:
-                may_be = f"coalesce({_may_be(name, kind, date_format)}, false)"
+                may_be = f"coalesce({_may_be(name, kind, notation)}, false)"
                 parts.append(f"count(*) FILTER ({name} IS NOT NULL AND NOT {may_be})")
                 keys.append((column, kind))
         (row,) = con.execute(f"SELECT {', '.join(parts)} FROM {table}").fetchall()
@@ -196,10 +241,14 @@ def _misfits(
     return values, misfits
 
 
-def _may_be(value: str, kind: str, date_format: str) -> str:
+def _may_be(value: str, kind: str, notation: Notation) -> str:
     """SQL: whether a text may be taken for a value of this type where nobody has stated one; stricter than :func:`fits`."""
     if kind == "BOOLEAN":
         return f"lower({value}) IN ('true', 'false')"
+    if notation.dates(kind):
+        return fits(value, kind, notation)
+    if _is_number(kind):
+        value = notation.number(value)
     if kind == "BIGINT":
         # With a point it is a DOUBLE; with leading zeros a code, with a plus perhaps a telephone number.
         return (
@@ -212,8 +261,8 @@ def _may_be(value: str, kind: str, date_format: str) -> str:
             f"({fits(value, kind)} AND NOT {_match(value, '[+-]?0[0-9]+|[+].*')} "
             f"AND (NOT {_match(value, '[+-]?[0-9]+')} OR {exact}))"
         )
-    if kind == "DATE" and date_format == ISO_DATE:
+    if kind == "DATE":
         return f"({fits(value, kind)} AND {_match(value, _DATE)})"  # with 00:00 it is a TIMESTAMP
-    if kind == "TIMESTAMP WITH TIME ZONE" and date_format == ISO_DATE:
+    if kind == "TIMESTAMP WITH TIME ZONE":
         return f"({fits(value, kind)} AND {_match(value, f'.*:.*{_OFFSET}')})"
-    return fits(value, kind, date_format)
+    return fits(value, kind)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -70,8 +76,8 @@ def test_json_keeps_numbers_beside_texts_and_within_lists(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "options", "sentence"),
     [
-        ("\na,b\n1,2\n", {}, "begins with a blank line"),
-        ("\r\na\r\n1\r\n", {}, "begins with a blank line"),
+        ("\na,b\n1,2\n", {}, "begins with a blank line: expected the header in line 1"),
+        ("\r\na\r\n1\r\n", {}, "begins with a blank line: expected the header in line 1"),
         ("Größe,Preis\nx,20\n".encode("latin-1"), {}, "no header line that can be read as utf-8"),
     ],
 )
@@ -80,6 +86,173 @@ def test_the_first_line_is_the_header_or_the_file_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=sentence):
         ingest(tmp_path, {"s.csv": content}, **options)
+
+
+ODD = [
+    # What others write: the text, the options, the rows, and the line and the beginning of the reason of each rejected row.
+    ("a,b\n1,2,\n3,4,\n", {}, [(1, 2), (3, 4)], []),
+    ("a,b,\n1,2,\n3,4\n5,6,,\n", {}, [(1, 2), (3, 4), (5, 6)], []),
+    ("a,b,\n1,2,\n3,4,x\n", {}, [(1, 2)], [(3, "CELLS: 3")]),
+    ("# by x\na,b\n1,2\n", {"skip_lines": 1}, [(1, 2)], []),
+    ("Sales, 2013\n\na,b\n1,2\nx,4\n", {"skip_lines": 2, "types": {"a": "BIGINT"}}, [(1, 2)], [(5, "CAST")]),
+    ("a,b\n1,2\n# note\n3,4\n", {}, [(1, 2), (3, 4)], [(3, "CELLS: 1")]),
+    ("a,b\r\n1,2\n3,4\r\n5,6\n", {}, [(1, 2), (3, 4), (5, 6)], []),
+    ("a,b\n1,2\r\n3,4\n5,6\r\n", {}, [(1, 2), (3, 4), (5, 6)], []),
+    ("a,b\r1,2\r3,4\r", {}, [(1, 2), (3, 4)], []),
+    ("a,b\r1,2\r\n3,4", {}, [(1, 2), (3, 4)], []),
+    ("a,b\n1,2\r3,4\n5,6\n", {}, [(5, 6)], [(2, "LINE END")]),
+    ('a,b\n1,"open\n2,3\n4,5\n', {}, [(2, 3), (4, 5)], [(2, "QUOTE")]),
+    ('a,b\n1,"x"y"\n2,"y"\n', {}, [(2, "y")], [(2, "QUOTE")]),
+    ('a,b\n1,5" pipe\n2,"3"" pipe"\n', {}, [(1, '5" pipe'), (2, '3" pipe')], []),
+    ('a,b\n1, "x, y" \n2 ,"z"\n', {}, [(1, "x, y"), (2, "z")], []),
+    ('a,b\n1,"x\ny"\n2,"x\r\ny"\n3,"x\ry"\nq\n', {}, [(1, "x\ny"), (2, "x\r\ny"), (3, "x\ry")], [(7, "CELLS: 1")]),
+    ('a,"b"\n1,x\0y\n', {}, [(1, "x\0y")], []),
+    ('a,b,"c\nd"\n1,2,3\nq\n', {}, [(1, 2)], [(4, "CELLS: 1")]),
+    ("\ufeffa,b\n\ufeff1,2\n", {}, [("\ufeff1", 2)], []),
+    ("sep=;\na;b\n1;2\n3\n", {}, [(1, 2)], [(4, "CELLS: 1")]),
+    ("sep=;\r\na;b\r\n1;2,5\r\n", {"decimal": ","}, [(1, 2.5)], []),
+    ("a||b\n1||x|y,z\n2||w\n3||v||u\n", {"delimiter": "||"}, [(1, "x|y,z"), (2, "w")], [(4, "CELLS: 3")]),
+    ("a¦b\n1¦2\n", {"delimiter": "¦"}, [(1, 2)], []),
+    ('a\tb\n1\t"x\n', {"delimiter": "\t", "quote": ""}, [(1, '"x')], []),
+    ("a,b\n1,'x, ''y'''\n", {"quote": "'"}, [(1, "x, 'y'")], []),
+    ("a;b\n1.234,5;1.000\n-7,25;12\n", {"delimiter": ";", "decimal": ",", "thousands": "."}, [(-7.25, 12), (1234.5, 1000)], []),
+    (
+        "a;b\n1.5;x\n1,5;x\n1.2345,5;x\n1.234,5;x\n,5;x\n1e3;x\n12.34;x\n",
+        {"delimiter": ";", "decimal": ",", "thousands": ".", "types": {"a": "DECIMAL(10,2)"}},
+        [(Decimal("0.50"), "x"), (Decimal("1.50"), "x"), (Decimal("1234.50"), "x")],
+        [(2, "CAST"), (4, "CAST"), (7, "CAST"), (8, "CAST")],
+    ),
+    ("a;b\n1.5;2\n", {"delimiter": ";", "decimal": ","}, [("1.5", 2)], []),
+    ("a,b\n1,é\n".encode("cp1252"), {}, [], [(2, "ENCODING")]),
+    ("a,b\n1,é€\n".encode("cp1252"), {"encoding": "windows-1252"}, [(1, "é€")], []),
+    (b"a,b\n1,\x81\n2,\x80\n", {"encoding": "cp1252"}, [(2, "€")], [(2, "ENCODING")]),
+    ("a,b\n1,é\n".encode("utf-16-be"), {"encoding": "utf-16"}, [(1, "é")], []),
+    ("\ufeffa,b\n1,é\n".encode("utf-16-be"), {"encoding": "utf-16"}, [(1, "é")], []),
+    ("a,b\n1,é\n".encode("utf-16"), {"encoding": "utf-16"}, [(1, "é")], []),
+    ("a,b\n1,é\n".encode("utf-16"), {}, "byte order mark of UTF-16: set encoding='utf-16'", []),
+    ("a,b\n1,é\n".encode("utf-16-be"), {}, "has NUL characters in the header", []),
+    ("# by x\na,b\n1,2\n3,4\n", {}, "begins with '# by x' in line 1, and the lines below have other cells", []),
+    ('"a,b\n1,2\n', {}, "no header line that can be read as utf-8 in line 1", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "options", "wanted", "rejected"), ODD)
+def test_csv_that_others_write_is_read_exactly_or_rejected_with_its_line(
+    tmp_path: Path, content: Any, options: dict[str, Any], wanted: Any, rejected: list[tuple[int, str]]
+) -> None:
+    if isinstance(wanted, str):
+        with pytest.raises(BadInput, match=f"s.csv .*{wanted}"):
+            ingest(tmp_path, {"s.csv": content}, **options)
+        return
+    rows, found, count = ingest(tmp_path, {"s.csv": content}, **options)
+    assert sorted((row["a"], row["b"]) for row in rows) == sorted(wanted)
+    assert [
+        (row["line"], row["error"][: len(reason)]) for row, (_, reason) in zip(found, rejected, strict=True)
+    ] == rejected
+    assert count == len(rejected)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "wanted", "rejected"),
+    [
+        # What only one of Python's and DuckDB's readers takes is a rejected row, not a failed file.
+        ('{"a": 1, "a": 2}\n{"a": 3}\n', {}, [3], [(1, "JSON: the key 'a' twice")]),
+        ('{"a": {"b": 1, "b": 2}}\n{"a": {"b": 3}}\n', {}, [{"b": 3}], [(1, "JSON: the key 'b' twice")]),
+        ('{"a": "\\ud800"}\n{"a": "\\ud83d\\ude00"}\n', {}, ["😀"], [(1, "JSON: half of a surrogate pair")]),
+        ('{"a": 1,}\n{"a": 3}\n', {}, [3], [(1, "JSON: Expecting property name")]),
+        ('{"a": 1}\n\n{"a": "x"}\r\n{"a": 2}\n', {"types": {"a": "BIGINT"}}, [1, 2], [(3, "CAST: not exactly a BIGINT")]),
+        ('[{"a": 1},\n {"a":\n  "x"},\n 7, {"a": 2}\n]\n', {"types": {"a": "BIGINT"}}, [1, 2], [(2, "CAST"), (4, "JSON: a int")]),
+        (" \n[\n]", {}, "no line that is a JSON object", []),
+        ('[{"a": 1}, {"a": 2', {}, "has an array that cannot be read from line 1 on", []),
+        ('[{"a": 1}]\n{"a": 2}\n', {}, "goes on after its array, in line 1", []),
+        ('{"a": 1}\n'.encode("utf-16"), {}, "begins with the byte order mark of UTF-16", []),
+        ('{"": 1}\n', {}, "has an object with an empty key", []),
+        ("{}\n{ }\n", {}, "has only objects without keys", []),
+        # Numbers deep within keep their digits.
+        ('{"a": [9007199254740993, 1.50]}\n', {}, [["9007199254740993", "1.50"]], []),
+        ('{"a": [9007199254740992, 1.50]}\n', {}, [[9007199254740992.0, 1.5]], []),
+        ('{"a": {"x": [9007199254740993, 0.5], "n": 1}}\n', {}, [{"x": ["9007199254740993", "0.5"], "n": "1"}], []),
+        ('{"a": {"x": "t"}}\n{"a": {"x": 0.1234567890123456789}}\n', {}, ['{"x":"t"}', '{"x":0.1234567890123456789}'], []),
+        ('{"a": "t"}\n{"a": {"x": [0.1234567890123456789, 1]}}\n', {}, ["t", '{"x":[0.1234567890123456789,1]}'], []),
+    ],
+)  # fmt: skip
+def test_json_that_others_write_is_read_exactly_or_rejected_with_its_line(
+    tmp_path: Path, content: Any, options: dict[str, Any], wanted: Any, rejected: list[tuple[int, str]]
+) -> None:
+    if isinstance(wanted, str):
+        with pytest.raises(BadInput, match=f"s.json {wanted}|s.json has {wanted}"):
+            ingest(tmp_path, {"s.json": content}, **options)
+        return
+    rows, found, count = ingest(tmp_path, {"s.json": content}, **options)
+    key = repr
+    assert sorted((row["a"] for row in rows), key=key) == sorted(wanted, key=key)
+    assert [
+        (row["line"], row["error"][: len(reason)]) for row, (_, reason) in zip(found, rejected, strict=True)
+    ] == rejected
+    assert count == len(rejected)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"delimiter": ""}, "delimiter='': expected up to four characters"),
+        ({"quote": "''"}, 'quote="\'\'": expected one character, or none'),
+        ({"quote": ";", "delimiter": ";"}, "quote=';' and delimiter=';' are the same"),
+        ({"decimal": "5"}, "decimal='5' may be a part of a number"),
+        ({"thousands": "."}, "decimal and thousands are both '.'"),
+        ({"skip_lines": -1}, "skip_lines=-1: expected a whole number"),
+        ({"encoding": "base64"}, "encoding='base64' is none that Python knows"),
+        ({"format": "jsonl", "decimal": ","}, "has the option 'decimal', which does nothing in jsonl"),
+        ({"format": "parquet", "null_values": ["NA"]}, "has the option 'null_values', which does nothing in parquet"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_or_would_do_nothing_are_refused(
+    tmp_path: Path, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(BadConfiguration, match=re.escape(sentence)):
+        ingest(tmp_path, {"s.csv": "a\n1\n"}, **options)
+
+
+def test_bytes_of_windows_in_latin_1_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for encoding, warned in {"latin-1": True, "cp1252": False}.items():
+        caplog.clear()
+        ingest(tmp_path, {"s.csv": b"a\n\x93x\x94\n"}, encoding=encoding)
+        assert ("set encoding='cp1252'" in caplog.text) is warned
+
+
+def test_records_longer_than_a_block_and_lines_beside_them(tmp_path: Path) -> None:
+    long = 'one "line"\r\n' * 300_000  # 3.6 MB
+    text = "a,b\r\n" + "".join(
+        f'{n},"{(long if n % 2 else "x").replace(chr(34), chr(34) * 2)}"\r\n' for n in range(4)
+    )
+    rows, rejected, _ = ingest(tmp_path, {"s.csv": text + '4,"open\r\n5,y\r\n'})
+    assert sorted(rows, key=lambda row: row["a"]) == [
+        {"a": n, "b": long if n % 2 else "x"} for n in range(4)
+    ] + [{"a": 5, "b": "y"}]
+    assert [row["line"] for row in rejected] == [2 + 4 + 2 * 300_000]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_compressed_files_and_suffixes_in_capitals(tmp_path: Path, suffix: str) -> None:
+    def compress(content: bytes) -> bytes:
+        library = {".gz": gzip, ".xz": lzma, ".bz2": bz2}.get(suffix)
+        return library.compress(content) if library else pa.Codec("zstd").compress(content, asbytes=True)  # type: ignore[attr-defined]
+
+    csv = compress(b"a,b\n1,2\n") + compress(b"3,x\n")  # as one file appended to another
+    _, rejected, _ = ingest(
+        tmp_path, {f"1.csv{suffix}": csv, f"2.CSV{suffix.upper()}": csv}, types={"b": "BIGINT"}
+    )
+    assert [row["line"] for row in rejected] == [3, 3]
+    for name, content in {"3.JSONL": b'{"a": 1}\n', "4.csv": b"a\n1\n"}.items():
+        assert ingest(tmp_path, {name + suffix: compress(content)})[0] == [{"a": 1}]
+        with pytest.raises(
+            BadInput,
+            match=f"{name}{suffix} cannot be read: .*; it may still be being written, or is damaged",
+        ):
+            ingest(tmp_path, {name + suffix: compress(content)[:-5]})
+    if suffix != ".bz2":
+        with pytest.raises(BadInput, match=f"5.csv is compressed within, as {suffix} files are"):
+            ingest(tmp_path, {"5.csv": csv})
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -94,16 +267,16 @@ def test_rejected_rows_have_their_line_whatever_ends_lines(tmp_path: Path, end: 
     assert {row["raw"] for row in rejected if row["line"] == 8} == {"3,x"}
 
 
-def test_rows_without_a_known_line_are_counted_too(tmp_path: Path) -> None:
+def test_rows_have_their_line_in_other_encodings_and_beside_stray_quotes(tmp_path: Path) -> None:
     content = "a,b\né,1\nü,x\nq,1,2\nq,1,2\n".encode("utf-16-le")
     _, rejected, count = ingest(tmp_path, {"s.csv": content}, encoding="utf-16", types={"b": "INTEGER"})
     assert count == 3
-    assert {row["line"] for row in rejected} == {None}
+    assert [row["line"] for row in rejected] == [3, 4, 5]
     stray = 'a,b\nx"y,1\nz,q\nw,2\n'
     (tmp_path / "t.csv").write_text(stray)
     spec = {"uri": str(tmp_path / "t.csv"), "types": {"b": "INTEGER"}}
     stage = IngestData(sources={"s": spec}, query="FROM s")
-    with pytest.raises(BadInput, match=r"1 of 3 rows .* cannot be read"):
+    with pytest.raises(BadInput, match=r"1 of 3 rows .* cannot be read.*t.csv line 3"):
         stage.run(RunInfo.local(tmp_path))
 
 
