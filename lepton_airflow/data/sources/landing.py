@@ -108,9 +108,7 @@ class Landing:
         replaced = ", ".join(f"CAST({quote(c)} AS {kind}) AS {quote(c)}" for c, kind in coarser.items())
         without = f" EXCLUDE ({', '.join(map(quote, reader.place))})" if reader and reader.place else ""
         with_times = f" REPLACE ({replaced})" if coarser else ""
-        self.con.execute(
-            f"CREATE TEMP VIEW {name} AS SELECT *{without}{with_times} FROM {scan}"
-        )
+        self.con.execute(f"CREATE TEMP VIEW {name} AS SELECT *{without}{with_times} FROM {scan}")
         columns = {str(r[0]): str(r[1]) for r in self.con.execute(f"DESCRIBE {name}").fetchall()}
         rows = self._count(f"FROM {name}")
         return Landed(source.name, rows, lines + unfit, columns, inferred | coarser, version)
