@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.data.duckdb_types import WHOLE
+from lepton_airflow.data.splits import TIME, timestamp
 from lepton_airflow.data.sql import fetch_row, for_each, quote
 
 if TYPE_CHECKING:
     import duckdb
+
+log = logging.getLogger(__name__)
 
 
 def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
@@ -49,6 +54,99 @@ def perfect_separators(con: duckdb.DuckDBPyConnection, table: str, info: Dataset
         if None not in (low, high, low2, high2) and (high < low2 or high2 < low):
             found.append(name)
     return found
+
+
+def look_ahead(
+    con: duckdb.DuckDBPyConnection,
+    table: str,
+    alone: str,
+    cut: datetime,
+    types: Mapping[str, str],
+    info: DatasetInfo,
+    stated: str | None,
+) -> str:
+    """Say which feature or target of the rows before a cut depends on rows from then on; empty if none does.
+
+    :param table: the rows as computed from the whole snapshot.
+    :param alone: the rows as computed from the snapshot before the cut.
+    :param types: the columns and their types.
+    :param stated: how far the target may look ahead, in the user's words; None: not at all.
+    """
+    horizon = timedelta(seconds=info.label_horizon_s)
+    # The label of a row that long before the cut is known at the cut, so nothing of it may change.
+    both = [_rows_before(source, info, cut - horizon) for source in (table, alone)]
+    different = differing_columns(con, both[0], both[1], types, key=TIME)
+    if different:
+        return _looks_ahead(different, cut, horizon, info, stated)
+    return _unlabelled_look_ahead(con, table, alone, cut, types, info) if horizon else ""
+
+
+def _rows_before(table: str, info: DatasetInfo, cut: datetime, since: datetime | None = None) -> str:
+    moment = f"CAST({quote(str(info.time_column))} AS TIMESTAMP)"
+    later = f" AND {moment} >= {timestamp(since)}" if since else ""
+    return f"(SELECT *, {moment} AS {TIME} FROM {table} WHERE {moment} < {timestamp(cut)}{later})"
+
+
+def _unlabelled_look_ahead(
+    con: duckdb.DuckDBPyConnection,
+    table: str,
+    alone: str,
+    cut: datetime,
+    types: Mapping[str, str],
+    info: DatasetInfo,
+) -> str:
+    """Say which feature looks ahead less far than the target, in rows whose label is not known at the cut.
+
+    Without the later rows a query may leave such rows out, for they have no label. Those that it gives are compared.
+    """
+    horizon = timedelta(seconds=info.label_horizon_s)
+    both = [_rows_before(source, info, cut, cut - horizon) for source in (table, alone)]
+    names = [info.time_column, info.cluster_column, *info.id_columns]
+    key = ", ".join(quote(name) for name in dict.fromkeys(names) if name)
+    counted = [f"(SELECT {key}, count(*) AS n FROM {source} GROUP BY ALL)" for source in both]
+    in_both = f"(SELECT {key} FROM {counted[0]} JOIN {counted[1]} USING ({key}, n))"
+    (more,) = fetch_row(
+        con,
+        f"SELECT count(*) FROM {counted[1]} AS alone LEFT JOIN {counted[0]} AS f USING ({key}) WHERE alone.n > coalesce(f.n, 0)",
+    )
+    compared = [f"(SELECT * FROM {source} JOIN {in_both} USING ({key}))" for source in both]
+    features = {name: kind for name, kind in types.items() if name != info.target}
+    different = ["*"] if more else differing_columns(con, compared[0], compared[1], features, key=TIME)
+    if different:
+        return _looks_ahead(different, cut, timedelta(), info, None)
+    (rows,), (all_rows,) = (fetch_row(con, f"SELECT count(*) FROM {t}") for t in (compared[0], both[0]))
+    if not rows and all_rows:
+        log.warning(
+            "leak_check: features give no row of the %s before %s without the later ones, so that these %d look ahead "
+            "cannot be ruled out; let features keep rows without a label: label_horizon leaves them out.",
+            horizon, cut, all_rows,
+        )  # fmt: skip
+    return ""
+
+
+def _looks_ahead(
+    different: Sequence[str], cut: datetime, horizon: timedelta, info: DatasetInfo, stated: str | None
+) -> str:
+    """The sentence about columns that change when the rows from a cut on are taken away."""
+    before = cut - horizon
+    columns = [] if "*" in different else list(different)
+    if horizon and columns in ([], [info.target]):
+        what = f"target {info.target!r}" if columns else "the number of rows"
+        return (
+            f"the target looks further ahead than label_horizon={stated!r}: {what} before {before} changes when the rows from "
+            f"{cut} on are taken away. State the whole length."
+        )
+    if columns == [info.target]:
+        return (
+            f"target {info.target!r} looks ahead: before {cut} it changes when the rows from then on are taken away. If it "
+            "should, say how far in label_horizon, such as '30 days'."
+        )
+    what = f"column {columns[0]!r}" if columns else "the number of rows"
+    return (
+        f"features look into the future: {what} before {before} changes when the rows from {cut if horizon else 'then'} on "
+        "are taken away. Let windows and aggregates reach over earlier rows only, and give them an order; where the target "
+        "looks ahead, say how far in label_horizon; leak_check=false accepts it, for what is known beforehand."
+    )
 
 
 def differing_columns(

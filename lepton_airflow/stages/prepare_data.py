@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.data.dataset import DatasetInfo, info_sql
-from lepton_airflow.data.duckdb_types import WHOLE, in_microseconds, is_time, portable
-from lepton_airflow.data.leaks import copies_of_target, differing_columns, perfect_separators
+from lepton_airflow.data.duckdb_types import WHOLE, in_microseconds, is_time
+from lepton_airflow.data.feature_query import FeatureQuery
+from lepton_airflow.data.leaks import copies_of_target, look_ahead, perfect_separators
 from lepton_airflow.data.profile import reference_profile
 from lepton_airflow.data.splits import (
-    RESERVED,
     ROW,
     SPLIT,
     TIME,
@@ -31,19 +30,14 @@ from lepton_airflow.data.splits import (
 )
 from lepton_airflow.data.sql import (
     PARQUET,
-    bind,
     column_types,
     connect,
     fetch_row,
     for_each,
     literal,
     quote,
-    select_statement,
-    sql_message,
-    total_order,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, brief, did_you_mean, first_line, require
-from lepton_airflow.sdk.code import is_code, load_code
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, Result, RunInfo, Stage
 from lepton_airflow.store.files import digest_path
 
@@ -210,7 +204,7 @@ class PrepareData(Stage):
     def _prepare(self, con: duckdb.DuckDBPyConnection, run: RunInfo, path: Path, sha256: str) -> Result:
         self._open_snapshot(con, path)
         horizon = label_horizon(con, self.label_horizon)
-        features = _Features(self, con, run).write("features", None)
+        features = self._query(con, run).write("features")
         (rows,) = fetch_row(con, f"SELECT count(*) FROM {features}")
         if not rows:
             raise BadInput(
@@ -230,7 +224,7 @@ class PrepareData(Stage):
         if self.leak_check:
             if self.target and "train" in splits and splits["train"].rows >= _ROWS_TO_ACCUSE:
                 self._check_target_leaks(con, info, "assigned")
-            self._check_future(con, run, features, types, horizon, list(splits))
+            self._check_future(con, run, features, types, info, list(splits))
         run.check_stop()
         infos = {
             name: replace(
@@ -285,6 +279,19 @@ class PrepareData(Stage):
             return str(info.task)
         why = " by order" if self.positive_class is None else ""
         return f"{info.task}, positive class{why}: {brief(info.positive_class)}"
+
+    def _query(self, con: duckdb.DuckDBPyConnection, run: RunInfo) -> FeatureQuery:
+        return FeatureQuery(
+            con=con,
+            workdir=run.workdir,
+            features=self.features,
+            parameters=self.parameters,
+            drop=self.drop,
+            time_column=self.snapshot_time_column or self.time_column,
+            first=[self.time_column, self.cluster_column],
+            memory_limit_mb=self.memory_limit_mb,
+            need_window=run.need_window,
+        )
 
     def _open_snapshot(self, con: duckdb.DuckDBPyConnection, path: Path) -> None:
         """Make the view ``snapshot``, which the features are computed from."""
@@ -628,7 +635,7 @@ class PrepareData(Stage):
         run: RunInfo,
         table: str,
         types: dict[str, str],
-        horizon: timedelta,
+        info: DatasetInfo,
         splits: Sequence[str],
     ) -> None:
         """Refuse features of earlier rows that depend on later rows, and a target that looks further than it says."""
@@ -649,77 +656,10 @@ class PrepareData(Stage):
             return
         for name in splits[1:]:
             (cut,) = fetch_row(con, f"SELECT min({TIME}) FROM assigned WHERE {SPLIT} = '{name}'")
-            alone = _Features(self, con, run).write(f"before_{name}", cut)
-            # The label of a row that long before the cut is known at the cut, so nothing of it may change.
-            both = [self._rows_before(source, cut - horizon) for source in (table, alone)]
-            different = differing_columns(con, both[0], both[1], types, key=TIME)
-            if different:
-                raise BadInput(self._looks_ahead(different, cut, horizon))
-            if horizon:
-                self._check_unlabelled(con, table, alone, types, cut, horizon)
+            alone = self._query(con, run).write(f"before_{name}", cut)
+            if sentence := look_ahead(con, table, alone, cut, types, info, self.label_horizon):
+                raise BadInput(sentence)
             log.info("leak_check: the rows before %s (%s) do not depend on later ones", cut, name)
-
-    def _rows_before(self, table: str, cut: datetime, since: datetime | None = None) -> str:
-        moment = f"CAST({quote(str(self.time_column))} AS TIMESTAMP)"
-        later = f" AND {moment} >= {timestamp(since)}" if since else ""
-        return f"(SELECT *, {moment} AS {TIME} FROM {table} WHERE {moment} < {timestamp(cut)}{later})"
-
-    def _check_unlabelled(
-        self,
-        con: duckdb.DuckDBPyConnection,
-        table: str,
-        alone: str,
-        types: dict[str, str],
-        cut: datetime,
-        horizon: timedelta,
-    ) -> None:
-        """Refuse features that look ahead less far than the target, in rows whose label is not known at the cut.
-
-        Without the later rows a query may leave such rows out, for they have no label. Those that it gives are compared.
-        """
-        both = [self._rows_before(source, cut, cut - horizon) for source in (table, alone)]
-        names = [self.time_column, self.cluster_column, *self.id_columns]
-        key = ", ".join(quote(name) for name in dict.fromkeys(names) if name)
-        counted = [f"(SELECT {key}, count(*) AS n FROM {source} GROUP BY ALL)" for source in both]
-        in_both = f"(SELECT {key} FROM {counted[0]} JOIN {counted[1]} USING ({key}, n))"
-        (more,) = fetch_row(
-            con,
-            f"SELECT count(*) FROM {counted[1]} AS alone LEFT JOIN {counted[0]} AS f USING ({key}) WHERE alone.n > coalesce(f.n, 0)",
-        )
-        compared = [f"(SELECT * FROM {source} JOIN {in_both} USING ({key}))" for source in both]
-        features = {name: kind for name, kind in types.items() if name != self.target}
-        different = ["*"] if more else differing_columns(con, compared[0], compared[1], features, key=TIME)
-        if different:
-            raise BadInput(self._looks_ahead(different, cut, timedelta()))
-        (rows,), (all_rows,) = (fetch_row(con, f"SELECT count(*) FROM {t}") for t in (compared[0], both[0]))
-        if not rows and all_rows:
-            log.warning(
-                "leak_check: features give no row of the %s before %s without the later ones, so that these %d look ahead "
-                "cannot be ruled out; let features keep rows without a label: label_horizon leaves them out.",
-                horizon, cut, all_rows,
-            )  # fmt: skip
-
-    def _looks_ahead(self, different: Sequence[str], cut: datetime, horizon: timedelta) -> str:
-        """The sentence about columns that change when the rows from a cut on are taken away."""
-        before = cut - horizon
-        columns = [] if "*" in different else list(different)
-        if horizon and columns in ([], [self.target]):
-            what = f"target {self.target!r}" if columns else "the number of rows"
-            return (
-                f"the target looks further ahead than label_horizon={self.label_horizon!r}: {what} before {before} changes "
-                f"when the rows from {cut} on are taken away. State the whole length."
-            )
-        if columns == [self.target]:
-            return (
-                f"target {self.target!r} looks ahead: before {cut} it changes when the rows from then on are taken away. If it "
-                "should, say how far in label_horizon, such as '30 days'."
-            )
-        what = f"column {columns[0]!r}" if columns else "the number of rows"
-        return (
-            f"features look into the future: {what} before {before} changes when the rows from {cut if horizon else 'then'} on "
-            "are taken away. Let windows and aggregates reach over earlier rows only, and give them an order; where the target "
-            "looks ahead, say how far in label_horizon; leak_check=false accepts it, for what is known beforehand."
-        )
 
 
 def _later(time_range: Sequence[str] | None, horizon: timedelta) -> str | None:
@@ -727,119 +667,3 @@ def _later(time_range: Sequence[str] | None, horizon: timedelta) -> str | None:
     if not time_range or not horizon:
         return None
     return (datetime.fromisoformat(time_range[1]) + horizon).isoformat()
-
-
-@dataclass
-class _Features:
-    """Computes the features, over the whole snapshot or over its rows before a time."""
-
-    stage: PrepareData
-    con: duckdb.DuckDBPyConnection
-    run: RunInfo
-
-    def write(self, name: str, before: datetime | None) -> str:
-        """Write the features in a total order to ``<name>.parquet`` and make the view ``<name>``."""
-        target = self.run.workdir / f"{name}.parquet"
-        source = "snapshot" if before is None else self._earlier(before)
-        with self._in_one_sentence():
-            select, values = self._select(name, source)
-            types = column_types(self.con, select, values, "features")
-            self._check_columns(types)
-            kept = {c: k for c, k in types.items() if c not in self.stage.drop}
-            first = [c for c in (self.stage.time_column, self.stage.cluster_column) if c in kept]
-            order = total_order(first, list(kept))
-            columns = ", ".join(f"{portable(quote(c), k)} AS {quote(c)}" for c, k in kept.items())
-            self.con.execute(
-                f"COPY (SELECT {columns} FROM (\n{select}\n) ORDER BY {order}) TO {literal(target)} ({PARQUET})",
-                values,
-            )
-        self.con.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM read_parquet({literal(target)})")
-        return name
-
-    def _earlier(self, before: datetime) -> str:
-        """Copy the snapshot's rows before a time."""
-        path = self.run.workdir / "earlier.parquet"
-        time = quote(self.stage.snapshot_time_column or str(self.stage.time_column))
-        self.con.execute(
-            f"COPY (SELECT * FROM snapshot WHERE CAST({time} AS TIMESTAMP) < {timestamp(before)}) TO {literal(path)} ({PARQUET})"
-        )
-        return f"read_parquet({literal(path)})"
-
-    def _select(self, name: str, source: str) -> tuple[str, dict[str, Any]]:
-        """SQL of the features of a table, and the values bound to it."""
-        stage = self.stage
-        if stage.features and is_code(stage.features):
-            return f"SELECT * FROM read_parquet({literal(self._call(source, name))})", {}
-        statement = select_statement(self.con, stage.features or "SELECT * FROM snapshot", "features")
-        values = bind(statement, stage.parameters, self.run.need_window, "features")
-        if source == "snapshot":
-            return statement.query, values
-        # The user's SELECT reads from snapshot: the WITH hides the view of that name.
-        select = f"WITH snapshot AS (SELECT * FROM {source}) SELECT * FROM (\n{statement.query}\n)"
-        return select, values
-
-    def _check_columns(self, columns: Mapping[str, str]) -> None:
-        for dropped in self.stage.drop:
-            if dropped not in columns:
-                raise BadConfiguration(
-                    f"drop: column {dropped!r} is not there; {did_you_mean(dropped, columns)}"
-                )
-        for reserved in RESERVED:
-            if reserved in columns:
-                raise BadConfiguration(
-                    f"features has a column {reserved!r}, a name that the splits use: rename it with AS."
-                )
-
-    @contextmanager
-    def _in_one_sentence(self) -> Iterator[None]:
-        """Say in one sentence what DuckDB could not do with the user's SQL."""
-        import duckdb
-
-        try:
-            yield
-        except duckdb.OutOfMemoryException as error:
-            raise BadConfiguration(
-                f"features: {first_line(error)} Raise memory_limit_mb={self.stage.memory_limit_mb}."
-            ) from None
-        except duckdb.PermissionException as error:
-            raise BadConfiguration(
-                f"features may read only the table snapshot: {sql_message(error)}"
-            ) from None
-        except duckdb.Error as error:
-            there = ", ".join(column_types(self.con, "SELECT * FROM snapshot", {}, "snapshot"))
-            kind = BadConfiguration if isinstance(error, duckdb.ProgrammingError) else BadInput
-            raise kind(f"features: {sql_message(error)}. The table is snapshot({there}).") from None
-
-    def _call(self, source: str, name: str) -> Path:
-        """Call the user's function with the rows of a table, and write its result as Parquet."""
-        import pandas as pd
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        reference = str(self.stage.features)
-        function = load_code(reference, "features")
-        try:
-            frame = function(self.con.execute(f"SELECT * FROM {source}").df())
-        except Exception as error:
-            log.exception("features=%r failed", reference)
-            raise BadInput(
-                f"features={reference!r} raised {type(error).__name__}: {first_line(error)}"
-            ) from error
-        if not isinstance(frame, pd.DataFrame):
-            raise BadConfiguration(
-                f"features={reference!r} returned {type(frame).__name__}, expected a pandas DataFrame."
-            )
-        doubles = frame.columns[frame.columns.duplicated()]
-        if len(doubles):
-            raise BadConfiguration(
-                f"features={reference!r} returned the column {doubles[0]!r} twice: rename one."
-            )
-        try:
-            table = pa.Table.from_pandas(frame.rename(columns=str), preserve_index=False)
-        except pa.ArrowException as error:
-            raise BadInput(
-                f"features={reference!r} returned a column of mixed types: {'; '.join(map(str, error.args))}"
-            ) from None
-        path = self.run.workdir / f"{name}-frame.parquet"
-        pq.write_table(table, path)
-        return path

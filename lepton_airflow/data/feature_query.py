@@ -1,0 +1,162 @@
+"""Compute features from a snapshot, by SQL or by a function, in a total order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lepton_airflow.data.duckdb_types import portable
+from lepton_airflow.data.splits import RESERVED, timestamp
+from lepton_airflow.data.sql import (
+    PARQUET,
+    bind,
+    column_types,
+    literal,
+    quote,
+    select_statement,
+    sql_message,
+    total_order,
+)
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line
+from lepton_airflow.sdk.code import is_code, load_code
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from lepton_airflow.contract import Window
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureQuery:
+    """Computes features over the view ``snapshot``, or over its rows before a time.
+
+    :ivar features: one SELECT over ``snapshot``, or ``module:function`` that takes its rows; None: all its columns.
+    :ivar parameters: values bound to the SELECT by name, besides the window's.
+    :ivar drop: columns of the result to leave out.
+    :ivar time_column: the time of a row in the snapshot.
+    :ivar first: columns by which the rows are ordered first.
+    :ivar need_window: gives the run's window to whoever says what for.
+    """
+
+    con: duckdb.DuckDBPyConnection
+    workdir: Path
+    features: str | None
+    parameters: Mapping[str, Any]
+    drop: Sequence[str]
+    time_column: str | None
+    first: Sequence[str | None]
+    memory_limit_mb: int
+    need_window: Callable[[str], Window]
+
+    def write(self, name: str, before: datetime | None = None) -> str:
+        """Write the features in a total order to ``<name>.parquet`` and make the view ``<name>``."""
+        target = self.workdir / f"{name}.parquet"
+        source = "snapshot" if before is None else self._earlier(before)
+        with self._in_one_sentence():
+            select, values = self._select(name, source)
+            types = column_types(self.con, select, values, "features")
+            self._check_columns(types)
+            kept = {c: k for c, k in types.items() if c not in self.drop}
+            first = [c for c in self.first if c in kept]
+            order = total_order(first, list(kept))
+            columns = ", ".join(f"{portable(quote(c), k)} AS {quote(c)}" for c, k in kept.items())
+            self.con.execute(
+                f"COPY (SELECT {columns} FROM (\n{select}\n) ORDER BY {order}) TO {literal(target)} ({PARQUET})",
+                values,
+            )
+        self.con.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM read_parquet({literal(target)})")
+        return name
+
+    def _earlier(self, before: datetime) -> str:
+        """Copy the snapshot's rows before a time."""
+        path = self.workdir / "earlier.parquet"
+        time = quote(str(self.time_column))
+        self.con.execute(
+            f"COPY (SELECT * FROM snapshot WHERE CAST({time} AS TIMESTAMP) < {timestamp(before)}) TO {literal(path)} ({PARQUET})"
+        )
+        return f"read_parquet({literal(path)})"
+
+    def _select(self, name: str, source: str) -> tuple[str, dict[str, Any]]:
+        """SQL of the features of a table, and the values bound to it."""
+        if self.features and is_code(self.features):
+            return f"SELECT * FROM read_parquet({literal(self._call(source, name))})", {}
+        statement = select_statement(self.con, self.features or "SELECT * FROM snapshot", "features")
+        values = bind(statement, self.parameters, self.need_window, "features")
+        if source == "snapshot":
+            return statement.query, values
+        # The user's SELECT reads from snapshot: the WITH hides the view of that name.
+        select = f"WITH snapshot AS (SELECT * FROM {source}) SELECT * FROM (\n{statement.query}\n)"
+        return select, values
+
+    def _check_columns(self, columns: Mapping[str, str]) -> None:
+        for dropped in self.drop:
+            if dropped not in columns:
+                raise BadConfiguration(
+                    f"drop: column {dropped!r} is not there; {did_you_mean(dropped, columns)}"
+                )
+        for reserved in RESERVED:
+            if reserved in columns:
+                raise BadConfiguration(
+                    f"features has a column {reserved!r}, a name that the splits use: rename it with AS."
+                )
+
+    @contextmanager
+    def _in_one_sentence(self) -> Iterator[None]:
+        """Say in one sentence what DuckDB could not do with the user's SQL."""
+        import duckdb
+
+        try:
+            yield
+        except duckdb.OutOfMemoryException as error:
+            raise BadConfiguration(
+                f"features: {first_line(error)} Raise memory_limit_mb={self.memory_limit_mb}."
+            ) from None
+        except duckdb.PermissionException as error:
+            raise BadConfiguration(
+                f"features may read only the table snapshot: {sql_message(error)}"
+            ) from None
+        except duckdb.Error as error:
+            there = ", ".join(column_types(self.con, "SELECT * FROM snapshot", {}, "snapshot"))
+            kind = BadConfiguration if isinstance(error, duckdb.ProgrammingError) else BadInput
+            raise kind(f"features: {sql_message(error)}. The table is snapshot({there}).") from None
+
+    def _call(self, source: str, name: str) -> Path:
+        """Call the user's function with the rows of a table, and write its result as Parquet."""
+        import pandas as pd
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        reference = str(self.features)
+        function = load_code(reference, "features")
+        try:
+            frame = function(self.con.execute(f"SELECT * FROM {source}").df())
+        except Exception as error:
+            log.exception("features=%r failed", reference)
+            raise BadInput(
+                f"features={reference!r} raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+        if not isinstance(frame, pd.DataFrame):
+            raise BadConfiguration(
+                f"features={reference!r} returned {type(frame).__name__}, expected a pandas DataFrame."
+            )
+        doubles = frame.columns[frame.columns.duplicated()]
+        if len(doubles):
+            raise BadConfiguration(
+                f"features={reference!r} returned the column {doubles[0]!r} twice: rename one."
+            )
+        try:
+            table = pa.Table.from_pandas(frame.rename(columns=str), preserve_index=False)
+        except pa.ArrowException as error:
+            raise BadInput(
+                f"features={reference!r} returned a column of mixed types: {'; '.join(map(str, error.args))}"
+            ) from None
+        path = self.workdir / f"{name}-frame.parquet"
+        pq.write_table(table, path)
+        return path
