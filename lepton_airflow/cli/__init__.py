@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TypeAlias
 
 from lepton_airflow.errors import ContractError
@@ -17,3 +18,16 @@ def store_of(args: argparse.Namespace) -> Store:
     if not args.store:
         raise ContractError("which store? Pass --store URI, or set AIRFLOW__LEPTON__STORE.")
     return Store(args.store)
+
+
+def seconds(text: str) -> float:
+    """A length of time for argparse: a number, zero or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no length of time: expected seconds, zero or more"
+        )
+    return value

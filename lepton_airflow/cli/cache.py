@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from lepton_airflow.cli import Commands, store_of
+from lepton_airflow.cli import Commands, seconds, store_of
 
 _WEEK_S = 7 * 24 * 3600.0
 
@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     make_room = cache.add_parser("evict", help="drop entries, and the artifacts that nothing needs any more")
     make_room.add_argument(
         "--older-than-s",
-        type=float,
+        type=seconds,
         default=_WEEK_S,
         help="only entries at least this old [seconds]; default: a week. Runs as old as this must have ended",
     )

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from lepton_airflow.cli import Commands
+from lepton_airflow.cli import Commands, seconds
 from lepton_airflow.errors import BadConfiguration
 
 _MONTH_S = 30 * 24 * 3600.0
@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     pruned = envs.add_parser("prune", help="remove what was not used for long, and what is half-built")
     pruned.add_argument(
         "--older-than-s",
-        type=float,
+        type=seconds,
         default=_MONTH_S,
         help="only those last used at least this long ago [seconds]; default: 30 days",
     )

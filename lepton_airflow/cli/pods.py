@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from lepton_airflow.cli import Commands
+from lepton_airflow.cli import Commands, seconds
 from lepton_airflow.errors import BadConfiguration
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     for command, call in ((seen, _pods_ls), (swept, _pods_sweep)):
         command.add_argument(
             "--older-than-s",
-            type=float,
+            type=seconds,
             help="pods whose task Airflow does not know here may go too, from this age [seconds]; default: they stay",
         )
         command.add_argument("--namespace", help="default: that of [lepton] runner, else of the Connection")

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from lepton_airflow.cli import Commands, store_of
+from lepton_airflow.cli import Commands, seconds, store_of
 from lepton_airflow.errors import require
 
 
@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     )
     serve.add_argument("--threads", type=int, default=0, help="that infer side by side; default: one per CPU")
     serve.add_argument(
-        "--poll-s", type=float, default=1.0, help="how often to look for a new version [seconds]"
+        "--poll-s", type=seconds, default=1.0, help="how often to look for a new version [seconds]"
     )
     serve.set_defaults(call=_serve)
 

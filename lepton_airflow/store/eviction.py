@@ -19,12 +19,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lepton_airflow.contract import digest_of
 from lepton_airflow.errors import IntegrityError
-from lepton_airflow.store.files import Listed, Store, at_once, is_temporary
+from lepton_airflow.store.files import Listed, Store, at_once, is_temporary, sweep_mark
 from lepton_airflow.store.records import ROOT, refuse_old_layout
 
 # What is younger always stays: a task may be about to name the artifact, to read its receipt, or to resume.
@@ -43,6 +44,8 @@ def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tup
     refuse_old_layout(store)
     now = time.time()
     young = now - GRACE_S
+    if store.is_local:  # the marks of evictions that were killed
+        store.delete_files([e.key for e in _files(store.listing("sweeping")) if e.modified <= young])
     cache = store.listing("cache")
     dropped = {
         entry.key
@@ -61,7 +64,16 @@ def evict(store: Store, *, older_than_s: float, stage: str | None = None) -> tup
     named = _named(store, naming, young)
     unnamed = [key for key in _old(_by_folder(artifacts), young) if key.partition("/")[2] not in named]
     removed |= _remove(store, unnamed, young)
-    broken_off = _old(_temporaries([*cache, *receipts, *records, *artifacts]), young)
+    elsewhere = at_once(store.listing, _other_folders(store, ("cache", *prefixes)))
+    listed = [
+        *cache,
+        *receipts,
+        *checkpoints,
+        *records,
+        *artifacts,
+        *(e for found in elsewhere for e in found),
+    ]
+    broken_off = _old(_temporaries(listed), young)
     removed |= _remove(store, broken_off, young)
     return len(dropped), sum(removed.values())
 
@@ -85,16 +97,37 @@ def _remove(store: Store, keys: Iterable[str], before: float) -> dict[str, int]:
     """Remove files and folders that were not written since that time; returns the bytes of each that was removed."""
 
     def remove(key: str) -> tuple[str, int] | None:
-        found = store.listing(key)
-        if not found or max(e.modified for e in found) > before:
-            return None
-        if [e.key for e in found] == [key]:
-            store.delete_files([key])
-        else:
-            store.delete(key)
+        with _marked(store, key) as alone:
+            found = store.listing(key) if alone else []
+            if not found or max(e.modified for e in found) > before:
+                return None
+            if [e.key for e in found] == [key]:
+                store.delete_files([key])
+            else:
+                store.delete(key)
         return key, sum(max(e.bytes, 0) for e in found)
 
     return dict(done for done in at_once(remove, keys) if done is not None)
+
+
+@contextmanager
+def _marked(store: Store, key: str) -> Iterator[bool]:
+    """Let whoever writes this key see that it may go, and write it again then; gives whether no other eviction is at it.
+
+    On a local disk, where a look costs nothing. An object store has only the moment between listing and removing.
+    """
+    if (
+        not store.is_local or key.count("/") > 1
+    ):  # deeper lies only what was broken off, which nobody writes again
+        yield True
+        return
+    mark = sweep_mark(key)
+    alone = store.create_exclusive(mark, b"")
+    try:
+        yield alone
+    finally:
+        if alone:
+            store.delete_files([mark])
 
 
 # -- what is named -------------------------------------------------------------------------------------------------------
@@ -206,6 +239,12 @@ def _temporaries(listed: Iterable[Listed]) -> dict[str, float]:
         if len(parts) >= depth and re.fullmatch(r"\.tmp-[0-9a-f]{16}", parts[depth - 1]):
             newest[key] = max(newest.get(key, 0.0), e.modified)
     return newest
+
+
+def _other_folders(store: Store, known: Sequence[str]) -> list[str]:
+    """The further folders of a store on a local disk; on object stores nothing is half written."""
+    names = store.children("") if store.is_local else []
+    return [name[:-1] for name in names if name.endswith("/") and name[:-1] not in known]
 
 
 def _old(written: dict[str, float], before: float) -> list[str]:

@@ -10,6 +10,7 @@ Layout under the root::
     studies/<run key>….db                                    the same for TuneModel, where the store is a local directory
     leases/<key>/…                                           whose turn it is (lease.py)
     index/names.json                                         what eviction has read before (eviction.py)
+    sweeping/<key>                                           what eviction is looking at (eviction.py)
     identity                                                 what tells this store from another (identity.py)
     schemas/<task>.json                                      the types that IngestData found in a task's last run
 
@@ -54,6 +55,7 @@ _CONNECT_S = 15
 # Object stores show an object only when its upload is complete, so they need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
 _TEMPORARY = ".tmp-"  # begins the name of what is still being written
+_SWEEP_S = 30.0  # after which a mark of eviction is one that a killed process left
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -99,13 +101,14 @@ class Store:
         # second request, so read() switches it off where s3fs has the switch.
         named = inspect.signature(self.fs.cat_file).parameters
         self._in_one_request = {"max_concurrency": 1} if "max_concurrency" in named else {}
-        self.root = _file_uri(self._root) if self._local else f"{self.protocol}://{self._root}"
+        self.root = _file_uri(self._root) if self.is_local else f"{self.protocol}://{self._root}"
 
     def __repr__(self) -> str:
         return f"Store({self.root!r})"
 
     @property
-    def _local(self) -> bool:
+    def is_local(self) -> bool:
+        """Whether this is a directory, and no object store."""
         return self.protocol in ("file", "local")
 
     # -- artifacts ---------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class Store:
             if not fs.exists(path):
                 where = (
                     " The store is a folder: workers on several machines need [lepton] store to be one that all reach."
-                    if self._local and path.startswith(self._root + "/")
+                    if self.is_local and path.startswith(self._root + "/")
                     else ""
                 )
                 raise BadInput(
@@ -290,7 +293,7 @@ class Store:
         """The names directly below a key, sorted; a folder's name ends with a slash. S3 lists 1,000 in a request."""
         with self._errors(f"listing {key}"):
             try:
-                if self._local:
+                if self.is_local:
                     with os.scandir(self._path(key)) as items:
                         names = [f"{item.name}/" if item.is_dir() else item.name for item in items]
                 else:
@@ -306,7 +309,7 @@ class Store:
     def listing(self, prefix: str) -> list[Listed]:
         """All files at a prefix and below it, temporary ones too, with sizes and times. S3 lists 1,000 in a request."""
         with self._errors(f"listing {prefix}"):
-            if self._local:
+            if self.is_local:
                 return list(_walk(self._path(prefix), len(self._root) + 1))
             try:
                 found = self.fs.find(self._path(prefix), detail=True)
@@ -326,10 +329,13 @@ class Store:
         """Remove a file or a directory, if it is there."""
         path = self._path(key)
         with self._errors(f"deleting {key}"), suppress(FileNotFoundError):
-            if not self._local:
+            if not self.is_local:
                 self.fs.rm(path, recursive=True)
             elif os.path.isdir(path):
-                shutil.rmtree(path, onerror=_unless_gone)
+                # Under another name first: a writer then finds it gone, and not half of it.
+                aside = f"{os.path.dirname(path)}/{_TEMPORARY}{secrets.token_hex(8)}"
+                os.rename(path, aside)
+                shutil.rmtree(aside, onerror=_unless_gone)
             else:
                 os.unlink(path)
 
@@ -341,7 +347,7 @@ class Store:
                 self.fs.rm_file(self._path(key))
 
         with self._errors(f"deleting {len(keys)} files"):
-            if self._local:
+            if self.is_local:
                 for key in keys:
                     Path(self._path(key)).unlink(missing_ok=True)
             elif self.protocol in ("s3", "s3a") and keys:
@@ -358,7 +364,7 @@ class Store:
         self.check_exclusive()
         path = self._path(key)
         with self._errors(f"creating {key}"):
-            if self._local:
+            if self.is_local:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 temporary = f"{os.path.dirname(path)}/{_TEMPORARY}{secrets.token_hex(8)}"
                 try:
@@ -393,7 +399,7 @@ class Store:
     @property
     def can_create_exclusively(self) -> bool:
         """Whether this store can create a key exactly once."""
-        return self._local or self.protocol in ("s3", "s3a")
+        return self.is_local or self.protocol in ("s3", "s3a")
 
     def check_exclusive(self) -> None:
         """Raise BadConfiguration when this store cannot create a key exactly once."""
@@ -445,17 +451,35 @@ class Store:
             raise BadConfiguration(f"{uri!r} cannot be opened: {error}.") from None
         return fs, path
 
+    def _outlasting(self, key: str, write: Callable[[], None]) -> None:
+        """Write to a local disk; again when eviction took away what had been there, which was old.
+
+        Eviction marks what it looks at, looks whether that is old, and removes it. This writes, and looks for the mark. So
+        one of the two always sees the other.
+        """
+        mark = self._path(sweep_mark(key))
+        for left in range(20, -1, -1):
+            try:
+                write()
+            except (
+                FileNotFoundError,
+                FileExistsError,
+            ):  # the folder went, or came back, while this wrote into it
+                if not left:
+                    raise
+                continue
+            if not _exists_since(mark, _SWEEP_S):
+                return
+            while _exists_since(mark, _SWEEP_S):
+                time.sleep(0.002)
+            if os.path.exists(self._path(key)):
+                return
+
     def _write(self, key: str, content: bytes | Path) -> None:
         path = self._path(key)
         parent, _, _ = path.rpartition("/")
-        if self._local:
-            os.makedirs(parent, exist_ok=True)
-            temporary = f"{parent}/{_TEMPORARY}{secrets.token_hex(8)}"
-            try:
-                _write_synced(temporary, content)
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+        if self.is_local:
+            self._outlasting(key, lambda: _replace(path, content))
             return
         if self.protocol in _ATOMIC_PUT:
             self._upload(content, path)
@@ -472,27 +496,11 @@ class Store:
             self.fs.put_file(str(content), path)
 
     def _write_tree(self, key: str, directory: Path) -> None:
-        if not self._local:
+        if not self.is_local:
             for file in _files(directory):
                 self._write(f"{key}/{file.relative_to(directory).as_posix()}", file)
             return
-        target = Path(self._path(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
-        try:
-            shutil.copytree(directory, temporary)
-            try:
-                os.rename(temporary, target)
-            except (
-                OSError
-            ):  # the artifact is there already: it stays if it is intact, else this copy replaces it
-                if digest_path(target)[0] != digest_path(directory)[0]:
-                    aside = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
-                    os.rename(target, aside)
-                    os.rename(temporary, target)
-                    shutil.rmtree(aside, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        self._outlasting(key, lambda: _replace_tree(Path(self._path(key)), directory))
 
     @staticmethod
     def _stream_digest(fs: Any, path: str) -> str:
@@ -511,7 +519,7 @@ class Store:
                 raise
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             # A pod often runs as another user than the one who made the folder, so the message names both.
-            if isinstance(error, PermissionError) and self._local:
+            if isinstance(error, PermissionError) and self.is_local:
                 reason += f" for user {os.geteuid()}{_owner(error.filename)}"
             advice = "Check that it is reachable, writable and has space"
             if "Credentials" in type(error).__name__:
@@ -667,6 +675,50 @@ def _write_synced(path: str, content: bytes | Path) -> None:
                 shutil.copyfileobj(source, out, _CHUNK)
         out.flush()
         os.fsync(out.fileno())
+
+
+def _replace(path: str, content: bytes | Path) -> None:
+    """Write a file under another name, and then give it its own."""
+    parent = os.path.dirname(path)
+    os.makedirs(parent, exist_ok=True)
+    temporary = f"{parent}/{_TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        _write_synced(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _replace_tree(target: Path, directory: Path) -> None:
+    """Copy a directory. If it is there already, it stays if it is intact, as new as a copy; else the copy replaces it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        shutil.copytree(directory, temporary)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.utime(target)  # first, or eviction might remove it while it is read
+            if digest_path(target)[0] != digest_path(directory)[0]:
+                aside = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+                os.rename(target, aside)
+                os.rename(temporary, target)
+                shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep_mark(key: str) -> str:
+    """The key of the mark that eviction sets while it decides about a key, or about the folder that holds it."""
+    return "sweeping/" + "-".join(key.split("/")[:2])
+
+
+def _exists_since(path: str, at_most_s: float) -> bool:
+    """Whether there is a file that was written in the last seconds."""
+    try:
+        return time.time() - os.stat(path).st_mtime < at_most_s
+    except FileNotFoundError:
+        return False
 
 
 def _storage_options(protocol: str, connection: Connection | None) -> dict[str, Any]:

@@ -30,3 +30,17 @@ def test_which_store_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.delenv("AIRFLOW__LEPTON__STORE", raising=False)
     assert main(["cache", "ls"]) == 80
     assert "Pass --store URI" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("age", ["-5", "nan", "inf", "a week"])
+@pytest.mark.parametrize("command", ["cache evict", "envs prune", "pods sweep"])
+def test_an_age_that_is_none_removes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, age: str
+) -> None:
+    made = Store(str(tmp_path)).put("x", "hello")
+    store = ["--store", str(tmp_path)] if command == "cache evict" else []
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), f"--older-than-s={age}", *store])
+    assert ended.value.code == 2
+    assert f"{age!r} is no length of time: expected seconds, zero or more" in capsys.readouterr().err
+    assert Store(str(tmp_path)).intact(made)

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from lepton_airflow.store import Store, cache, eviction
 from lepton_airflow.store.eviction import evict, names_in
 from lepton_airflow.store.files import now
 from lepton_airflow.store.records import Log
+from lepton_airflow.testing import until
 from lepton_airflow.testing.local_s3 import LocalS3
 
 DAY_S = 24 * 3600.0
@@ -180,6 +183,75 @@ def test_what_is_written_again_after_it_was_listed_stays(
     assert store.receipt(f"{1:024x}") is not None
 
 
+@pytest.mark.parametrize("what", ["file", "tree"])
+def test_what_is_put_again_while_it_is_removed_is_there_afterwards(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The put comes between the last look at the artifact, which found it old, and its removal."""
+    tree = tmp_path / "tree"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "deep" / "file").write_text("hello")
+    content = tree if what == "tree" else "hello"
+    made = store.put("x", content)
+    age(store)
+    writer = threading.Thread(target=store.put, args=("x", content))
+    listing, x = store.listing, folder(store, made) / "x"
+
+    def found_old(prefix: str) -> Any:
+        found = listing(prefix)
+        if prefix == f"artifacts/{made.sha256[:32]}":
+            writer.start()
+            until(lambda: time.time() - x.stat().st_mtime < 3600, "the writer to write")
+        return found
+
+    monkeypatch.setattr(store, "listing", found_old)
+    _, freed = evict(store, older_than_s=0)
+    assert freed == 5  # it was removed all the same
+    writer.join(20)
+    assert store.intact(made)
+    assert store.keys("sweeping") == []
+
+
+def test_puts_beside_evictions_never_fail_and_are_never_lost(store: Store) -> None:
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def sweep() -> None:
+        while not stop.is_set():
+            try:
+                evict(store, older_than_s=0)
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                failed.append(error)
+
+    sweepers = [threading.Thread(target=sweep) for _ in range(2)]
+    for sweeper in sweepers:
+        sweeper.start()
+    try:
+        for _ in range(150):
+            made = store.put("x", "hello")
+            assert store.intact(made)
+            with suppress(FileNotFoundError):  # it may go as soon as it is old
+                age(store)
+    finally:
+        stop.set()
+        for sweeper in sweepers:
+            sweeper.join()
+    assert failed == []
+
+
+def test_a_mark_that_a_killed_eviction_left_holds_nobody_up_for_long(store: Store) -> None:
+    made = store.put("x", "hello")
+    mark = f"sweeping/artifacts-{made.sha256[:32]}"
+    store.write(mark, b"")
+    age(store, "sweeping", seconds=60)
+    store.put("x", "hello")
+    age(store)
+    assert evict(store, older_than_s=0) == (0, 0)  # as far as this one can tell, another is at it
+    age(store, "sweeping")
+    assert evict(store, older_than_s=0) == (0, 5)
+    assert store.keys("sweeping") == []
+
+
 # -- what runs have left -------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +297,11 @@ def test_what_a_killed_writer_left_half_written_goes_after_an_hour(store: Store,
     store.record(receipt(1))
     cache.record(store, receipt(1))
     root = Path(store.root.removeprefix("file://"))
+    for name in ("studies", "leases/register/x", f"checkpoints/{2:024x}/fit"):
+        (root / name).mkdir(parents=True)
     half = [
+        *(root / "studies" / f".tmp-{'5' * 16}", root / "leases/register/x" / f".tmp-{'6' * 16}"),
+        root / f"checkpoints/{2:024x}/fit" / f".tmp-{'7' * 16}",
         *(folder(store, kept) / f".tmp-{'0' * 16}", root / "receipts" / f".tmp-{'1' * 16}"),
         *(
             root / "cache" / "Shout" / f".tmp-{'2' * 16}",
@@ -240,12 +316,13 @@ def test_what_a_killed_writer_left_half_written_goes_after_an_hour(store: Store,
     evict(store, older_than_s=0)
     assert all(path.exists() for path in (*half, tree))  # their writers may be at work
     age(store)
+    age(store, "studies", "leases")
     os.utime(tree / "half")  # and this one is
     _, freed = evict(store, older_than_s=7 * DAY_S)
     assert not any(path.exists() for path in half)
     assert (tree / "half").exists()
     assert store.present(kept)  # where somebody writes, everything stays
-    assert freed == 40
+    assert freed == 70
     age(store)
     evict(store, older_than_s=7 * DAY_S)
     assert not tree.parent.exists()
