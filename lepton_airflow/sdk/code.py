@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import re
+import sys
 import sysconfig
 import typing
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ def is_code(value: str) -> bool:
 def load_code(reference: str, wanted: str) -> Callable[..., Any]:
     """Import the user's function ``module:function``; raises BadConfiguration with what was looked for and where."""
     module_name, _, attribute = reference.partition(":")
+    _import_from_source(module_name.partition(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -49,6 +53,62 @@ def load_code(reference: str, wanted: str) -> Callable[..., Any]:
             f"{did_you_mean(attribute, names)}"
         )
     return typing.cast("Callable[..., Any]", function)
+
+
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Compiles a module whenever it is imported, and leaves no bytecode behind.
+
+    Python takes a module's bytecode for that of its source when both have the same second and size, so a file that was edited
+    twice in a second would run as it was before, under the cache key of what it is now.
+    """
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError(
+            "bytecode does not count"
+        )  # which importlib takes for: there is none, and none may be written
+
+
+_from_source: set[Path] = set()  # the folders whose modules are imported so
+
+
+def _import_from_source(top: str) -> None:
+    """Import from source what lies in the folders of a module or package of the user's; installed libraries stay as they are.
+
+    Compiling takes a second for 100,000 lines, so what is large is better installed.
+    """
+    if top == PACKAGE:
+        return
+    new = {folder.resolve() for folder in _folders_of(top)} - _installed() - _from_source
+    if not new:
+        return
+    if not _from_source:
+        sys.path_hooks.insert(0, _finder_from_source)
+    _from_source.update(new)
+    for entry in list(sys.path_importer_cache):
+        if _is_from_source(entry):
+            del sys.path_importer_cache[entry]
+
+
+def _finder_from_source(entry: str) -> importlib.machinery.FileFinder:
+    if not _is_from_source(entry):
+        raise ImportError("another finder's")
+    machinery = importlib.machinery
+    extensions = (machinery.ExtensionFileLoader, machinery.EXTENSION_SUFFIXES)
+    return machinery.FileFinder(entry, extensions, (_FromSource, machinery.SOURCE_SUFFIXES))
+
+
+def _is_from_source(entry: str) -> bool:
+    path = Path(entry).resolve()
+    return any(folder in _from_source for folder in (path, *path.parents)) and not any(
+        folder in _installed() for folder in (path, *path.parents)
+    )
+
+
+@cache
+def _installed() -> frozenset[Path]:
+    """The folders of Python's own libraries and of installed ones."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return frozenset(Path(sysconfig.get_path(name)).resolve() for name in names)
 
 
 # Modules of this package that only start stages: what user code imports of them decides where it runs, and no result.
@@ -105,14 +165,14 @@ def _folders_of(top: str) -> list[Path]:
 
 def _files_of(folder: Path, top: str) -> Iterator[Path]:
     """The sources of a module or package, and of what these import from the same folder, unless libraries lie there."""
-    installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    installed = _installed()
     todo, seen = [top], {top}
     while todo:
         name = todo.pop()
         package, module = folder / name, folder / f"{name}.py"
         for file in sorted(package.rglob("*.py")) if package.is_dir() else [module] * module.is_file():
             yield file
-            if folder not in installed:
+            if folder.resolve() not in installed:
                 beside = {n for n in _imports(file.read_bytes())[0] if _lies_in(folder, n)} - seen
                 todo += sorted(beside)
                 seen |= beside
