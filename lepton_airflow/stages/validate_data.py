@@ -106,7 +106,7 @@ class ValidateData(Stage):
             raise BadInput(
                 f"{source} has no rows, so there is nothing to infer a suite from. Infer it from a full snapshot."
             )
-        suite = propose_suite(con, "dataset", columns, Path(source))
+        suite = propose_suite(con, "dataset", columns, Path(source), types=self.engine == "duckdb")
         artifact = run.save(f"{suite['name']}.json", json.dumps(suite, indent=2, ensure_ascii=False) + "\n")
         proposed = len(suite["expectations"])
         summary = f"proposed {proposed} expectations from {rows} rows, to review: {artifact.uri}"

@@ -786,15 +786,20 @@ def kwargs_of(proposed: dict[str, Any], kind: str, column: str) -> Callable[[], 
     return found[0] if found else None
 
 
-def test_an_inferred_suite_holds_and_catches_the_next_broken_snapshot(
-    january: str, tmp_path: Path, run: RunInfo
+def test_an_inferred_suite_holds_on_other_months_and_catches_a_broken_one(
+    raw_flights: Path, january: str, tmp_path: Path, run: RunInfo
 ) -> None:
     uri, proposed = infer(run, january)
     assert kwargs_of(proposed, "column_values_to_be_in_set", "origin")["value_set"] == ["EWR", "JFK", "LGA"]
-    assert kwargs_of(proposed, "column_values_to_not_be_null", "dep_time")["mostly"] == 0.88  # 1.9% are null
+    assert kwargs_of(proposed, "column_values_to_not_be_null", "dep_time")["mostly"] == 0.91  # 1.9% are null
     assert "mostly" not in kwargs_of(proposed, "column_values_to_not_be_null", "carrier")
     assert kwargs_of(proposed, "column_values_to_be_between", "distance")["min_value"] == 0  # never below 0
+    assert kwargs_of(proposed, "column_values_to_be_between", "month") is None
     assert ValidateData(dataset=january, suite=uri).run(run).values == {"passed": True}
+    for month in ("02", "07", "12"):
+        later = tmp_path / f"{month}.parquet"
+        duckdb.sql(f"COPY (FROM read_csv('{raw_flights}/flights/2013-{month}.csv')) TO '{later}'")
+        assert ValidateData(dataset=str(later), suite=uri).run(run).values == {"passed": True}
 
     broken = tmp_path / "broken.parquet"
     duckdb.sql(
@@ -803,6 +808,12 @@ def test_an_inferred_suite_holds_and_catches_the_next_broken_snapshot(
     with pytest.raises(BadInput) as failure:
         ValidateData(dataset=str(broken), suite=uri).run(run)
     assert re.match("2 of .*'SWF'", str(failure.value), re.DOTALL)
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_a_suite_inferred_for_an_engine_holds_on_it(mixed: str, run: RunInfo, engine: Any) -> None:
+    uri = ValidateData(dataset=mixed, suite="infer", engine=engine).run(run).artifacts["suite"].uri
+    assert ValidateData(dataset=mixed, suite=uri, engine=engine).run(run).values == {"passed": True}
 
 
 def test_an_inferred_suite_takes_any_types_and_names(mixed: str, tmp_path: Path, run: RunInfo) -> None:
@@ -818,19 +829,3 @@ def test_an_inferred_suite_takes_any_types_and_names(mixed: str, tmp_path: Path,
     )
     uri, _ = infer(run, str(nested))
     assert ValidateData(dataset=str(nested), suite=uri).run(run).values == {"passed": True}
-
-
-def test_an_inferred_bound_lies_outside_of_what_it_was_inferred_from(tmp_path: Path, run: RunInfo) -> None:
-    path = tmp_path / "numbers.parquet"
-    duckdb.sql(
-        f"""COPY (
-            SELECT 1234567.5 + i::DOUBLE AS far_from_zero, -1e9 - i / 2 AS below, i * 1e-7 AS small, 2**62 + i AS huge,
-                (2::HUGEINT**62)::BIGINT + i AS whole, 5 AS constant, (i / 7)::DECIMAL(9, 3) AS price,
-                CASE WHEN i = 0 THEN 'inf'::DOUBLE ELSE i END AS infinite
-            FROM range(100) t(i)
-        ) TO '{path}' (FORMAT parquet)"""
-    )
-    uri, proposed = infer(run, str(path))
-    assert ValidateData(dataset=str(path), suite=uri).run(run).values == {"passed": True}
-    assert kwargs_of(proposed, "column_values_to_be_between", "far_from_zero")["max_value"] == 1234676.4
-    assert kwargs_of(proposed, "column_values_to_be_between", "infinite") is None
