@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lepton_airflow.data.dataset import DatasetInfo
+from lepton_airflow.errors import BadInput
 from lepton_airflow.packaging.schema import Schema, features_of
 from lepton_airflow.packaging.session import open_session, parquet_feeds, predict_onnx
 
@@ -73,3 +74,42 @@ def test_calibration_rows_are_spread_over_the_whole_file(tmp_path: Path) -> None
     assert feeds[0]["name"][1, 0] == f"n{int(x[1])}"
     few = [value for feed in parquet_feeds(path, features_of(info), 3, 64) for value in feed["x"].ravel()]
     assert few == [0, 74_999, 149_999]
+
+
+def lower_case(locale: str) -> bytes:
+    """``y`` is the text ``x`` in lower case."""
+    ends = [helper.make_tensor_value_info(n, TensorProto.STRING, ["rows"]) for n in ("x", "y")]
+    node = helper.make_node("StringNormalizer", ["x"], ["y"], case_change_action="LOWER", locale=locale)
+    graph = helper.make_graph([node], "lower", ends[:1], ends[1:])
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    ).SerializeToString()
+
+
+def test_a_locale_that_is_not_installed_is_named_with_what_installs_it() -> None:
+    (made,) = open_session(lower_case("C.UTF-8")).run(None, {"x": np.array(["ÜBER New"], dtype=object)})
+    assert made.tolist() == ["über new"]
+    with pytest.raises(
+        BadInput, match=r"the locale xx_YY\.UTF-8, which is not installed here; .+ localedef -i xx_YY "
+    ):
+        open_session(lower_case("xx_YY.UTF-8"))
+
+
+def test_what_onnx_runtime_does_not_take_is_one_sentence() -> None:
+    model = doubling()
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Twice", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(
+        BadInput, match=r"^ONNX Runtime cannot open the model: Fatal error: com\.microsoft:Twice"
+    ):
+        open_session(model.SerializeToString())
+
+
+def test_a_model_with_too_many_numbers_a_row_is_refused() -> None:
+    schema = Schema(features_of(DatasetInfo(features=["x"])), "regression", [])
+    model = doubling()
+    model.graph.node[0].input[1] = "wide"
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 3), dtype=np.float32), "wide"))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 3
+    with pytest.raises(BadInput, match=r"the ONNX model gives 3 numbers a row, expected 1\."):
+        predict_onnx(open_session(model.SerializeToString()), schema, pd.DataFrame({"x": [1.0, 2.0]}))

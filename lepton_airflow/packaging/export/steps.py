@@ -27,8 +27,8 @@ Converter = Callable[[Any, Any, Any], None]  # of skl2onnx's scope, operator and
 
 # What skl2onnx converts in float64 to scikit-learn's numbers, to the last bit; by skl2onnx's name of the converter.
 _EXACT = {
-    *("SklearnBinarizer", "SklearnFunctionTransformer", "SklearnMaxAbsScaler", "SklearnMinMaxScaler"),
-    *("SklearnQuantileTransformer", "SklearnReplaceTransformer", "SklearnRobustScaler", "SklearnScaler"),
+    *("SklearnBinarizer", "SklearnMaxAbsScaler", "SklearnMinMaxScaler", "SklearnQuantileTransformer"),
+    *("SklearnReplaceTransformer", "SklearnRobustScaler", "SklearnScaler"),
 }  # fmt: skip
 # Likewise, but for the last bits: another order of a sum, another logarithm.
 _ROUNDED = {
@@ -43,7 +43,7 @@ _LAST_BITS = 2.0**-45
 # What passes others' numbers on in the format in which they come.
 _TRANSPARENT = {
     *("BaggingClassifier", "BaggingRegressor", "CalibratedClassifierCV", "CastTransformer", "ColumnTransformer"),
-    *("FeatureUnion", "GenericUnivariateSelect", "GridSearchCV", "MultiOutputClassifier", "MultiOutputRegressor"),
+    *("FeatureUnion", "FunctionTransformer", "GenericUnivariateSelect", "GridSearchCV", "MultiOutputClassifier", "MultiOutputRegressor"),
     *("OneVsRestClassifier", "Pipeline", "RFE", "RFECV", "SelectFdr", "SelectFpr", "SelectFromModel", "SelectFwe"),
     *("SelectKBest", "SelectPercentile", "StackingClassifier", "StackingRegressor", "TunedThresholdClassifierCV"),
     *("VarianceThreshold", "VotingClassifier", "VotingRegressor"),
@@ -155,7 +155,8 @@ def _boosted_trees(theirs: Converter, last_bits: float) -> Converter:
         theirs(scope, inner, container)
         thresholds = np.concatenate([np.where(n["is_leaf"], 0, n["num_threshold"]) for n in nodes])
         exact = {
-            "nodes_values": thresholds + last_bits * np.abs(thresholds),
+            # Multiplied, because a threshold is infinite where a split is between missing values and all others.
+            "nodes_values": thresholds * (1 + last_bits * np.sign(thresholds)),
             "nodes_hitrates": np.ones(sum(len(n) for n in nodes)),
             "base_values": np.ravel(operator.raw_operator._baseline_prediction),  # noqa: SLF001
         }

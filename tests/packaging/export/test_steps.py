@@ -146,6 +146,18 @@ def test_what_fills_a_gap_is_the_same_number(
     assert differing(model, gaps, others, NUMBERS, "classification")[0] == 0
 
 
+@pytest.mark.parametrize("first", [StandardScaler(), PowerTransformer()], ids=str)
+def test_a_split_between_missing_values_and_all_others(
+    train: pd.DataFrame, near: pd.DataFrame, first: Any
+) -> None:
+    gaps, others = train.copy(), near.copy()
+    for rows in (gaps, others):
+        rows.loc[rows["origin"] == "JFK", "share"] = np.nan
+        rows.loc[rows["origin"] != "JFK", "share"] = 0.5
+    columns = ColumnTransformer([("s", first, ["share"])])
+    assert differing(make_pipeline(columns, BOOSTED), gaps, others, NUMBERS, "classification")[0] == 0
+
+
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:Skipping features")
 def test_an_empty_column_is_left_out_as_the_imputer_does(train: pd.DataFrame, near: pd.DataFrame) -> None:
     model = make_pipeline(SimpleImputer(), BOOSTED)
@@ -174,8 +186,13 @@ def test_estimators_of_estimators(train: pd.DataFrame, near: pd.DataFrame, model
     assert differing(model, train, near, NUMBERS, task)[0] == 0
 
 
-def test_trees_on_raw_columns_stay_in_float32(train: pd.DataFrame, near: pd.DataFrame) -> None:
-    wrong, graph = differing(BOOSTED, train, near, NUMBERS, "classification")
+@pytest.mark.parametrize(
+    "first", [[], [ColumnTransformer([("n", "passthrough", NUMBERS)])]], ids=["", "passed through"]
+)
+def test_trees_on_raw_columns_stay_in_float32(
+    train: pd.DataFrame, near: pd.DataFrame, first: list[Any]
+) -> None:
+    wrong, graph = differing(make_pipeline(*first, BOOSTED), train, near, NUMBERS, "classification")
     assert wrong == 0
     assert not any(a.name.endswith("_as_tensor") for node in graph.graph.node for a in node.attribute)
 
