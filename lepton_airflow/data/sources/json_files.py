@@ -22,12 +22,13 @@ _LONGEST_BYTES = 16_000_000  # of an object: DuckDB reads 16 MiB
 _BEGIN = re.compile(r"[ \t\r\n]*+\[[ \t\r\n]*+(?=[^ \t\r\n])")  # of an array
 _BETWEEN = re.compile(r"[ \t\r\n]*+,?[ \t\r\n]*+(?=[^ \t\r\n])")
 _EXACT = 2**53  # whole numbers up to it are exact in a DOUBLE
+_DEEPEST = 20  # lists and objects within each other: DuckDB's time doubles with each, and 30 take minutes
 _DIGITS = 15  # of any number with a point, which a DOUBLE keeps
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(rb"[0-9.]{16}")
 # Marks a number with a point, kept as it is written: Python and DuckDB would round it to a double.
-_MARK = "\ue000number:"
-_MARKED = re.compile(r'"(?:\ue000|\\ue000)number:([-+.0-9eE]+)"')
+_MARK = "\ue000written:"
+_MARKED = re.compile(rf'"{_MARK}([-+.0-9eE]+)"')
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,7 +123,9 @@ class JsonFiles(Reader):
             exact = column in stated and stated[column].upper().removesuffix("[]") not in _NEAREST
             if column in self.place:
                 continue
-            if kind == "JSON":  # numbers beside texts
+            if kind == '"NULL"':  # no value at all: as in CSV
+                types[column], self.texts[column] = "VARCHAR", ()
+            elif kind == "JSON":  # numbers beside texts
                 texts[column], types[column] = True, "VARCHAR"
                 if column not in stated:
                     self.texts[column] = ()
@@ -166,11 +169,11 @@ class JsonFiles(Reader):
     def _with_texts(self, path: Path, columns: dict[str, bool]) -> Path:
         """A copy in which some fields, or the numbers in them, are texts with all their digits."""
         target = path.with_suffix(".texts")
-        with path.open("rb") as lines, target.open("w") as out:
+        with path.open("rb") as lines, target.open("w", encoding="utf-8") as out:
             for number, line in enumerate(lines):
                 row = _DECODER.decode(line.decode())
                 row |= {c: _as_text(row[c], whole) for c, whole in columns.items() if row.get(c) is not None}
-                out.write(_MARKED.sub(r"\1", json.dumps(row)) + "\n")
+                out.write(_MARKED.sub(r"\1", _dumped(row)) + "\n")
                 if not number % 10_000:
                     self.check_stop()
         return target
@@ -236,6 +239,8 @@ def _object(raw: bytes) -> tuple[dict[str, Any], str]:
         value = _DECODER.decode(raw.decode())
         if isinstance(value, dict) and _HALF_PAIR.search(raw):
             json.dumps(value, ensure_ascii=False).encode()
+        if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _depth(value) > _DEEPEST:
+            raise RecursionError
     except (ValueError, RecursionError) as error:
         return {}, _reason(error)
     if len(raw) > _LONGEST_BYTES:
@@ -243,9 +248,17 @@ def _object(raw: bytes) -> tuple[dict[str, Any], str]:
     return (value, "") if isinstance(value, dict) else ({}, f"a {type(value).__name__}, expected an object")
 
 
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
+    if isinstance(error, RecursionError):
+        return f"lists and objects within each other more than {_DEEPEST} deep"
     return "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else str(error)
 
 
@@ -256,6 +269,10 @@ def _numbers(value: Any) -> Iterator[int | str]:
             yield from _numbers(part)
     elif (isinstance(value, int) and not isinstance(value, bool)) or _is_marked(value):
         yield value
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _is_marked(value: Any) -> bool:
@@ -269,7 +286,7 @@ def _as_text(value: Any, whole: bool) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, dict | list) and whole:
-        return _MARKED.sub(r"\1", json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+        return _MARKED.sub(r"\1", _dumped(value))
     if isinstance(value, list):
         return [_as_text(part, whole) for part in value]
     if isinstance(value, dict):

@@ -152,6 +152,9 @@ def test_csv_that_others_write_is_read_exactly_or_rejected_with_its_line(
     assert count == len(rejected)
 
 
+NESTED: Any = [[[[[[[[[]]]]]]]]]
+
+
 @pytest.mark.parametrize(
     ("content", "options", "wanted", "rejected"),
     [
@@ -162,6 +165,9 @@ def test_csv_that_others_write_is_read_exactly_or_rejected_with_its_line(
         ('{"a": 1,}\n{"a": 3}\n', {}, [3], [(1, "JSON: Expecting property name")]),
         ('{"a": 1}\n\n{"a": "x"}\r\n{"a": 2}\n', {"types": {"a": "BIGINT"}}, [1, 2], [(3, "CAST: not exactly a BIGINT")]),
         ('[{"a": 1},\n {"a":\n  "x"},\n 7, {"a": 2}\n]\n', {"types": {"a": "BIGINT"}}, [1, 2], [(2, "CAST"), (4, "JSON: a int")]),
+        ('{"a": ' + "[" * 9 + "]" * 9 + '}\n{"a": ' + "[" * 30 + "]" * 30 + '}\n{"a": ' + "[" * 900 + "]" * 900 + "}\n{}\n", {}, [None, NESTED],
+         [(2, "JSON: lists and objects within each other more than 20 deep"), (3, "JSON: lists")]),
+        ('{"a": null}\n{"a": null}\n', {}, [None, None], []),
         (" \n[\n]", {}, "no line that is a JSON object", []),
         ('[{"a": 1}, {"a": 2', {}, "has an array that cannot be read from line 1 on", []),
         ('[{"a": 1}]\n{"a": 2}\n', {}, "goes on after its array, in line 1", []),
