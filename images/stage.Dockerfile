@@ -11,6 +11,11 @@ ARG BASE=docker.io/library/python:3.11-slim
 # -- what the extras need: a layer of its own, made again only when pyproject.toml or constraints.txt changes ---------------
 FROM ${BASE} AS dependencies
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_SYSTEM_CERTS=1
+# The locale that ONNX Runtime takes for a model which changes the case of text and names none. Where the base has no apt-get, or
+# no Debian mirror is within reach, the image lacks it, and a stage that meets such a model says so.
+RUN mkdir -p /usr/lib/locale \
+ && { apt-get update -qq && apt-get install -qq -y --no-install-recommends locales && localedef -i en_US -f UTF-8 en_US.UTF-8 \
+   || echo "stage.Dockerfile: no locale en_US.UTF-8 in this image" >&2; }
 RUN python -m venv --without-pip /opt/venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt images/requirements.py ./
@@ -41,6 +46,7 @@ FROM ${BASE}
 # A name for the user, which some libraries ask for; numbers, which any base image takes.
 RUN echo 'stage:x:10001:10001::/work:/usr/sbin/nologin' >> /etc/passwd && echo 'stage:x:10001:' >> /etc/group \
  && mkdir /work && chown 10001:10001 /work
+COPY --from=dependencies /usr/lib/locale/ /usr/lib/locale/
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=package /package/ /
 ENV PATH=/opt/venv/bin:${PATH} HOME=/work PYTHONUNBUFFERED=1

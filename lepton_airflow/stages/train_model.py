@@ -46,7 +46,8 @@ class TrainModel(Stage):
     one. With other data, code, hyperparameters or library versions it starts from the beginning.
 
     The ONNX model is compared with the native one on some thousand rows of train and valid, on rows with missing values and
-    on rows with unseen categories; a difference beyond ``parity_tolerance`` is refused.
+    on rows with unseen categories; a difference beyond ``parity_tolerance`` is refused. What scikit-learn computes before a
+    threshold is computed in float64 in ONNX too (see :mod:`lepton_airflow.packaging.export.steps`).
 
     Equal inputs give a package with an equal digest, on the same kind of CPU and with the same library versions. A trainer
     for which this is not so says why in the attribute ``nondeterministic`` of its function, and ``model.json`` repeats it.

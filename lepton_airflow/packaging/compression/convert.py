@@ -96,6 +96,12 @@ def prepare(model: bytes) -> onnx.ModelProto:
         prepared = onnx.load(path)
     # torch also notes the shapes of weights. quantize_dynamic transposes weights and leaves their notes, so those must go.
     graph = prepared.graph
+    weights = {i.name: i for i in graph.initializer}
+    for node in graph.node:
+        # onnxruntime makes Gemm of a product and skl2onnx's bias [1, n], and quantize_static (1.31) takes biases [n] alone.
+        bias = weights.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) == 3 else None
+        if bias is not None and len(bias.dims) == 2 and bias.dims[0] == 1:
+            del bias.dims[0]
     stored = {i.name: i.data_type for i in graph.initializer}
     typed = {v.name: v for v in graph.value_info if v.name not in stored}
     # Inference stops at ai.onnx.ml operators. A tensor that is multiplied with weights has the type of these weights.
