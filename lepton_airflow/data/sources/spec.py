@@ -234,7 +234,7 @@ def _check_csv(source: Source) -> None:
     if source.decimal == source.thousands:
         raise BadConfiguration(f"{what}: decimal and thousands are both {source.decimal!r}.")
     try:
-        b"x".decode(source.encoding, "replace")
+        b"x".decode(source.encoding, "backslashreplace")
         codecs.getincrementaldecoder(source.encoding)
     except (LookupError, TypeError, ValueError):
         raise BadConfiguration(

@@ -207,6 +207,7 @@ def test_json_that_others_write_is_read_exactly_or_rejected_with_its_line(
         ({"decimal": "5"}, "decimal='5' may be a part of a number"),
         ({"thousands": "."}, "decimal and thousands are both '.'"),
         ({"skip_lines": -1}, "skip_lines=-1: expected a whole number"),
+        ({"encoding": "punycode"}, "encoding='punycode' is none that Python knows"),
         ({"encoding": "base64"}, "encoding='base64' is none that Python knows"),
         ({"format": "jsonl", "decimal": ","}, "has the option 'decimal', which does nothing in jsonl"),
         ({"format": "parquet", "null_values": ["NA"]}, "has the option 'null_values', which does nothing in parquet"),
