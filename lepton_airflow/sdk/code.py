@@ -63,9 +63,8 @@ class _FromSource(importlib.machinery.SourceFileLoader):
     """
 
     def path_stats(self, path: Any) -> Any:
-        raise OSError(
-            "bytecode does not count"
-        )  # which importlib takes for: there is none, and none may be written
+        # For importlib this means that there is no bytecode, and that none may be written.
+        raise OSError("bytecode does not count")
 
 
 _from_source: set[Path] = set()  # the folders whose modules are imported so

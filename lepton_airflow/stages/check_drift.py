@@ -119,7 +119,7 @@ class CheckDrift(Stage):
             rows, verdicts = interruptible(con, lambda: self._judge(con, current, reference))
             run.check_stop()
             reason = self._reason(verdicts, rows, reference)
-            page = interruptible(con, lambda: self._report(con, run, current, rows_before, verdicts, reason))
+            page = self._report(con, run, current, rows_before, verdicts, reason)
         finally:
             con.close()
         drifted = self._drifted(verdicts)
@@ -316,8 +316,9 @@ class CheckDrift(Stage):
         from evidently.presets import DataDriftPreset, DataSummaryPreset
 
         names = [v.name for v in verdicts if v.distance is not None][:_DRAWN]
-        now = self._sample(con, current, names)
-        before = self._sample(con, rows_before, names) if rows_before else None
+        # The queries alone: a stop could not end Evidently in another thread, whose import takes seconds.
+        now = interruptible(con, lambda: self._sample(con, current, names))
+        before = interruptible(con, lambda: self._sample(con, rows_before, names)) if rows_before else None
         sides = [now] if before is None else [now, before]
         shown = [n for n in names if all(n in side and side[n].notna().any() for side in sides)]
         path = run.workdir / "report.html"

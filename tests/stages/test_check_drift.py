@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,23 @@ def test_without_drift_nothing_starts_and_equal_rows_give_an_equal_verdict(bench
     assert first.values["columns"] == []
     assert first.summary.startswith("Not drifted: 0 of 4 columns moved away from the reference")
     assert first.artifacts["verdict"] == second.artifacts["verdict"]
+
+
+def test_the_page_is_drawn_where_a_stop_can_end_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal raises in the main thread alone; Evidently, in another one, would be waited for, for seconds."""
+    import evidently
+
+    drawn_in = []
+
+    class Watched(evidently.Report):
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            drawn_in.append(threading.current_thread())
+            return super().run(*args, **kwargs)
+
+    monkeypatch.setattr(evidently, "Report", Watched)
+    bench.crown(bench.package())
+    bench.check(rows(7), name="flights")
+    assert drawn_in == [threading.main_thread()]
 
 
 def test_how_many_columns_must_drift(bench: Bench) -> None:
