@@ -20,8 +20,10 @@ from great_expectations.expectations.row_conditions import (
 )
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from great_expectations.expectations.row_conditions import ComparisonCondition
 
+_EXACT_IN_FLOAT = 2**53  # whole numbers below it are
 _COMPARE = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -30,6 +32,21 @@ _COMPARE = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+
+
+def frame_of(table: pa.Table) -> pd.DataFrame:
+    """The rows as a frame, in which whole numbers keep their digits where some are missing and floats would round them."""
+    import pyarrow as pa
+
+    frame = table.to_pandas()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if (
+            pa.types.is_integer(column.type)
+            and frame[name].dtype == float
+            and frame[name].abs().max() >= _EXACT_IN_FLOAT
+        ):
+            frame[name] = column.to_pandas(integer_object_nulls=True)
+    return frame
 
 
 class PandasEngine(PandasExecutionEngine):
@@ -66,10 +83,9 @@ def _meets(data: pd.DataFrame, condition: Condition) -> pd.Series[bool]:
 
 def _compares(column: pd.Series[Any], condition: ComparisonCondition) -> pd.Series[bool]:
     sign, value = str(condition.operator), condition.parameter
-    present = column.notna()
-    met = pd.Series(data=False, index=column.index)
+    present = column.dropna()
     if sign in ("IN", "NOT_IN"):
-        met[present] = column[present].isin(list(value)) == (sign == "IN")
+        met = present.isin(list(value)) == (sign == "IN")
     else:
-        met[present] = _COMPARE[sign](column[present], value)
-    return met
+        met = _COMPARE[sign](present, value)
+    return met.astype(bool).reindex(column.index, fill_value=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.data.findings import call_text, failure_text, severity
-from lepton_airflow.data.moments import with_moments
+from lepton_airflow.data.held_values import as_held
 from lepton_airflow.data.row_conditions import whole_condition
 from lepton_airflow.data.sql import connect, fetch_row, literal, nan_as_null, quote
 from lepton_airflow.data.suite_parameters import asks_for_now, filled
@@ -227,11 +227,12 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
         import pyarrow.parquet as pq
         from great_expectations.execution_engine.pandas_batch_data import PandasBatchData
 
-        from lepton_airflow.data.expectations_on_pandas import PandasEngine
+        from lepton_airflow.data.expectations_on_pandas import PandasEngine, frame_of
 
         in_memory = PandasEngine()
-        frame = pq.read_table(path).to_pandas()
-        batch = Batch(data=PandasBatchData(execution_engine=in_memory, dataframe=frame))
+        batch = Batch(
+            data=PandasBatchData(execution_engine=in_memory, dataframe=frame_of(pq.read_table(path)))
+        )
         return Validator(execution_engine=in_memory, data_context=context, batches=[batch])
 
     from great_expectations.execution_engine.sqlalchemy_batch_data import SqlAlchemyBatchData
@@ -262,7 +263,7 @@ def _expectations(
             )
         asks = f"{where}: {kind}"
         kwargs = filled(item.get("kwargs", {}), parameters, asks)
-        kwargs = with_moments(whole_condition(kwargs, asks), columns, asks)
+        kwargs = as_held(whole_condition(kwargs, asks), columns, asks)
         try:
             config = ExpectationConfiguration(
                 type=kind,

@@ -352,6 +352,35 @@ def test_bounds_in_any_form_are_compared_with_times_of_any_type(
 
 
 @pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_numbers_are_the_same_on_both_engines(tmp_path: Path, run: RunInfo, engine: Any) -> None:
+    path = tmp_path / "numbers.parquet"
+    duckdb.sql(
+        f"""COPY (SELECT i AS id, CASE WHEN i % 10 > 0 THEN 9007199254740992 + i END AS big,
+            CASE WHEN i % 6 > 0 THEN i % 4 END AS few FROM range(100) t(i)) TO '{path}'"""
+    )
+
+    def where(sign: str, value: Any) -> dict[str, Any]:
+        condition = {"type": "comparison", "column": {"name": "few"}, "operator": sign, "parameter": value}
+        return expect("column_values_to_be_null", column="id", row_condition=condition)
+
+    few = [i % 4 for i in range(100) if i % 6]
+    asked = {
+        "big are unique": (expect("column_values_to_be_unique", column="big"), 0),
+        "one of big": (expect("column_values_to_be_in_set", column="big", value_set=[2**53 + 1]), 89),
+        "texts": (
+            expect("column_values_to_be_in_set", column="few", value_set=["1", "2"]),
+            len(few) - few.count(1) - few.count(2),
+        ),
+        "no texts": (expect("column_values_to_not_be_in_set", column="few", value_set=["1"]), few.count(1)),
+        "a missing value differs from none": (where("!=", 1), len(few) - few.count(1)),
+        "nor is it in no set": (where("NOT_IN", [1]), len(few) - few.count(1)),
+        "where a text": (where("==", "1"), few.count(1)),
+    }
+    found = counted([e for e, _ in asked.values()], str(path), run, engine)
+    assert dict(zip(asked, found, strict=True)) == {name: count for name, (_, count) in asked.items()}
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
 def test_outliers_are_the_same_on_both_engines(mixed: str, run: RunInfo, engine: Any) -> None:
     kind = "column_values_to_not_be_outliers"
     asked = [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.connections import AwsAccess, Connection, hide_logins
 from lepton_airflow.contract import digest_of
-from lepton_airflow.data.moments import midnight
+from lepton_airflow.data.held_values import midnight
 from lepton_airflow.data.sources.spec import Source
 from lepton_airflow.data.sql import literal, quote
 from lepton_airflow.errors import (

@@ -1,15 +1,17 @@
-"""Dates and times of a suite or of a run's window, as the column holds them that they are compared with.
+"""Values of a suite or of a run's window, as the column holds them that they are compared with.
 
 JSON has no dates, a column of dates has no hours, and no time with an offset compares with one without. What has no offset is in UTC.
+To SQL the text "1" equals the number 1, and to pandas nothing equals it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
-from lepton_airflow.data.duckdb_types import has_zone, is_time
+from lepton_airflow.data.duckdb_types import has_zone, is_number, is_time
 from lepton_airflow.errors import BadConfiguration
 
 # The arguments of expectations that are compared with one column's values, and how. A bound that is not strict is met by itself.
@@ -26,12 +28,12 @@ def midnight(moment: datetime, sign: str) -> date:
     return utc.date() + timedelta(days=int(later))
 
 
-def with_moments(kwargs: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The arguments of an expectation, with ISO texts as dates or timestamps where the column that they meet holds such.
+def as_held(kwargs: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The arguments of an expectation, with ISO texts as dates or timestamps, and texts as numbers, where the column holds such.
 
     :param columns: DuckDB's types by name.
     :param where: which expectation it is, for the message.
-    :raises BadConfiguration: a text is no date or time, or has a time of day where it should equal a date.
+    :raises BadConfiguration: a text is no date, time or number, has a time of day where it should equal a date, or a number meets texts.
     """
 
     def held(value: Any, column: Any, sign: str = "==") -> Any:
@@ -40,7 +42,7 @@ def with_moments(kwargs: dict[str, Any], columns: Mapping[str, str], where: str)
     changed = dict(kwargs)
     column = kwargs.get("column")
     for name, (sign, strict) in _BOUNDS.items():
-        if name in kwargs:
+        if is_time(columns.get(str(column), "")) and name in kwargs:
             changed[name] = held(kwargs[name], column, strict if kwargs.get(f"strict_{name[:3]}") else sign)
     if isinstance(kwargs.get("value_set"), list):
         changed["value_set"] = [held(value, column) for value in kwargs["value_set"]]
@@ -69,6 +71,10 @@ def _condition(condition: dict[str, Any], held: Any) -> dict[str, Any]:
 
 def _held(value: Any, kind: str, sign: str, where: str) -> Any:
     """One value as a column of a type holds it."""
+    if isinstance(value, str) and is_number(kind) and kind != "BOOLEAN":
+        return _number(value, kind, where)
+    if kind == "VARCHAR" and isinstance(value, (int, float)):
+        raise BadConfiguration(f'{where} holds text, and {value!r} is none: write it as a text, "{value}".')
     if not is_time(kind) or not isinstance(value, (str, date)):
         return value
     try:
@@ -85,6 +91,13 @@ def _held(value: Any, kind: str, sign: str, where: str) -> Any:
             f"{where} holds dates, and none of them equals {str(value)[:40]!r}, which has a time of day: give the date alone."
         )
     return midnight(moment, sign)
+
+
+def _number(text: str, kind: str, where: str) -> int | float:
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    raise BadConfiguration(f"{where} holds {kind}, and {text[:40]!r} is no number.")
 
 
 def _moment(value: str | date) -> datetime:

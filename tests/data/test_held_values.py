@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lepton_airflow.data.moments import midnight, with_moments
+from lepton_airflow.data.held_values import as_held, midnight
 from lepton_airflow.errors import BadConfiguration
 
 COLUMNS = {
@@ -14,13 +14,15 @@ COLUMNS = {
     "seen": "TIMESTAMP WITH TIME ZONE",
     "day": "DATE",
     "text": "VARCHAR",
+    "whole": "BIGINT",
+    "price": "DECIMAL(9,2)",
 }
 NOON_UTC = datetime(2013, 5, 1, 12, tzinfo=UTC)
 NOON = NOON_UTC.replace(tzinfo=None)
 
 
 def held(**kwargs: Any) -> dict[str, Any]:
-    return with_moments(kwargs, COLUMNS, "here")
+    return as_held(kwargs, COLUMNS, "here")
 
 
 @pytest.mark.parametrize(
@@ -35,10 +37,10 @@ def held(**kwargs: Any) -> dict[str, Any]:
 )
 def test_a_time_becomes_what_its_column_holds(text: Any) -> None:
     for column, moment in {"at": NOON, "ns": NOON, "seen": NOON_UTC, "text": text}.items():
-        assert held(column=column, min_value=text, value_set=[text, None, 1]) == {
+        assert held(column=column, min_value=text, value_set=[text, None]) == {
             "column": column,
             "min_value": moment,
-            "value_set": [moment, None, 1],
+            "value_set": [moment, None],
         }
 
 
@@ -94,3 +96,19 @@ def test_what_is_no_time_is_refused() -> None:
         BadConfiguration, match=r"'day' holds dates, and none of them equals '2013-05-01T12:00'"
     ):
         held(column="day", value_set=["2013-05-01T12:00"])
+
+
+def test_a_text_that_meets_numbers_is_one() -> None:
+    assert held(column="whole", value_set=["1", " 9007199254740993", 2, None])["value_set"] == [
+        1,
+        2**53 + 1,
+        2,
+        None,
+    ]
+    assert held(column="price", value_set=["1.50"])["value_set"] == [1.5]
+    with pytest.raises(BadConfiguration, match=r"column 'whole' holds BIGINT, and 'one' is no number"):
+        held(column="whole", value_set=["one"])
+    with pytest.raises(
+        BadConfiguration, match=r"column 'text' holds text, and 5 is none: write it as a text, \"5\""
+    ):
+        held(column="text", value_set=[5])
