@@ -44,7 +44,7 @@ def open_session(model: bytes, threads: int = 1, *, spin: bool = True) -> onnxru
                 f"Debian by apt-get install locales && localedef -i {locale[1].partition('.')[0]} -f UTF-8 {locale[1]}, or "
                 "give the model's StringNormalizer the locale C.UTF-8."
             ) from error
-        raise BadInput(f"ONNX Runtime cannot open the model: {runtime_reason(error)}") from error
+        raise BadInput(f"ONNX Runtime cannot open the model: {runtime_reason(error).rstrip('.')}.") from error
 
 
 def runtime_reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 _PARITY_ROWS = 4000  # of train and of valid each, evenly spaced
 _PROBE_ROWS = 200  # in which values are made missing or unseen, column by column
+_INSTEAD = "Use other estimators, or return an onnx.ModelProto."
 
 
 def check_parity(
@@ -36,7 +37,9 @@ def check_parity(
     try:
         session = open_session(onnx_model)
     except BadInput as error:
-        raise BadInput(f"trainer {model.trainer}: {error}") from error
+        raise BadInput(
+            f"trainer {model.trainer}: {model.described} was written as ONNX, but {error} {_INSTEAD}"
+        ) from error
     schema = rows.schema
     unit = 1.0 if schema.task == "classification" else float(np.std(rows.y)) or 1.0
     worst, compared, tried = 0.0, 0, []
@@ -61,8 +64,8 @@ def check_parity(
             onnx = predict_onnx(session, schema, frame).astype(np.float64)
         except Exception as error:  # onnxruntime has a dozen kinds, without a base of their own
             raise BadInput(
-                f"trainer {model.trainer}: its model was written as ONNX, but ONNX Runtime fails on rows with {probe}, which "
-                f"the model itself takes: {runtime_reason(error)}. Use other estimators, or return an onnx.ModelProto."
+                f"trainer {model.trainer}: {model.described} was written as ONNX, but ONNX Runtime fails on rows with "
+                f"{probe}, which the model itself takes: {runtime_reason(error).rstrip('.')}. {_INSTEAD}"
             ) from error
         equal = (native == onnx) | (np.isnan(native) & np.isnan(onnx))
         difference = np.where(equal, 0.0, np.abs(native - onnx) / unit)

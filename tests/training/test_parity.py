@@ -47,12 +47,12 @@ class Nowhere(LinearRegression):
         (
             GaussianProcessClassifier(),
             [0, 1],
-            r"ONNX Runtime cannot open the model: .+Solve\(-1\) is not a registered",
+            r"GaussianProcessClassifier was written as ONNX, but ONNX Runtime cannot open the model: .+Solve\(-1\) is not a registered",
         ),
         (
             make_pipeline(StandardScaler(), RadiusNeighborsRegressor(0.5)),
             [],
-            r"ONNX Runtime fails on rows with train, which the model itself takes: .+ Use other estimators",
+            r"StandardScaler > RadiusNeighborsRegressor was written as ONNX, but ONNX Runtime fails on rows with train, which the model itself takes: .+ Use other estimators",
         ),
         (
             KMeans(3, n_init=1),

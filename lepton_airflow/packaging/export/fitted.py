@@ -27,6 +27,10 @@ class Fitted(Protocol):
     framework: str
     trainer: str
 
+    @property
+    def described(self) -> str:
+        """The classes that it is made of, for sentences about it."""
+
     def predict(self, frame: pd.DataFrame) -> NDArray[np.float64]:
         """Predict from raw features with the model's own library: (n, k) probabilities, or (n,) numbers for regression."""
 

@@ -52,6 +52,11 @@ class OnnxModel:
         self.output = self.schema.output if self.schema.output in names else names[0]
         self.session = open_session(self.model.SerializeToString())
 
+    @property
+    def described(self) -> str:
+        """What a user's own model is called."""
+        return "its ONNX model"
+
     def predict(self, frame: pd.DataFrame) -> NDArray[np.float64]:
         """Predict with the model as it was returned."""
         return network.checked_predictions(self._run(frame), self.schema, self.trainer)

@@ -43,6 +43,11 @@ class SklearnModel:
                 "fitted; return a fitted classifier."
             )
 
+    @property
+    def described(self) -> str:
+        """The classes of its steps."""
+        return described(self.estimator)
+
     def predict(self, frame: pd.DataFrame) -> NDArray[np.float64]:
         """Predict with scikit-learn; a class that a fold did not hold gets probability 0.
 

@@ -45,6 +45,11 @@ class TorchModel:
             )
         self.module = self.module.eval().cpu()
 
+    @property
+    def described(self) -> str:
+        """The module's class."""
+        return type(self.module).__name__
+
     def matrix(self, frame: pd.DataFrame) -> NDArray[np.float32]:
         """The float32 matrix that the module reads."""
         import numpy as np
