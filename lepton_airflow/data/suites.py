@@ -19,9 +19,8 @@ _INTEGERS = (*WHOLE, "HUGEINT", "UHUGEINT")
 _MAX_VALUES_IN_SET = 20
 _SEEN_OFTEN = 7  # the next window has none of what is expected 7 times with a probability of e^-7, 1 in 1,000
 _KNOWN = 0.95  # of the rows of a next window must have a category that this one has
-_TIMES_ROWS = (
-    5  # by which the number of rows may change from one window to the next, and the odds of a missing value
-)
+# By which the number of rows may change from one window to the next, and the odds of a missing value.
+_TIMES_ROWS = 5
 _LEVEL = 0.1  # by this share at least the level of a column may move
 _NO_GUESS = 0.2  # a share of present values so low says nothing
 

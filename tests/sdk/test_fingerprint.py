@@ -304,7 +304,10 @@ def test_the_window_counts_only_for_stages_that_depend_on_it(tmp_path: Path) -> 
         )
         for month in (5, 6)
     )
-    validate = ValidateData(dataset=str(data), suite={"name": "s", "expectations": []})
+    validate = ValidateData(
+        dataset=str(data),
+        suite={"name": "s", "expectations": [{"type": "expect_column_to_exist", "kwargs": {"column": "y"}}]},
+    )
     prepare = PrepareData(snapshot=str(data), target="y")
     assert cache_key(validate, may) == cache_key(validate, june)
     assert cache_key(prepare, may) != cache_key(prepare, june)

@@ -147,9 +147,8 @@ def _boosted_trees(theirs: Converter, last_bits: float) -> Converter:
                 each["num_threshold"] = _float32_not_above(each["num_threshold"])
             theirs(scope, operator, container)
             return
-        inner = copy.copy(
-            operator
-        )  # a list is set by its name, because Operator would note who reads and writes it
+        # The list of outputs is set by its name, because Operator would note who reads and writes it.
+        inner = copy.copy(operator)
         made = [scope.declare_local_variable("made", type(variable.type)()) for variable in operator.outputs]
         inner.__dict__["outputs"] = made
         theirs(scope, inner, container)
