@@ -12,7 +12,8 @@ ARG BASE=docker.io/library/python:3.11-slim
 FROM ${BASE} AS dependencies
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_SYSTEM_CERTS=1
 # The locale that ONNX Runtime takes for a model which changes the case of text and names none. Where the base has no apt-get, or
-# no Debian mirror is within reach, the image lacks it, and a stage that meets such a model says so.
+# no Debian mirror is within reach, the image lacks it, and a stage that meets such a model says so. No version is pinned, because
+# each Debian has its own.
 # hadolint ignore=DL3008,DL3009
 RUN mkdir -p /usr/lib/locale \
  && { apt-get update -qq && apt-get install -qq -y --no-install-recommends locales && localedef -i en_US -f UTF-8 en_US.UTF-8 \
