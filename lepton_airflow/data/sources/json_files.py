@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -26,8 +27,8 @@ _DEEPEST = 20  # lists and objects within each other: DuckDB's time doubles with
 _DIGITS = 15  # of any number with a point, which a DOUBLE keeps
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(rb"[0-9.]{16}")
-# Marks a number with a point, kept as it is written: Python and DuckDB would round it to a double.
-_MARK = "\ue000written:"
+# Marks a number with a point, kept as it is written: Python and DuckDB would round it to a double. No text can begin so by chance.
+_MARK = f"\ue000{secrets.token_hex(8)}:"
 _MARKED = re.compile(rf'"{_MARK}([-+.0-9eE]+)"')
 
 
