@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,18 @@ def read_info(path: Path, *, plain: bool = False) -> DatasetInfo:
     return DatasetInfo(**{k: v for k, v in json.loads(metadata[_KEY]).items() if k in known})
 
 
+def check_names(path: Path) -> None:
+    """Raise BadInput when columns of a Parquet file differ by case alone, since DuckDB renames one of them."""
+    import pyarrow.parquet as pq
+
+    seen: dict[str, str] = {}
+    for name in pq.read_schema(path).names:
+        if (other := seen.setdefault(name.lower(), name)) is not name:
+            raise BadInput(
+                f"{path.name} has the columns {other!r} and {name!r}, which SQL does not tell apart: rename one of them."
+            )
+
+
 def info_sql(info: DatasetInfo) -> str:
     """The clause of DuckDB's ``COPY … TO`` that writes a dataset's description into the Parquet file."""
     text = json.dumps(asdict(info), sort_keys=True, ensure_ascii=False, allow_nan=False).replace("'", "''")
@@ -123,3 +136,20 @@ def load_frame(
             begin = f"{who[column]}: " if who and column in who else ""
             raise BadInput(f"{begin}column {column!r} is not in {path.name}; {did_you_mean(column, present)}")
     return pq.read_table(path, columns=list(columns) if columns is not None else None).to_pandas()
+
+
+def time_span(time_range: Sequence[str]) -> tuple[datetime, datetime]:
+    """First and last instant of an inclusive range; a date as its end means that whole day, no offset means UTC."""
+    try:
+        start, end = (datetime.fromisoformat(text) for text in time_range)
+    except (ValueError, TypeError):
+        raise BadInput(
+            f"time_range {list(time_range)!r}: expected two ISO 8601 times; prepare the data again."
+        ) from None
+    if len(time_range[1]) <= len("2013-01-31"):
+        end += timedelta(days=1) - timedelta.resolution
+    return _utc(start), _utc(end)
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -58,9 +58,8 @@ class FeatureQuery:
     def write(self, name: str, before: datetime | None = None) -> str:
         """Write the features in a total order to ``<name>.parquet`` and make the view ``<name>``."""
         target = self.workdir / f"{name}.parquet"
-        source = "snapshot" if before is None else self._earlier(before)
-        with self._in_one_sentence():
-            select, values = self._select(name, source)
+        with self._rows_before(before), self._in_one_sentence():
+            select, values = self._select(name)
             types = column_types(self.con, select, values, "features")
             self._check_columns(types)
             kept = {c: k for c, k in types.items() if c not in self.drop}
@@ -74,26 +73,30 @@ class FeatureQuery:
         self.con.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM read_parquet({literal(target)})")
         return name
 
-    def _earlier(self, before: datetime) -> str:
-        """Copy the snapshot's rows before a time."""
+    @contextmanager
+    def _rows_before(self, before: datetime | None) -> Iterator[None]:
+        """Let ``snapshot`` hold only its rows before a time, for a while, by whatever qualified name it is read."""
+        if before is None:
+            yield
+            return
         path = self.workdir / "earlier.parquet"
         time = quote(str(self.time_column))
         self.con.execute(
             f"COPY (SELECT * FROM snapshot WHERE CAST({time} AS TIMESTAMP) < {timestamp(before)}) TO {literal(path)} ({PARQUET})"
         )
-        return f"read_parquet({literal(path)})"
+        self.con.execute("ALTER VIEW snapshot RENAME TO __snapshot")
+        try:
+            self.con.execute(f"CREATE TEMP VIEW snapshot AS FROM read_parquet({literal(path)})")
+            yield
+        finally:
+            self.con.execute("DROP VIEW IF EXISTS snapshot; ALTER VIEW __snapshot RENAME TO snapshot")
 
-    def _select(self, name: str, source: str) -> tuple[str, dict[str, Any]]:
-        """SQL of the features of a table, and the values bound to it."""
+    def _select(self, name: str) -> tuple[str, dict[str, Any]]:
+        """SQL of the features, and the values bound to it."""
         if self.features and is_code(self.features):
-            return f"SELECT * FROM read_parquet({literal(self._call(source, name))})", {}
+            return f"SELECT * FROM read_parquet({literal(self._call(name))})", {}
         statement = select_statement(self.con, self.features or "SELECT * FROM snapshot", "features")
-        values = bind(statement, self.parameters, self.need_window, "features")
-        if source == "snapshot":
-            return statement.query, values
-        # The user's SELECT reads from snapshot: the WITH hides the view of that name.
-        select = f"WITH snapshot AS (SELECT * FROM {source}) SELECT * FROM (\n{statement.query}\n)"
-        return select, values
+        return statement.query, bind(statement, self.parameters, self.need_window, "features")
 
     def _check_columns(self, columns: Mapping[str, str]) -> None:
         for dropped in self.drop:
@@ -127,8 +130,8 @@ class FeatureQuery:
             kind = BadConfiguration if isinstance(error, duckdb.ProgrammingError) else BadInput
             raise kind(f"features: {sql_message(error)}. The table is snapshot({there}).") from None
 
-    def _call(self, source: str, name: str) -> Path:
-        """Call the user's function with the rows of a table, and write its result as Parquet."""
+    def _call(self, name: str) -> Path:
+        """Call the user's function with the rows of the snapshot, and write its result as Parquet."""
         import pandas as pd
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -136,7 +139,7 @@ class FeatureQuery:
         reference = str(self.features)
         function = load_code(reference, "features")
         try:
-            frame = function(self.con.execute(f"SELECT * FROM {source}").df())
+            frame = function(self.con.execute("FROM snapshot").df())
         except Exception as error:
             log.exception("features=%r failed", reference)
             raise BadInput(
@@ -146,16 +149,19 @@ class FeatureQuery:
             raise BadConfiguration(
                 f"features={reference!r} returned {type(frame).__name__}, expected a pandas DataFrame."
             )
-        doubles = frame.columns[frame.columns.duplicated()]
+        names = frame.columns.map(str)
+        doubles = names[names.str.lower().duplicated()]
         if len(doubles):
             raise BadConfiguration(
-                f"features={reference!r} returned the column {doubles[0]!r} twice: rename one."
+                f"features={reference!r} returned the column {doubles[0]!r} twice, also where capitals count for nothing: "
+                "rename one."
             )
         try:
             table = pa.Table.from_pandas(frame.rename(columns=str), preserve_index=False)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError, OverflowError) as error:
             raise BadInput(
-                f"features={reference!r} returned a column of mixed types: {'; '.join(map(str, error.args))}"
+                f"features={reference!r} returned a column that Parquet cannot hold, such as one of mixed types: "
+                f"{'; '.join(map(str, error.args))[:200]}"
             ) from None
         path = self.workdir / f"{name}-frame.parquet"
         pq.write_table(table, path)

@@ -10,32 +10,39 @@ from typing import TYPE_CHECKING, Any
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.data.duckdb_types import WHOLE
 from lepton_airflow.data.splits import TIME, timestamp
-from lepton_airflow.data.sql import fetch_row, for_each, quote
+from lepton_airflow.data.sql import fetch_row, for_each, nan_as_null, quote
 
 if TYPE_CHECKING:
     import duckdb
 
 log = logging.getLogger(__name__)
 
+_LAST_ROWS = 1000
+
 
 def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
     """The features that are the target under another name: with one value for each class, or in a straight line with it."""
     target = quote(str(info.target))
     if info.task == "regression":
+        other = target.replace("{", "{{").replace("}", "}}")
         numbers = _numbers(info)
         if not numbers:
             return []
-        linear = fetch_row(
-            con, f"SELECT {for_each(f'corr({{}}::DOUBLE, {target}::DOUBLE)', numbers)} FROM {table}"
-        )
+        clean = nan_as_null("{0}::DOUBLE")  # one NaN would make the whole correlation NaN
+        linear = fetch_row(con, f"SELECT {for_each(f'corr({clean}, {other}::DOUBLE)', numbers)} FROM {table}")
         return [n for n, r in zip(numbers, linear, strict=True) if r is not None and abs(r) > 1 - 1e-9]
     copies = []
     # The counts are approximate; the exact ones follow for the few features that pass.
     distinct = fetch_row(con, f"SELECT {for_each('approx_count_distinct({})', info.features)} FROM {table}")
     for name, about in zip(info.features, distinct, strict=True):
         if about <= 2 * len(info.classes):
-            pairs = con.execute(f"SELECT DISTINCT {quote(name)}, {target} FROM {table}").fetchall()
-            if len(pairs) == len({value for value, _ in pairs}) == len(info.classes):
+            value = quote(name) if name in info.categorical else nan_as_null(f"{quote(name)}::DOUBLE")
+            pairs, values = fetch_row(
+                con,
+                f"WITH p AS (SELECT DISTINCT {value} AS v, {target} AS t FROM {table}) "
+                "SELECT count(*), (SELECT count(*) FROM (SELECT DISTINCT v FROM p)) FROM p",
+            )
+            if pairs == values == len(info.classes):
                 copies.append(name)
     return copies
 
@@ -45,8 +52,9 @@ def perfect_separators(con: duckdb.DuckDBPyConnection, table: str, info: Dataset
     numbers = _numbers(info)
     if info.task != "classification" or len(info.classes) != 2 or not numbers:
         return []
+    clean = nan_as_null("{0}::DOUBLE")
     ranges = con.execute(
-        f"SELECT {quote(str(info.target))}, {for_each('min({0}), max({0})', numbers)} FROM {table} GROUP BY 1"
+        f"SELECT {quote(str(info.target))}, {for_each(f'min({clean}), max({clean})', numbers)} FROM {table} GROUP BY 1"
     ).fetchall()
     found = []
     for index, name in enumerate(numbers):
@@ -75,7 +83,7 @@ def look_ahead(
     horizon = timedelta(seconds=info.label_horizon_s)
     # The label of a row that long before the cut is known at the cut, so nothing of it may change.
     both = [_rows_before(source, info, cut - horizon) for source in (table, alone)]
-    different = differing_columns(con, both[0], both[1], types, key=TIME)
+    different = _different(con, both, types)
     if different:
         return _looks_ahead(different, cut, horizon, info, stated)
     return _unlabelled_look_ahead(con, table, alone, cut, types, info) if horizon else ""
@@ -102,16 +110,16 @@ def _unlabelled_look_ahead(
     horizon = timedelta(seconds=info.label_horizon_s)
     both = [_rows_before(source, info, cut, cut - horizon) for source in (table, alone)]
     names = [info.time_column, info.cluster_column, *info.id_columns]
-    key = ", ".join(quote(name) for name in dict.fromkeys(names) if name)
-    counted = [f"(SELECT {key}, count(*) AS n FROM {source} GROUP BY ALL)" for source in both]
-    in_both = f"(SELECT {key} FROM {counted[0]} JOIN {counted[1]} USING ({key}, n))"
+    key = f"hash({', '.join(quote(name) for name in dict.fromkeys(names) if name)})"  # a missing id has a hash, too
+    counted = [f"(SELECT {key} AS k, count(*) AS n FROM {source} GROUP BY k)" for source in both]
+    in_both = f"(SELECT k FROM {counted[0]} JOIN {counted[1]} USING (k, n))"
     (more,) = fetch_row(
         con,
-        f"SELECT count(*) FROM {counted[1]} AS alone LEFT JOIN {counted[0]} AS f USING ({key}) WHERE alone.n > coalesce(f.n, 0)",
+        f"SELECT count(*) FROM {counted[1]} AS alone LEFT JOIN {counted[0]} AS f USING (k) WHERE alone.n > coalesce(f.n, 0)",
     )
-    compared = [f"(SELECT * FROM {source} JOIN {in_both} USING ({key}))" for source in both]
+    compared = [f"(SELECT * FROM {source} WHERE {key} IN {in_both})" for source in both]
     features = {name: kind for name, kind in types.items() if name != info.target}
-    different = ["*"] if more else differing_columns(con, compared[0], compared[1], features, key=TIME)
+    different = ["*"] if more else _different(con, compared, features)
     if different:
         return _looks_ahead(different, cut, timedelta(), info, None)
     (rows,), (all_rows,) = (fetch_row(con, f"SELECT count(*) FROM {t}") for t in (compared[0], both[0]))
@@ -146,6 +154,18 @@ def _looks_ahead(
         f"features look into the future: {what} before {before} changes when the rows from {cut if horizon else 'then'} on "
         "are taken away. Let windows and aggregates reach over earlier rows only, and give them an order; where the target "
         "looks ahead, say how far in label_horizon; leak_check=false accepts it, for what is known beforehand."
+    )
+
+
+def _different(con: duckdb.DuckDBPyConnection, both: Sequence[str], types: Mapping[str, str]) -> list[str]:
+    """The columns in which two tables differ: over all rows, and over the last ones.
+
+    What looks a few rows ahead changes the last rows only, which the sums of many rows may hide.
+    """
+    last = f"(SELECT min({TIME}) FROM (SELECT {TIME} FROM {both[0]} ORDER BY {TIME} DESC LIMIT {_LAST_ROWS}))"
+    ends = [f"(SELECT * FROM {table} WHERE {TIME} >= {last})" for table in both]
+    return differing_columns(con, both[0], both[1], types, key=TIME) or differing_columns(
+        con, ends[0], ends[1], types, key=TIME
     )
 
 

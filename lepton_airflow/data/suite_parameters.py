@@ -33,9 +33,11 @@ def filled(value: Any, parameters: Mapping[str, Any], where: str) -> Any:
     expression = str(value[_SIGN]).strip()
     if f"{_SIGN}.{expression}" in value:  # a value beside its name, as Great Expectations allows it
         return value[f"{_SIGN}.{expression}"]
-    if expression in parameters:
-        return parameters[expression]
-    return _computed(expression, parameters, where)
+    asked = f"{where} needs {_SIGN} {expression[:80]!r}"
+    found = parameters[expression] if expression in parameters else _computed(expression, parameters, asked)
+    if isinstance(found, float) and not math.isfinite(found):
+        raise BadConfiguration(f"{asked}, which is {found}: every value would meet such a bound, or none.")
+    return found
 
 
 def asks_for_now(value: Any) -> bool:
@@ -43,10 +45,9 @@ def asks_for_now(value: Any) -> bool:
     return any(re.search(r"\bnow\s*\(", expression) for expression in _expressions(value))
 
 
-def _computed(expression: str, parameters: Mapping[str, Any], where: str) -> Any:
+def _computed(expression: str, parameters: Mapping[str, Any], asked: str) -> Any:
     from great_expectations.core import suite_parameters as library
 
-    asked = f"{where} needs {_SIGN} {expression[:80]!r}"
     names = _NAME.findall(expression)
     for name in names:
         if name not in parameters and name.lower() not in _CONSTANTS:
@@ -58,15 +59,12 @@ def _computed(expression: str, parameters: Mapping[str, Any], where: str) -> Any
     # The worker's clock may be in any time zone; windows, and times without an offset, are in UTC.
     library.EXPR.fn = library.SuiteParameterParser.fn | {"now": lambda: datetime.now(UTC)}
     try:
-        computed = library.parse_suite_parameter(expression, dict(parameters))
+        return library.parse_suite_parameter(expression, dict(parameters))
     except Exception as error:  # noqa: BLE001 - the parser's and Great Expectations' own share no base
         reason = re.sub(
             r"^(Parse Failure|Error while evaluating suite parameter expression): ", "", first_line(error)
         )
         raise BadConfiguration(f"{asked}, which Great Expectations cannot compute: {reason}") from None
-    if isinstance(computed, float) and not math.isfinite(computed):
-        raise BadConfiguration(f"{asked}, which is {computed}: every value would meet such a bound, or none.")
-    return computed
 
 
 def _expressions(value: Any) -> Iterator[str]:

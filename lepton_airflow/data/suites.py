@@ -204,12 +204,17 @@ def _bounds(
     slack = margin * (high - low)
     above, below = high + max(slack, abs(high) * _LEVEL), low - max(slack, abs(low) * _LEVEL)
     if low >= 0 and 0 < middle < high:  # amounts grow by factors
-        above = max(above, high * min((high / middle) ** margin, 1000.0))
+        above = max(above, high * _growth(high / middle, margin))
     if high <= 0 and low < middle < 0:
-        below = min(below, low * min((low / middle) ** margin, 1000.0))
+        below = min(below, low * _growth(low / middle, margin))
     if not (math.isfinite(above) and math.isfinite(below)):
         return {"min_value": 0} if from_zero else {}
     return {"min_value": 0 if from_zero else -_round_up(-below), "max_value": _round_up(above)}
+
+
+def _growth(ratio: float, margin: float) -> float:
+    """By what factor amounts may grow, at most 1,000; without the power, which no float may hold."""
+    return math.exp(min(margin * math.log(ratio), math.log(1000)))
 
 
 def _are_dates(con: duckdb.DuckDBPyConnection, table: str, column: str) -> bool:

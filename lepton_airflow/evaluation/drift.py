@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lepton_airflow.data.duckdb_types import is_number
 from lepton_airflow.data.profile import VERSION, count_rows, reference_counts, share_of, unseen_categories
-from lepton_airflow.data.sql import fetch_row, quote
+from lepton_airflow.data.sql import fetch_row, nan_as_null, quote
 from lepton_airflow.errors import BadInput, brief
 
 if TYPE_CHECKING:
@@ -85,6 +85,13 @@ def judge_columns(
     from lepton_airflow.statistics.distances import holm
 
     kinds = {name: kind for name, kind, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
+    read = [
+        f"{_as_profiled(name, kinds[name], column)} AS {quote(name)}"
+        for name, column in profile["columns"].items()
+        if name in kinds
+    ]
+    if read:
+        table = f"(SELECT * REPLACE ({', '.join(read)}) FROM {table})"
     found = []
     for name, column in profile["columns"].items():
         role: Literal["feature", "target"] = "target" if name == profile["target"] else "feature"
@@ -105,6 +112,24 @@ def judge_columns(
     )
     judged = [_decided(v, adjusted.get(v.name), threshold, alpha) for v in found]
     return sorted(judged, key=lambda v: (not v.drifted, v.distance is not None, -(v.distance or 0.0), v.name))
+
+
+def _as_profiled(name: str, kind: str, column: Mapping[str, Any]) -> str:
+    """SQL of a column as PrepareData and the model read it, whatever type a missing value has made of it.
+
+    NaN is missing, a boolean 0 or 1, and a whole number in a column of categories the same text as that of an integer.
+    """
+    value = quote(name)
+    if kind in ("FLOAT", "DOUBLE"):
+        value = nan_as_null(value)
+    if column["kind"] == "number":
+        return value
+    if kind == "BOOLEAN" and {label for label, _ in column["top"]} <= {"0", "1"}:
+        return f"CAST({value} AS TINYINT)"
+    if kind in ("FLOAT", "DOUBLE") or kind.startswith("DECIMAL"):
+        whole = f"{value} = trunc({value}) AND abs({value}) < 1e15"
+        return f"CASE WHEN {whole} THEN CAST({value} AS BIGINT)::TEXT ELSE {value}::TEXT END"
+    return value
 
 
 def _structural(column: Mapping[str, Any], kind: str | None) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.data.dataset import DatasetInfo, read_info
-from lepton_airflow.data.features import Feature, feature_frame, read_batches
-from lepton_airflow.errors import BadInput
+from lepton_airflow.data.dataset import DatasetInfo, read_info, time_span
+from lepton_airflow.data.features import BATCH_ROWS, Feature, feature_frame, read_batches
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
+    import pyarrow as pa
     from numpy.typing import NDArray
 
     from lepton_airflow.packaging.package import ModelPackage
@@ -48,11 +46,13 @@ def _id_hashes(path: Path, id_columns: Sequence[str]) -> NDArray[np.uint64]:
     """The hash of each row's id, in the order of the rows."""
     import numpy as np
     import pandas as pd
+    import pyarrow.parquet as pq
 
     parts = []
-    for batch in read_batches(path, list(dict.fromkeys(id_columns))):
-        ids = pd.DataFrame({i: _as_text(batch[name]) for i, name in enumerate(id_columns)})
-        parts.append(pd.util.hash_pandas_object(ids, index=False, categorize=False).to_numpy())
+    with pq.ParquetFile(path) as file:  # not by pandas, in which a value's type depends on those beside it
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(id_columns))):
+            ids = pd.DataFrame({i: _as_text(batch.column(name)) for i, name in enumerate(id_columns)})
+            parts.append(pd.util.hash_pandas_object(ids, index=False, categorize=False).to_numpy())
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
 
 
@@ -65,17 +65,24 @@ def untouched_by_id(package: ModelPackage, dataset_path: Path, info: DatasetInfo
     return np.isin(_id_hashes(dataset_path, info.id_columns), package.rows, invert=True)
 
 
-def _as_text(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Ids as text, with whole numbers that a missing value has made floats as whole numbers again."""
-    missing = column.isna()
-    if column.dtype.kind == "f":
-        whole = (column % 1 == 0) & (column.abs() < 2**53)
-        text = column.astype(str)
-        text[whole] = column[whole].astype("int64").astype(str)
-    else:
-        text = column.astype(str)
-    text[missing] = ""
-    return text.astype(object)
+def _as_text(column: pa.Array) -> list[str]:
+    """Ids as text: whole numbers alike as integers and as floats, dates as midnight; nothing where one is missing."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None))).cast(pa.string())
+    return [_text_of(value) for value in column.to_pylist()]
+
+
+def _text_of(value: Any) -> str:
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return str(value)
 
 
 def touched_rows(
@@ -149,20 +156,3 @@ def overlapping(mine: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether two inclusive ranges of time have an instant in common."""
     (start, end), (first, last) = time_span(mine), time_span(theirs)
     return start <= last and first <= end
-
-
-def time_span(time_range: Sequence[str]) -> tuple[datetime, datetime]:
-    """First and last instant of an inclusive range; a date as its end means that whole day, no offset means UTC."""
-    try:
-        start, end = (datetime.fromisoformat(text) for text in time_range)
-    except (ValueError, TypeError):
-        raise BadInput(
-            f"time_range {list(time_range)!r}: expected two ISO 8601 times; prepare the data again."
-        ) from None
-    if len(time_range[1]) <= len("2013-01-31"):
-        end += timedelta(days=1) - timedelta.resolution
-    return _utc(start), _utc(end)
-
-
-def _utc(moment: datetime) -> datetime:
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

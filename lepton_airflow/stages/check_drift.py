@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import pin, split_pin
-from lepton_airflow.data.dataset import DatasetInfo, read_info
+from lepton_airflow.data.dataset import DatasetInfo, check_names, read_info
 from lepton_airflow.data.duckdb_types import is_number
 from lepton_airflow.data.sql import connect, fetch_row, interruptible, literal, quote
 from lepton_airflow.errors import (
@@ -253,9 +253,14 @@ class CheckDrift(Stage):
         self, con: duckdb.DuckDBPyConnection, current: Path, reference: _Reference
     ) -> tuple[int, list[ColumnVerdict]]:
         info = read_info(current, plain=True)
+        check_names(current)
         scan = f"SELECT * FROM read_parquet({literal(current)})"
         con.execute(f"CREATE TEMP VIEW current_rows AS {scan}")
         there = [name for name, *_ in con.execute("DESCRIBE current_rows").fetchall()]
+        if "file_row_number" in map(str.lower, there):
+            raise BadInput(
+                f"{split_pin(self.dataset)[0]} has a column 'file_row_number', a name that rows are counted under: rename it."
+            )
         features = [name for name in reference.profile["columns"] if name != reference.profile["target"]]
         if info == DatasetInfo() and features and not set(features) & set(there):
             raise BadInput(
@@ -294,6 +299,11 @@ class CheckDrift(Stage):
         verdicts = judge_columns(
             con, "current_rows", reference.profile | {"columns": judged}, cluster, self.threshold, self.alpha
         )
+        if len(verdicts) < self.min_columns:
+            log.warning(
+                "min_columns=%d, and %d columns can be judged in this window, whose rows have no label yet: it cannot drift",
+                self.min_columns, len(verdicts),
+            )  # fmt: skip
         if not verdicts:
             raise BadConfiguration(
                 f"exclude_columns leaves only the target {brief(next(iter(judged)))} to judge, and no row has a label yet: leave "

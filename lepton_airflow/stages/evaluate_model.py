@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -228,7 +229,7 @@ class EvaluateModel(Stage):
                 raise BadConfiguration(
                     f"gate: {key!r} is not a metric of this model; {did_you_mean(key, known)}"
                 )
-            if isinstance(bound, bool) or not isinstance(bound, int | float):
+            if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
                 raise BadConfiguration(f"gate: {key}={bound!r} is not a number, such as 0.65.")
 
     def _apply_gate(self, flat: dict[str, float | None], report_uri: str) -> None:

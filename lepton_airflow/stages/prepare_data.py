@@ -7,12 +7,12 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.data.dataset import DatasetInfo, info_sql
+from lepton_airflow.data.dataset import DatasetInfo, check_names, info_sql, time_span
 from lepton_airflow.data.duckdb_types import WHOLE, in_microseconds, is_time
 from lepton_airflow.data.feature_query import FeatureQuery
 from lepton_airflow.data.leaks import copies_of_target, look_ahead, perfect_separators
@@ -35,6 +35,7 @@ from lepton_airflow.data.sql import (
     fetch_row,
     for_each,
     literal,
+    nan_as_null,
     quote,
 )
 from lepton_airflow.errors import BadConfiguration, BadInput, brief, did_you_mean, first_line, require
@@ -302,6 +303,7 @@ class PrepareData(Stage):
             types = column_types(con, f"SELECT * FROM {scan}", {}, "snapshot")
             columns = ", ".join(f"{in_microseconds(quote(c), k)} AS {quote(c)}" for c, k in types.items())
             con.execute(f"CREATE TEMP VIEW snapshot AS SELECT {columns} FROM {scan}")
+            check_names(path)
         except duckdb.Error as error:
             raise BadInput(
                 f"snapshot {split_pin(self.snapshot)[0]} is not readable Parquet: {first_line(error)}"
@@ -495,9 +497,11 @@ class PrepareData(Stage):
                 raise BadInput(
                     f"feature {name!r} is infinite in {count} rows: expected finite numbers or missing values; correct it in features."
                 )
-        known = fetch_row(
-            con, f"SELECT {for_each('count({})', info.features)} FROM {assigned} WHERE {SPLIT} = 'train'"
+        there = (
+            quote(n) if n in info.categorical else nan_as_null(f"{quote(n)}::DOUBLE") for n in info.features
         )
+        counts = ", ".join(f"count({value})" for value in there)
+        known = fetch_row(con, f"SELECT {counts} FROM {assigned} WHERE {SPLIT} = 'train'")
         for name, count in zip(info.features, known, strict=True):
             if not count:
                 log.warning("feature %r is missing in every row of train: it tells a model nothing.", name)
@@ -553,6 +557,16 @@ class PrepareData(Stage):
                 raise BadInput(
                     f"column {name!r} is missing in {missing} rows, which then belong to no split: leave them out in features."
                 )
+        if self.split == "random" and self.id_columns:
+            ids = ", ".join(map(quote, self.id_columns))
+            (twice,) = fetch_row(
+                con, f"SELECT count(*) FROM (SELECT 1 FROM known GROUP BY {ids} HAVING count(*) > 1)"
+            )
+            if twice:
+                log.warning(
+                    "%d ids (%s) have more than one row, which may go to other splits; where their rows depend on one "
+                    "another, name a cluster_column and use split='group'.", twice, ", ".join(self.id_columns),
+                )  # fmt: skip
         file = run.workdir / "assigned.parquet"
         con.execute(f"COPY ({division.query(con)}) TO {literal(file)} ({PARQUET})")
         con.execute(
@@ -620,8 +634,9 @@ class PrepareData(Stage):
         """Refuse a feature that repeats the target; warn of one that tells the classes apart by itself."""
         train = f"{assigned} WHERE {SPLIT} = 'train'"
         if copies := copies_of_target(con, train, info):
+            how = "in a straight line" if info.task == "regression" else "exactly"
             raise BadInput(
-                f"feature {copies[0]!r} tells the target {self.target!r} exactly in every row of train: it is the target "
+                f"feature {copies[0]!r} tells the target {self.target!r} {how} in every row of train: it is the target "
                 "under another name. Leave it out in features or name it in drop; leak_check=false keeps it."
             )
         for name in perfect_separators(con, train, info):
@@ -666,4 +681,5 @@ def _later(time_range: Sequence[str] | None, horizon: timedelta) -> str | None:
     """The last time that the labels of a range of rows look at; None where labels do not look ahead."""
     if not time_range or not horizon:
         return None
-    return (datetime.fromisoformat(time_range[1]) + horizon).isoformat()
+    last = time_span(time_range)[1]  # of a date the end of its day
+    return (last + min(horizon, datetime.max.replace(tzinfo=UTC) - last)).isoformat()

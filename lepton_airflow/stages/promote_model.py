@@ -256,7 +256,13 @@ class _Bench:
         why_not = self._why_not_compared(champion, package)
         if why_not:
             return _Finding("hold", f"hold: champion version {champion.version} {why_not}", metrics)
-        return self._compared(package, metrics)
+        try:
+            return self._compared(package, metrics)
+        except BadInput as error:
+            if isinstance(self.judged, slice):
+                raise
+            sentence = f"hold: the rows that champion version {champion.version} has not touched decide nothing: {error}"
+            return _Finding("hold", sentence, metrics)
 
     def _why_not_compared(self, champion: LedgerEntry, package: ModelPackage) -> str | None:
         """Why these rows cannot decide between the two; raises when the two can never be compared."""
@@ -301,7 +307,10 @@ class _Bench:
         sentence = verdict.sentence
         if len(rows.y[judged]) < len(rows.y):
             sentence += f" Judged on the {len(rows.y[judged]):,} of {len(rows.y):,} rows whose ids the champion has not touched."
-        metrics = metrics | self._interval("champion", scores, judged) | {"rows_judged": len(rows.y[judged])}
+        metrics |= self._interval("candidate", self.scores, judged) | self._interval(
+            "champion", scores, judged
+        )
+        metrics |= {"rows_judged": len(rows.y[judged])}
         # Of too few rows the interval is infinite, which JSON cannot say.
         comparison = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(result).items()

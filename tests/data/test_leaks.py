@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import duckdb
 import pytest
 
 from lepton_airflow.data.dataset import DatasetInfo
-from lepton_airflow.data.leaks import copies_of_target, differing_columns, perfect_separators
+from lepton_airflow.data.leaks import copies_of_target, differing_columns, look_ahead, perfect_separators
+from lepton_airflow.data.splits import timestamp
 
 
 def table(select: str) -> duckdb.DuckDBPyConnection:
@@ -35,6 +38,13 @@ NUMBERS = DatasetInfo(target="y", task="regression", features=["f", "g"], catego
             "SELECT i AS y, 1 AS f, 'x' AS g FROM range(40) r(i)",
             [],
         ),  # no correlation with a constant
+        # NaN is a missing value, and neither hides the copy nor makes one.
+        (
+            NUMBERS,
+            "SELECT i AS y, CASE WHEN i = 7 THEN 'nan'::DOUBLE ELSE 2 * i END AS f, 'x' AS g FROM range(40) r(i)",
+            ["f"],
+        ),
+        (CLASSES, "SELECT i % 2 AS y, 'nan'::DOUBLE AS f, i || '' AS g FROM range(40) r(i)", []),
     ],
 )
 def test_the_target_is_found_under_another_name(info: DatasetInfo, select: str, copies: list[str]) -> None:
@@ -71,3 +81,24 @@ ROWS = "SELECT i AS k, i / 7 AS n, 'c' || i % 5 AS c FROM range(1000) r(i)"
 def test_tables_differ_where_a_value_does(other: str, differing: list[str]) -> None:
     con = table(ROWS)
     assert differing_columns(con, "t", f"({other})", TYPES, key="k") == differing
+
+
+def test_what_looks_one_row_ahead_does_not_drown_in_many_rows() -> None:
+    """Of 200,000 values near 100,000 one changes by a few: less than the rounding of sums that is allowed for all rows."""
+    con = duckdb.connect()
+    con.execute(
+        "CREATE TABLE s AS SELECT TIMESTAMP '2024-01-01' + to_minutes(i) AS t, 1e5 + (i * 7919) % 11 AS p FROM range(200000) r(i)"
+    )
+    cut = datetime(2024, 5, 1)  # noqa: DTZ001 - as DuckDB gives it
+    features = (
+        "SELECT t, p, avg(p) OVER (ORDER BY t ROWS BETWEEN 1 PRECEDING AND {} FOLLOWING) AS around FROM {}"
+    )
+    info = DatasetInfo(target="p", task="regression", features=["around"], time_column="t")
+    types = {"t": "TIMESTAMP", "p": "DOUBLE", "around": "DOUBLE"}
+    for after, said in ((0, ""), (1, "features look into the future: column 'around'")):
+        con.execute(f"CREATE OR REPLACE VIEW whole AS {features.format(after, 's')}")
+        con.execute(
+            f"CREATE OR REPLACE VIEW alone AS {features.format(after, '(FROM s WHERE t < ' + timestamp(cut) + ')')}"
+        )
+        assert look_ahead(con, "whole", "alone", cut, types, info, None).startswith(said)
+        assert bool(look_ahead(con, "whole", "alone", cut, types, info, None)) == bool(said)

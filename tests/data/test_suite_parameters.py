@@ -51,6 +51,13 @@ def test_parameters_are_filled_at_any_depth() -> None:
     assert filled({"$PARAMETER": "x", "$PARAMETER.x": 4}, {}, "here") == 4
 
 
+def test_a_parameter_that_is_no_number_is_refused() -> None:
+    with pytest.raises(
+        BadConfiguration, match=r"needs .PARAMETER 'rows', which is nan: every value would meet"
+    ):
+        filled({"min_value": {"$PARAMETER": "rows"}}, {"rows": float("nan")}, "here")
+
+
 def test_now_is_in_utc(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("TZ", "Asia/Tokyo")

@@ -207,6 +207,23 @@ def test_what_is_no_number_any_more_has_drifted(con, judge: Judge, kind: str) ->
     assert found.reason == f"numbers have become {kind}"
 
 
+@pytest.mark.parametrize("kind", ["BOOLEAN", "BIGINT", "DOUBLE", "DECIMAL(4,1)", "VARCHAR"])
+def test_labels_are_the_same_in_any_type(con, judge: Judge, kind: str) -> None:
+    """The profile's target is 0 and 1; a snapshot may have true and false, or floats where some labels are missing."""
+    con.register("now", frame(2, 30))
+    found = judge(con.execute(f"SELECT * REPLACE (CAST(late AS {kind}) AS late) FROM now").to_arrow_table())
+    assert not found["late"].drifted
+    assert found["late"].distance == judge(frame(2, 30))["late"].distance
+
+
+def test_a_label_that_is_nan_has_not_come_yet(judge: Judge) -> None:
+    data = frame(2, 30)
+    data["late"] = data.late.where(data.index % 10 == 0)
+    found = judge(data)["late"]
+    assert not found.drifted
+    assert found.missing == [0.0, 0.0]
+
+
 def test_the_target_is_judged_too(judge: Judge) -> None:
     rows = frame(1, 30)
     rows["late"] = (np.random.default_rng(1).random(len(rows)) < 0.6).astype(int)

@@ -142,13 +142,20 @@ def test_ids_tell_rows_apart_that_have_equal_values(tmp_path: Path) -> None:
 
 def test_an_id_is_the_same_in_any_type(tmp_path: Path) -> None:
     def ids(*values: object) -> list[int]:
-        path = save(pd.DataFrame({"id": pd.Series(values)}), tmp_path / "ids.parquet")
+        whole = any(isinstance(v, int) for v in values)
+        column = pd.Series(values, dtype="Int64" if whole else None)
+        path = save(pd.DataFrame({"id": column}), tmp_path / "ids.parquet")
         return id_fingerprints(path, ["id"]).tolist()
 
     assert ids(1, 2) == ids("1", "2") == ids(2.0, 1.0)
     assert set(ids(1, 2)) < set(ids(1.0, None, 2.0))
     assert len(ids(2**60, 2**60 + 1)) == 2
     assert ids(0.5) == ids("0.5") != ids(0.25)
+    # Neither what stands beside an id nor the type of its column changes it.
+    assert set(ids(2**60, 2**60 + 1)) < set(ids(2**60, None, 2**60 + 1))
+    day, hour = pd.Timestamp("2013-01-01"), pd.Timestamp("2013-01-02 10:00:00.5")
+    assert ids(day) == ids(day.date())
+    assert set(ids(day)) < set(ids(day, hour))
 
 
 def test_a_label_that_looks_ahead_belongs_to_the_touched_time(tmp_path: Path) -> None:

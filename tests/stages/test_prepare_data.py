@@ -294,6 +294,12 @@ def mixed(frame):
     return frame.assign(odd=["a", 1] * (len(frame) // 2))
 def a_list(frame):
     return [1]
+def huge(frame):
+    return frame.assign(odd=[2**70] + [1] * (len(frame) - 1))
+def half(frame):
+    return frame.assign(odd="\\ud800")
+def cased(frame):
+    return frame.assign(X=1.0)
 """
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -319,7 +325,10 @@ def test_features_by_a_function(functions: str, tmp_path: Path) -> None:
         ("standardised", BadInput, "look into the future: column 'x'"),
         ("broken", BadInput, "raised KeyError: 'absent'"),
         ("doubled", BadConfiguration, "the column 'x' twice"),
-        ("mixed", BadInput, "column of mixed types: .*column odd"),
+        ("mixed", BadInput, "such as one of mixed types: .*column odd"),
+        ("huge", BadInput, "a column that Parquet cannot hold"),
+        ("half", BadInput, "a column that Parquet cannot hold"),
+        ("cased", BadConfiguration, "the column 'X' twice, also where capitals count for nothing"),
         ("a_list", BadConfiguration, "returned list, expected a pandas DataFrame"),
         ("ration", BadConfiguration, "did you mean 'ratio'"),
     ],
@@ -615,7 +624,35 @@ def test_a_target_that_looks_ahead_leaves_a_gap_and_its_unknown_labels_out(tmp_p
     )
     train = info(tmp_path, result)
     assert train.label_horizon_s == 3 * 3600
-    assert train.labels_until == (parts["train"].t.max() + 3 * hour).isoformat()
+    assert train.labels_until == (parts["train"].t.max() + 3 * hour).isoformat() + "+00:00"
+
+
+def test_the_label_of_a_day_looks_from_its_end(tmp_path: Path) -> None:
+    days = pd.DataFrame({"t": pd.date_range("2024-01-01", periods=40).date, "load": range(40)})
+    features = "SELECT *, lead(load, 2) OVER (ORDER BY t) AS coming, hash(load) % 7 AS x FROM snapshot"
+    result = prepare(tmp_path, days, **(LOAD | {"features": features}), label_horizon="2 days")
+    last = splits(tmp_path, result)["train"].t.max()
+    span = info(tmp_path, result).span
+    assert span == ["2024-01-01", f"{last + pd.Timedelta(days=2)}T23:59:59.999999+00:00"]
+
+
+def test_a_label_horizon_beside_names_and_ids_of_any_kind(tmp_path: Path) -> None:
+    data = load().rename(columns={"t": "n"}).assign(k=[None if i % 5 == 0 else i for i in range(400)])
+    features = NEXT_HOUR.replace("ORDER BY t", "ORDER BY n")
+    fields = LOAD | {"time_column": "n", "features": features, "id_columns": ["k"]}
+    result = prepare(tmp_path, data, **fields, label_horizon="3 hours")
+    assert result.metrics["rows_label_unknown"] == 3
+
+
+def test_the_rows_before_a_cut_are_all_that_a_qualified_name_reads(tmp_path: Path) -> None:
+    features = NEXT_HOUR.replace("lag(load)", "lead(load)").replace("FROM snapshot", "FROM temp.snapshot")
+    with pytest.raises(BadInput, match="features look into the future: column 'before'"):
+        prepare(tmp_path, load(), **(LOAD | {"features": features}), label_horizon="3 hours")
+
+
+def test_columns_that_differ_by_case_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="has the columns 'x' and 'X', which SQL does not tell apart"):
+        prepare(tmp_path, table().assign(X=1.0), **TIME)
 
 
 def test_a_grid_of_cut_offs_raises_no_alarm(tmp_path: Path) -> None:

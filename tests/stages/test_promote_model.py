@@ -236,6 +236,19 @@ def test_ids_leave_out_only_the_rows_that_the_champion_has_touched(desk: Desk, p
     assert result.values["decision"] == "promote"
     assert "Judged on the 2,500 of 3,000 rows whose ids the champion has not touched." in result.summary
     assert result.metrics["rows_judged"] == 2500
+    apart = result.metrics["candidate_roc_auc"] - result.metrics["champion_roc_auc"]
+    assert apart == pytest.approx(result.metrics["difference"])
+    frame[:2999].to_parquet(tmp_path / "seen.parquet")
+    seen = id_fingerprints(tmp_path / "seen.parquet", ["id"])
+    knows_all = desk.register(WEAK, 4, touched=[timeless], row_identity=["id"], rows=seen)
+    entry = {"package": find_version(desk.run.store, "late", knows_all).package}
+    newest = ledger.entries()[-1]
+    assert ledger.append(
+        replace(newest, sequence=newest.sequence + 1, version=knows_all, run_key="y", **entry)
+    )
+    held = desk.promote(desk.register([1.0, 0.4], 5, touched=[]))
+    assert held.values["decision"] == "hold"
+    assert f"the rows that champion version {knows_all} has not touched decide nothing" in held.summary
 
 
 def test_a_candidate_that_has_touched_the_rows_is_refused(desk: Desk) -> None:

@@ -24,6 +24,7 @@ _SUFFIXES = {
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _SIGNS = ("=", "<", "<=", ">", ">=", "in")
 # A JSON or Parquet file says itself what these would say of a CSV file.
+_MOST_SKIPPED = 10_000
 CSV_ONLY = ("delimiter", "quote", "skip_lines", "null_values", "decimal", "thousands", "encoding")
 _LAKE_ONLY = ("catalog", "table", "snapshot_id", "columns", "filters")
 # The options of each kind of source. Any other is refused, because it would do nothing: an Iceberg table has snapshots, so
@@ -210,8 +211,10 @@ def _check_types(source: Source) -> None:
 def _check_csv(source: Source) -> None:
     """Raise for characters that would mean two things, and for an encoding that there is not."""
     what = f"source {source.name!r}"
-    if not str(source.skip_lines).isdecimal():
-        raise BadConfiguration(f"{what}: skip_lines={source.skip_lines!r}: expected a whole number.")
+    if not str(source.skip_lines).isdecimal() or int(source.skip_lines) > _MOST_SKIPPED:
+        raise BadConfiguration(
+            f"{what}: skip_lines={source.skip_lines!r}: expected a whole number of at most {_MOST_SKIPPED:,}."
+        )
     for option in ("delimiter", "quote", "decimal", "thousands"):
         value = getattr(source, option)
         longest = 4 if option == "delimiter" else 1
