@@ -29,7 +29,7 @@ from flights import land
 from run import PAUSED, alone, backfill, follow, print_table, runs_of, say, switch_on
 
 from lepton_airflow.connections import Connection
-from lepton_airflow.errors import LeptonError
+from lepton_airflow.errors import LeptonError, first_line
 from lepton_airflow.pods import MANAGED_BY, MANAGER
 from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalAirflow, LocalEndpoint, LocalMlflow, processes
@@ -171,9 +171,15 @@ class Cluster:
 
     def remove_namespace(self, namespace: str) -> None:
         """Remove the demo's namespace, if the demo made it."""
-        mine = self._core.list_namespace(label_selector=f"{MANAGED_BY}={MANAGER}").items
-        if namespace in [n.metadata.name for n in mine]:
-            self._core.delete_namespace(namespace)
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            mine = self._core.list_namespace(label_selector=f"{MANAGED_BY}={MANAGER}").items
+            if namespace in [n.metadata.name for n in mine]:
+                self._core.delete_namespace(namespace)
+        except (ApiException, HTTPError) as error:
+            raise LeptonError(f"the cluster does not remove it: {first_line(error)}") from None
 
     def show(self) -> None:
         """Say which pods have come and what has become of them since the last call."""

@@ -58,12 +58,21 @@ def check_deployment(store: Store, deployment: str) -> None:
     )
 
 
+def _is_there() -> bool:
+    """Whether the Variable exists although it was not given: Airflow answers None also when its API has failed."""
+    from airflow.sdk import Variable
+
+    return hasattr(Variable, "keys") and VARIABLE in list(Variable.keys(prefix=VARIABLE))
+
+
 def _looked(store: Store, deployment: str) -> tuple[str, str | None]:
     """The id of the Airflow that uses the store under this name, and the one of this Airflow; what there is none of is made."""
     from airflow.sdk import Variable
 
     owner = owner_of(store, deployment)  # looked for first: whoever claims has set the Variable before
     own: str | None = Variable.get(VARIABLE, default=None)
+    if own is None and _is_there():
+        raise RuntimeError("it is there, and could not be read")
     if owner is not None:
         return owner, own
     first = own is None

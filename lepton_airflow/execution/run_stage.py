@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 # process takes half a second to start.
 _QUICKLY_READ = 64 << 20
 _STOPPED = "asked to stop (SIGTERM); nothing was kept but finished artifacts, the next try starts again."
-_STOPPED_EARLY = (
-    "asked to stop (SIGTERM) before it had begun its work; what an earlier try has finished is kept."
-)
+_STOPPED_EARLY = "asked to stop (SIGTERM) before it had saved anything; what an earlier try has kept stays."
 _STATUS = {99: "skipped", 80: "refused", 75: "preempted"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ def _as_text(column: pa.Array) -> list[str]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
-        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None))).cast(pa.string())
+    if pa.types.is_date(kind):
+        column = column.cast(pa.timestamp("us"))
     return [_text_of(value) for value in column.to_pylist()]
 
 
@@ -82,7 +83,9 @@ def _text_of(value: Any) -> str:
         return ""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
-    return str(value)
+    if isinstance(value, Decimal):
+        return format(value.normalize(), "f")
+    return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)
 
 
 def touched_rows(

@@ -89,7 +89,7 @@ def _import_from_source(top: str) -> None:
 
 
 def _finder_from_source(entry: str) -> importlib.machinery.FileFinder:
-    if not _is_from_source(entry):
+    if not Path(entry).is_dir() or not _is_from_source(entry):
         raise ImportError("another finder's")
     machinery = importlib.machinery
     extensions = (machinery.ExtensionFileLoader, machinery.EXTENSION_SUFFIXES)

@@ -286,7 +286,7 @@ class _Fits:
                 "run.settle(trees=…) in fit and take run.settled['trees'] in the refit, or run.settle() if fit does not use valid."
             )
         metrics = score(self.rows.schema, self.valid.y, model.predict(self.valid.frame))
-        text = json.dumps(asdict(_Settled(told[0], metrics, asdict(self.curves))), allow_nan=False)
+        text = json.dumps(asdict(_Settled(told[0], metrics, asdict(self.curves))))  # a curve may hold NaN
         self.run.store.write(key, text.encode())
         self.run.store.delete(f"{self.key}/final")
         log.info("settled on train and valid: %s", told[0] or "nothing to stop early")

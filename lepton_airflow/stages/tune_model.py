@@ -311,7 +311,7 @@ class _Search:
         for trial in trials:
             if trial.state == TrialState.RUNNING:
                 self.study.tell(trial.number, state=TrialState.FAIL)
-                if trial.params.keys() == self.space.keys():
+                if "error" not in trial.user_attrs and trial.params.keys() == self.space.keys():
                     self.study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number})
         if trials:
             log.info("study %s is taken up with %d finished trials", self.study.study_name, self.done)

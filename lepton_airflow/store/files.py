@@ -23,6 +23,7 @@ beside it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import logging
@@ -474,6 +475,9 @@ class Store:
                 time.sleep(0.002)
             if os.path.exists(self._path(key)):
                 return
+        raise StoreError(
+            f"{self.root}/{key} was removed each time it was written: an eviction looks at it all the time."
+        )
 
     def _write(self, key: str, content: bytes | Path) -> None:
         path = self._path(key)
@@ -694,7 +698,12 @@ def _replace_tree(target: Path, directory: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
     try:
-        shutil.copytree(directory, temporary)
+        try:
+            shutil.copytree(directory, temporary)
+        except shutil.Error:
+            if temporary.exists():
+                raise
+            raise FileNotFoundError(errno.ENOENT, "removed while it was written", str(target)) from None
         try:
             os.rename(temporary, target)
         except OSError:

@@ -126,9 +126,11 @@ class TrainerRun:
         for name, value in told.items():
             try:
                 json.dumps(value)
+                json.dumps(numbers[name], allow_nan=False, default=_listed)  # NaN would be kept as null
             except (TypeError, ValueError):
                 raise BadConfiguration(
-                    f"run.settle({name}={brief(value)}): expected a number, a text, or a list of these, which the store can keep."
+                    f"run.settle({name}={brief(numbers[name])}): expected a finite number, a text, or a list of these, which the "
+                    "store can keep."
                 ) from None
         self._told.append(told)
 
@@ -234,3 +236,10 @@ def _check_type(name: str, value: Any, default: Any) -> None:
         raise BadConfiguration(
             f"hyperparameters: {name}={value!r} is not {wanted} (default {json.dumps(default)})."
         )
+
+
+def _listed(value: Any) -> Any:
+    """Numpy's numbers and arrays as Python's."""
+    if not hasattr(value, "tolist"):
+        raise TypeError
+    return value.tolist()

@@ -110,6 +110,26 @@ def test_a_variable_that_cannot_be_read_is_warned_of(
     assert "not checked whether another Airflow uses the store" in caplog.text
 
 
+def test_a_variable_that_the_api_failed_to_give_is_not_made_anew(
+    tmp_path: Path, use: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Variables):
+        def get(self, key: str, default: Any = None) -> Any:
+            return default  # as Airflow answers when its API has failed
+
+        def keys(self, prefix: str) -> list[str]:
+            return [key for key in self.kept if key.startswith(prefix)]
+
+    variables = Failing()
+    variables.kept[VARIABLE] = "mine"
+    use(variables)
+    store = Store(str(tmp_path))
+    check_deployment(store, "airflow")
+    assert "not checked whether another Airflow uses the store" in caplog.text
+    assert variables.kept == {VARIABLE: "mine"}
+    assert owner_of(store, "airflow") is None
+
+
 def test_outside_a_task_nothing_is_asked(tmp_path: Path) -> None:
     check_deployment(Store(str(tmp_path)), "airflow")
     assert list(tmp_path.iterdir()) == []

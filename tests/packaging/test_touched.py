@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,9 @@ def test_an_id_is_the_same_in_any_type(tmp_path: Path) -> None:
     day, hour = pd.Timestamp("2013-01-01"), pd.Timestamp("2013-01-02 10:00:00.5")
     assert ids(day) == ids(day.date())
     assert set(ids(day)) < set(ids(day, hour))
+    fine = pd.Series(pd.to_datetime([1], unit="ns"))
+    assert len(ids(*fine)) == 1
+    assert ids(Decimal("5.00"), Decimal("1E+2")) == ids(5, 100)
 
 
 def test_a_label_that_looks_ahead_belongs_to_the_touched_time(tmp_path: Path) -> None:

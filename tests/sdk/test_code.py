@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lepton_airflow.sdk.code import code_digest
+from lepton_airflow.sdk.code import code_digest, load_code
 
 # Imports the user's functions in this process, and prints what they give.
 LOAD = """
@@ -61,6 +62,14 @@ def test_code_that_was_edited_twice_in_a_second_runs_as_it_is(
     assert code_digest("mine:f") != before
     assert ran(tmp_path, *names) == [2, 2, 2, 2]
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.pyc")} == kept
+
+
+def test_code_beside_a_zip_file_finds_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "lib.zip", "w") as file:
+        file.writestr("in_a_zip.py", "def f(): return 7\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "lib.zip"), *sys.path])
+    write(tmp_path / "beside_a_zip.py", "from in_a_zip import f\n")
+    assert load_code("beside_a_zip:f", "trainer")() == 7
 
 
 def test_installed_libraries_keep_their_bytecode(tmp_path: Path) -> None:

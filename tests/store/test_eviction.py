@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -210,6 +211,26 @@ def test_what_is_put_again_while_it_is_removed_is_there_afterwards(
     writer.join(20)
     assert store.intact(made)
     assert store.keys("sweeping") == []
+
+
+def test_a_folder_that_goes_while_it_is_written_is_written_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in "ab":
+        (tree / name).write_text(name)
+    copy, taken = shutil.copy2, []
+
+    def copy_and_take(source: str, target: str, **options: Any) -> Any:
+        done = copy(source, target, **options)
+        if not taken:
+            taken.append(shutil.rmtree(Path(target).parents[1]))
+        return done
+
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, copy_and_take, False, False))
+    assert store.intact(store.put("tree", tree))
+    assert taken
 
 
 def test_puts_beside_evictions_never_fail_and_are_never_lost(store: Store) -> None:

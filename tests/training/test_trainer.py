@@ -68,7 +68,12 @@ def test_what_is_settled_is_kept_as_json_and_each_name_once() -> None:
     run.settle(trees=np.int64(57), rates=[0.5, 0.25])
     run.settle(trees=57)
     assert run.decided == {"trees": 57, "rates": [0.5, 0.25]}
-    with pytest.raises(BadConfiguration, match=r"^run.settle\(stop=<object .*: expected a number, a text"):
+    for number in (float("nan"), np.float64("inf"), [1.0, float("nan")], np.array([np.nan])):
+        with pytest.raises(BadConfiguration, match="expected a finite number"):
+            run.settle(rate=number)
+    with pytest.raises(
+        BadConfiguration, match=r"^run.settle\(stop=<object .*: expected a finite number, a text"
+    ):
         run.settle(stop=object())
     run.settle(trees=58)
     with pytest.raises(BadConfiguration, match=r"^run.settle\(trees=58\): it was 57 before in the same fit"):

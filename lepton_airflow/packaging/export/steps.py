@@ -27,7 +27,7 @@ Converter = Callable[[Any, Any, Any], None]  # of skl2onnx's scope, operator and
 
 # What skl2onnx converts in float64 to scikit-learn's numbers, to the last bit; by skl2onnx's name of the converter.
 _EXACT = {
-    *("SklearnBinarizer", "SklearnMaxAbsScaler", "SklearnMinMaxScaler", "SklearnQuantileTransformer"),
+    *("SklearnMaxAbsScaler", "SklearnMinMaxScaler", "SklearnQuantileTransformer"),
     *("SklearnReplaceTransformer", "SklearnRobustScaler", "SklearnScaler"),
 }  # fmt: skip
 # Likewise, but for the last bits: another order of a sum, another logarithm.
@@ -193,9 +193,16 @@ def _float32_not_above(thresholds: Any) -> Any:
 def _own() -> dict[type, Converter]:
     """By class: the converters of this file, of what skl2onnx has in float32 alone, or not whole."""
     from sklearn.impute import SimpleImputer
-    from sklearn.preprocessing import KBinsDiscretizer, PolynomialFeatures, PowerTransformer, TargetEncoder
+    from sklearn.preprocessing import (
+        Binarizer,
+        KBinsDiscretizer,
+        PolynomialFeatures,
+        PowerTransformer,
+        TargetEncoder,
+    )
 
     return {
+        Binarizer: _sides,
         KBinsDiscretizer: _bins,
         PolynomialFeatures: _products,
         PowerTransformer: _powers,
@@ -224,7 +231,9 @@ def _shape(operator: Any) -> None:
     from skl2onnx.common._registration import get_shape_calculator
     from skl2onnx.common.data_types import DoubleTensorType
 
-    if not _fits(operator):
+    # What does not fit and is float64 goes through skl2onnx's converter between two casts.
+    double = any(isinstance(variable.type, DoubleTensorType) for variable in operator.inputs)
+    if not _fits(operator) and not double:
         get_shape_calculator(operator.type)(operator)
         return
     rows = operator.inputs[0].get_first_dimension()
@@ -239,6 +248,18 @@ def _table(operator: Any) -> Any:
     if len(operator.inputs) == 1:
         return operator.inputs[0]
     return OnnxConcat(*operator.inputs, axis=1, op_version=operator.target_opset)
+
+
+def _sides(scope: Any, operator: Any, container: Any) -> None:
+    """Binarizer: 1 above the threshold, 0 at it; in float64 skl2onnx's own gives 1 there."""
+    import numpy as np
+    from onnx import TensorProto
+    from skl2onnx.algebra.onnx_ops import OnnxCast, OnnxGreater
+
+    step, opset = operator.raw_operator, operator.target_opset
+    above = OnnxGreater(_table(operator), np.array([float(step.threshold)]), op_version=opset)
+    out = operator.outputs[:1]
+    OnnxCast(above, to=TensorProto.DOUBLE, op_version=opset, output_names=out).add_to(scope, container)
 
 
 def _fill(scope: Any, operator: Any, container: Any) -> None:

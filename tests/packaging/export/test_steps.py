@@ -106,6 +106,7 @@ def differing(
         RobustScaler(),
         MinMaxScaler(),
         Binarizer(threshold=0.3),
+        Binarizer(threshold=0.5),  # which float32 equals, and so do rows
         PolynomialFeatures(3),
         KBinsDiscretizer(encode="ordinal", quantile_method="averaged_inverted_cdf"),
         KBinsDiscretizer(encode="onehot-dense", strategy="uniform"),
@@ -172,6 +173,12 @@ def test_columns_of_both_kinds(train: pd.DataFrame, near: pd.DataFrame, numbers:
     columns = ColumnTransformer([("t", texts, TEXTS), ("n", numbers, NUMBERS)], sparse_threshold=0)
     last = FOREST if isinstance(numbers, PowerTransformer) else BOOSTED
     assert differing(make_pipeline(columns, last), train, near, NUMBERS + TEXTS, "classification")[0] == 0
+
+
+def test_numbers_that_are_encoded_by_the_target(train: pd.DataFrame, near: pd.DataFrame) -> None:
+    columns = ColumnTransformer([("t", TargetEncoder(), ["share"]), ("n", StandardScaler(), ["price"])])
+    near = near.assign(share=train["share"].sample(len(near), replace=True, random_state=0).to_numpy())
+    assert differing(make_pipeline(columns, FOREST), train, near, NUMBERS, "classification")[0] == 0
 
 
 @pytest.mark.parametrize(
