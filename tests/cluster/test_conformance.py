@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ class TestPod(IsolatedRunnerConformance):
 
 
 class TestStages(StageConformance):
+    stops: ClassVar[int] = int(os.environ.get("LEPTON_STOPS", "0"))  # as in tests/runners/test_every_stage.py
+
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def _pods(cls, make_pod: Callable[..., Runner]) -> None:

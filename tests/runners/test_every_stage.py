@@ -34,5 +34,7 @@ class TestSubprocess(StageConformance):
 
 
 class TestVenv(StageConformance):
+    stops = TestSubprocess.stops
+
     def make_runner(self) -> Runner:
         return Venv(python=sys.executable)
