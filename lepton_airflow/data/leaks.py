@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.data.duckdb_types import WHOLE
-from lepton_airflow.data.splits import TIME, timestamp
+from lepton_airflow.data.splits import COUNT, KEY, TIME, timestamp
 from lepton_airflow.data.sql import fetch_row, for_each, nan_as_null, quote
 
 if TYPE_CHECKING:
@@ -111,11 +111,14 @@ def _unlabelled_look_ahead(
     both = [_rows_before(source, info, cut, cut - horizon) for source in (table, alone)]
     names = [info.time_column, info.cluster_column, *info.id_columns]
     key = f"hash({', '.join(quote(name) for name in dict.fromkeys(names) if name)})"  # a missing id has a hash, too
-    counted = [f"(SELECT {key} AS k, count(*) AS n FROM {source} GROUP BY k)" for source in both]
-    in_both = f"(SELECT k FROM {counted[0]} JOIN {counted[1]} USING (k, n))"
+    counted = [
+        f"(SELECT {key} AS {KEY}, count(*) AS {COUNT} FROM {source} GROUP BY {KEY})" for source in both
+    ]
+    in_both = f"(SELECT {KEY} FROM {counted[0]} JOIN {counted[1]} USING ({KEY}, {COUNT}))"
     (more,) = fetch_row(
         con,
-        f"SELECT count(*) FROM {counted[1]} AS alone LEFT JOIN {counted[0]} AS f USING (k) WHERE alone.n > coalesce(f.n, 0)",
+        f"SELECT count(*) FROM {counted[1]} AS alone LEFT JOIN {counted[0]} AS f USING ({KEY}) "
+        f"WHERE alone.{COUNT} > coalesce(f.{COUNT}, 0)",
     )
     compared = [f"(SELECT * FROM {source} WHERE {key} IN {in_both})" for source in both]
     features = {name: kind for name, kind in types.items() if name != info.target}

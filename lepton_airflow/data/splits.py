@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SPLIT, TIME, ROW = "__split", "__time", "__row"
 _START, _PLACE = "__start", "__place"
+KEY, COUNT = "__key", "__count"  # of what is counted beside the user's columns
 # Names that no column of the user's may have.
 RESERVED = (
     SPLIT,
@@ -33,6 +34,8 @@ RESERVED = (
     "file_row_number",
     _START,
     _PLACE,
+    KEY,
+    COUNT,
 )
 
 
