@@ -545,7 +545,8 @@ class StageConformance:
     @pytest.mark.parametrize("stage", STAGES)
     def test_stage_runs_and_makes_the_same_bytes(self, chain: Chain, reference: Chain, stage: str) -> None:
         receipt, wanted = chain.receipts[stage], reference.receipts[stage]
-        assert receipt.status == "done"
+        # A stop that comes when the result is recorded, and not yet told, leaves it to the next run's cache.
+        assert receipt.status == "done" or (self.stops and receipt.status == "cached")
         store = Store(str(chain.folder / "store"))
         assert all(store.present(artifact) for artifact in receipt.artifacts.values())
         assert _digests(receipt) == _digests(wanted)
