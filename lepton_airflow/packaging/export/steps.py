@@ -40,6 +40,12 @@ _ROUNDED = {
 # How far a threshold of boosted trees is moved up behind such steps, as a share of it. Most of their thresholds are values of
 # training rows; these rows went the other way, 53 of 1,000 behind a PCA. Two float32 differ by 1e-7 of them at least.
 _LAST_BITS = 2.0**-45
+# Trees that take missing values. Boosted ones over histograms are converted below; skl2onnx knows where their gaps go.
+_TREES = {
+    f"Sklearn{kind}{task}"
+    for kind in ("DecisionTree", "ExtraTree", "RandomForest", "ExtraTrees")
+    for task in ("Classifier", "Regressor")
+}
 # What passes others' numbers on in the format in which they come.
 _TRANSPARENT = {
     *("BaggingClassifier", "BaggingRegressor", "CalibratedClassifierCV", "CastTransformer", "ColumnTransformer"),
@@ -73,7 +79,7 @@ def converters(estimator: Any) -> dict[type, Converter]:
     for kind, name in sklearn_operator_name_map.items():
         if (name in _EXACT | _ROUNDED and kind not in own) or kind.__name__ in _TRANSPARENT:
             continue
-        theirs = _in_float32(get_converter(name))
+        theirs = _in_float32(_with_missing(get_converter(name)) if name in _TREES else get_converter(name))
         if kind in (HistGradientBoostingClassifier, HistGradientBoostingRegressor):
             found[kind] = _boosted_trees(get_converter(name), _LAST_BITS if rounded else 0.0)
         else:
@@ -127,6 +133,30 @@ def _in_float32(theirs: Converter) -> Converter:
     def _cast(scope: Any, container: Any, read: Any, made: Any) -> None:
         name, to = scope.get_unique_operator_name("Cast"), guess_proto_type(made.type)
         container.add_node("Cast", read.full_name, made.full_name, name=name, to=to)
+
+    return convert
+
+
+def _with_missing(theirs: Converter) -> Converter:
+    """skl2onnx's converter of trees, which send a missing value where scikit-learn's trees send it.
+
+    A tree that saw none at a split sends it where more of the training rows went, so this holds without gaps in training, too.
+    """
+
+    def convert(scope: Any, operator: Any, container: Any) -> None:
+        before = len(container.nodes)
+        theirs(scope, operator, container)
+        model = operator.raw_operator
+        trees = [model] if hasattr(model, "tree_") else getattr(model, "estimators_", [])
+        left = [tree.tree_.missing_go_to_left for tree in trees]
+        for node in container.nodes[before:]:
+            given = {attribute.name: attribute for attribute in node.attribute}
+            if node.op_type not in ("TreeEnsembleClassifier", "TreeEnsembleRegressor"):
+                continue
+            places = list(zip(given["nodes_treeids"].ints, given["nodes_nodeids"].ints, strict=True))
+            to_left = [int(left[tree][place]) for tree, place in places]
+            del given["nodes_missing_value_tracks_true"].ints[:]
+            given["nodes_missing_value_tracks_true"].ints.extend(to_left)
 
     return convert
 

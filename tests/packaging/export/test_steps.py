@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.ensemble import (
     BaggingClassifier,
+    ExtraTreesClassifier,
     GradientBoostingRegressor,
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
     RandomForestClassifier,
+    RandomForestRegressor,
     StackingRegressor,
 )
 from sklearn.impute import SimpleImputer
@@ -33,7 +36,7 @@ from sklearn.preprocessing import (
     StandardScaler,
     TargetEncoder,
 )
-from sklearn.tree import DecisionTreeRegressor
+from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from lepton_airflow.data.dataset import DatasetInfo
 from lepton_airflow.packaging.export.sklearn import SklearnModel
@@ -84,9 +87,9 @@ def differing(
 ) -> tuple[int, Any]:
     """How many rows get another prediction by more than rounding, and the graph."""
     score = (
-        train["price"] / 4
+        train["price"].fillna(12) / 4
         + np.log(train["rate"].fillna(1).clip(0.01))
-        + train["share"]
+        + train["share"].fillna(0)
         + (train["origin"] == "JFK")
     )
     classes = [0, 1] if task == "classification" else []
@@ -191,6 +194,29 @@ def test_numbers_that_are_encoded_by_the_target(train: pd.DataFrame, near: pd.Da
 )  # fmt: skip
 def test_estimators_of_estimators(train: pd.DataFrame, near: pd.DataFrame, model: Any, task: str) -> None:
     assert differing(model, train, near, NUMBERS, task)[0] == 0
+
+
+@pytest.mark.parametrize("in_training", [True, False], ids=["gaps in training", "none in training"])
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        (FOREST, "classification"),
+        (ExtraTreesClassifier(10, random_state=0), "classification"),
+        (BaggingClassifier(DecisionTreeClassifier(random_state=0), random_state=0), "classification"),
+        (DecisionTreeRegressor(random_state=0), "regression"),
+        (RandomForestRegressor(10, random_state=0), "regression"),
+        (make_pipeline(StandardScaler(), FOREST), "classification"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_trees_send_a_missing_value_where_scikit_learn_sends_it(
+    train: pd.DataFrame, near: pd.DataFrame, model: Any, task: str, *, in_training: bool
+) -> None:
+    gaps, others = train.copy(), near.copy()
+    for rows in [others, *([gaps] if in_training else [])]:
+        for place, column in enumerate(NUMBERS):
+            rows.loc[place :: 5 + place, column] = np.nan
+    assert differing(clone(model), gaps, others, NUMBERS, task)[0] == 0
 
 
 @pytest.mark.parametrize(
