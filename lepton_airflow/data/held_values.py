@@ -45,7 +45,8 @@ def as_held(kwargs: dict[str, Any], columns: Mapping[str, str], where: str) -> d
         if is_time(columns.get(str(column), "")) and name in kwargs:
             changed[name] = held(kwargs[name], column, strict if kwargs.get(f"strict_{name[:3]}") else sign)
     if isinstance(kwargs.get("value_set"), list):
-        changed["value_set"] = [held(value, column) for value in kwargs["value_set"]]
+        # Each value once: Great Expectations counts those that a column has, and compares with the length of the set.
+        changed["value_set"] = list(dict.fromkeys(held(value, column) for value in kwargs["value_set"]))
     if isinstance(kwargs.get("value_pairs_set"), list):
         pair = (kwargs.get("column_A"), kwargs.get("column_B"))
         changed["value_pairs_set"] = [

@@ -31,6 +31,16 @@ def whole_condition(kwargs: dict[str, Any], where: str) -> dict[str, Any]:
     return rest | {"row_condition": _join("or", joined)}
 
 
+def obey_conditions() -> None:
+    """Have each metric of rows ask for the row_condition; Great Expectations registers that of pairs in a set without it."""
+    from great_expectations.expectations.registry import _registered_metrics
+
+    for name, metric in _registered_metrics.items():
+        if name.startswith("column_pair_values.in_set."):
+            keys = (*metric["metric_domain_keys"], "row_condition", "condition_parser")
+            metric["metric_domain_keys"] = tuple(dict.fromkeys(keys))
+
+
 def _split(text: str) -> list[list[str]]:
     """The comparisons of a text: AND binds more closely than OR."""
     alternatives, start = [list[str]()], 0

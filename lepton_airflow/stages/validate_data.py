@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lepton_airflow.contract import digest_of, split_pin
 from lepton_airflow.data.findings import call_text, failure_text, severity
 from lepton_airflow.data.held_values import as_held
-from lepton_airflow.data.row_conditions import whole_condition
+from lepton_airflow.data.row_conditions import obey_conditions, whole_condition
 from lepton_airflow.data.sql import connect, fetch_row, literal, nan_as_null, quote
 from lepton_airflow.data.suite_parameters import asks_for_now, filled
 from lepton_airflow.data.suites import checked_suite, propose_suite
@@ -223,6 +223,7 @@ def _validator(con: duckdb.DuckDBPyConnection, path: Path, engine: str) -> Valid
     context = get_context(mode="ephemeral")
     context.enable_analytics(False)
     context.variables.progress_bars = {"globally": False}
+    obey_conditions()
     if engine == "pandas":
         import pyarrow.parquet as pq
         from great_expectations.execution_engine.pandas_batch_data import PandasBatchData
