@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,7 +165,17 @@ class _Cursor:
         self._owner.tell()
         self._owner.connection.execute(sql, [_without_zone(value) for value in parameters])
 
-    def __getattr__(self, name: str) -> Any:  # fetchall, description, …
+    def fetchall(self) -> list[Any]:
+        return [_as_floats(row) for row in self._owner.connection.fetchall()]
+
+    def fetchmany(self, size: int = 1) -> list[Any]:
+        return [_as_floats(row) for row in self._owner.connection.fetchmany(size)]
+
+    def fetchone(self) -> Any:
+        row = self._owner.connection.fetchone()
+        return None if row is None else _as_floats(row)
+
+    def __getattr__(self, name: str) -> Any:  # description, …
         return getattr(self._owner.connection, name)
 
     def close(self) -> None:
@@ -175,6 +186,14 @@ def _without_zone(value: Any) -> Any:
     if isinstance(value, datetime) and value.tzinfo:
         return value.astimezone(UTC).replace(tzinfo=None)
     return value
+
+
+def _as_floats(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row with decimals as the floats that say the same: the numbers of a suite are floats, and to Python 0.3 is not Decimal("0.3")."""
+    return tuple(
+        float(value) if isinstance(value, Decimal) and Decimal(repr(float(value))) == value else value
+        for value in row
+    )
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------
@@ -194,6 +213,11 @@ class DuckDBExecutionEngine(SqlAlchemyExecutionEngine):
         # By this class, Great Expectations chooses the SQL of regular expressions and LIKE; _Compiler does the rest.
         self.dialect_module = _TypeNames(__name__="duckdb", dialect=postgresql.dialect)
 
+    def get_domain_records(self, domain_kwargs: Any) -> Any:
+        """With a row_condition, its rows as a subquery: many metrics select from them, and SQLAlchemy 2.1 wants no bare SELECT."""
+        rows = super().get_domain_records(domain_kwargs)
+        return rows.subquery() if isinstance(rows, sa.Select) else rows
+
 
 # -- metrics that are slow or differ ----------------------------------------------------------------------------------
 
@@ -208,11 +232,10 @@ def _duplicated(table: Any, columns: list[Any]) -> Any:
     The original has a window function. A hash aggregate and a semi-join are 3 times as fast on 3 million distinct integers
     and twice as fast on a compound key, and no row is wider than the key.
     """
-    rows = table.subquery() if isinstance(table, sa.Select) else table
-    row = sa.select(*columns).select_from(rows).subquery("lepton_row")
+    row = sa.select(*columns).select_from(table).subquery("lepton_row")
     again = (
         sa.select(*columns)
-        .select_from(rows)
+        .select_from(table)
         .group_by(*columns)
         .having(sa.func.count() > 1)
         .subquery("lepton_again")
@@ -295,8 +318,6 @@ class _MulticolumnSum(MulticolumnMapMetricProvider):
 def _rows_and_column(engine: DuckDBExecutionEngine, domain: dict[str, Any]) -> tuple[Any, Any]:
     """What a metric of one column selects from, and the column."""
     rows, _, accessor = engine.get_compute_domain(domain, domain_type=MetricDomainTypes.COLUMN)
-    if isinstance(rows, sa.Select):  # with a row_condition
-        rows = rows.subquery()
     return rows, sa.column(accessor["column"])
 
 

@@ -35,7 +35,11 @@ _COMPARE = {
 
 
 def frame_of(table: pa.Table) -> pd.DataFrame:
-    """The rows as a frame, in which whole numbers keep their digits where some are missing and floats would round them."""
+    """The rows as a frame.
+
+    Whole numbers keep their digits where some are missing and floats would round them. Decimals are floats, as the numbers of a suite
+    are, unless these would round them: to Python, 0.3 is not ``Decimal("0.3")``.
+    """
     import pyarrow as pa
 
     frame = table.to_pandas()
@@ -46,6 +50,10 @@ def frame_of(table: pa.Table) -> pd.DataFrame:
             and frame[name].abs().max() >= _EXACT_IN_FLOAT
         ):
             frame[name] = column.to_pandas(integer_object_nulls=True)
+        if pa.types.is_decimal(column.type):
+            largest = max((abs(value) for value in frame[name].dropna()), default=0)
+            if largest * 10**column.type.scale < _EXACT_IN_FLOAT:
+                frame[name] = frame[name].astype(float)
     return frame
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -858,3 +859,102 @@ def test_an_inferred_suite_takes_any_types_and_names(mixed: str, tmp_path: Path,
     )
     uri, _ = infer(run, str(nested))
     assert ValidateData(dataset=str(nested), suite=uri).run(run).values == {"passed": True}
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> str:
+    """Four rows: decimals that no float holds, and pairs of which one is wrong."""
+    price = pa.array([Decimal("1.10"), Decimal("0.30"), Decimal("0.10"), None], pa.decimal128(10, 2))
+    total = pa.array([Decimal("0.30")] * 4, pa.decimal128(10, 2))
+    key = pa.array([Decimal("12345678901234567890.12"), Decimal("12345678901234567890.13")] * 2)
+    columns = {"price": price, "total": total, "key": key, "a": [1, 2, 3, 4], "b": [1, 1, 1, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "few.parquet")
+    return str(tmp_path / "few.parquet")
+
+
+def only(column: str, value: float) -> dict[str, str]:
+    return {"row_condition": f'col("{column}") == {value}', "condition_parser": "great_expectations"}
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_decimals_equal_the_numbers_of_a_suite(engine: Any, few: str, run: RunInfo) -> None:
+    asked = [
+        (expect("column_min_to_be_between", column="price", min_value=0.1), True),
+        (expect("column_max_to_be_between", column="total", max_value=0.3), True),
+        (expect("column_max_to_be_between", column="price", min_value=1.1), True),
+        (expect("column_values_to_be_between", column="price", min_value=1.1, **only("a", 1)), True),
+        (expect("column_values_to_be_between", column="total", min_value=0.3, strict_min=True), False),
+        (expect("column_values_to_be_in_set", column="total", value_set=[0.3]), True),
+        (expect("column_values_to_not_be_in_set", column="total", value_set=[0.3]), False),
+        (expect("column_distinct_values_to_equal_set", column="price", value_set=[0.1, 0.3, 1.1]), True),
+        (expect("column_most_common_value_to_be_in_set", column="total", value_set=[0.3]), True),
+        (expect("column_values_to_be_between", column="a", min_value=2, **only("price", 0.3)), True),
+        (expect("column_values_to_be_between", column="a", min_value=9, **only("price", 0.3)), False),
+        # Floats would make one of these two.
+        (expect("column_unique_value_count_to_be_between", column="key", min_value=2), True),
+    ]
+    results = full_result(run, ValidateData(dataset=few, suite=suite(*(e for e, _ in asked)), engine=engine))
+    assert [r["success"] for r in results] == [holds for _, holds in asked]
+    assert not any(r["exception_info"].get("raised_exception") for r in results)
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_a_value_twice_in_a_set_is_there_once(engine: Any, few: str, run: RunInfo) -> None:
+    asked = expect("column_distinct_values_to_contain_set", column="a", value_set=[1, "1", 2, 2])
+    (result,) = full_result(run, ValidateData(dataset=few, suite=suite(asked), engine=engine))
+    assert result["success"]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_pairs_in_a_set_obey_the_row_condition(engine: Any, few: str, run: RunInfo) -> None:
+    kind, pairs = "column_pair_values_to_be_in_set", {"column_A": "a", "column_B": "b"}
+    results = full_result(
+        run,
+        ValidateData(
+            dataset=few,
+            suite=suite(
+                expect(kind, **pairs, value_pairs_set=[[1, 1]], **only("a", 1)),
+                expect(kind, **pairs, value_pairs_set=[[1, 1], [2, 1], [3, 1]], mostly=0.7, **only("a", 4)),
+            ),
+            engine=engine,
+        ),
+    )
+    assert [(r["success"], r["result"]["unexpected_count"]) for r in results] == [(True, 0), (False, 1)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "observed"),
+    [
+        (expect("column_distinct_values_to_be_in_set", column="a", value_set=[1]), None),
+        (expect("column_distinct_values_to_equal_set", column="a", value_set=[1]), None),
+        (expect("column_distinct_values_to_contain_set", column="a", value_set=[1]), None),
+        (expect("column_most_common_value_to_be_in_set", column="a", value_set=[1]), [2]),
+        (expect("column_median_to_be_between", column="a", max_value=1), 2),
+        (
+            expect(
+                "column_kl_divergence_to_be_less_than",
+                column="a",
+                partition_object={"bins": [0, 2, 4], "weights": [0.5, 0.5]},
+                threshold=0.1,
+            ),
+            None,
+        ),
+        (
+            expect(
+                "column_pair_values_a_to_be_greater_than_b",
+                column_A="b",
+                column_B="a",
+                ignore_row_if="neither",
+            ),
+            None,
+        ),
+    ],
+)
+def test_every_metric_of_duckdb_takes_a_row_condition(
+    asked: dict[str, Any], observed: Any, few: str, run: RunInfo
+) -> None:
+    asked["kwargs"] |= only("a", 2)
+    (result,) = full_result(run, ValidateData(dataset=few, suite=suite(asked)))
+    assert not result["success"]
+    assert not result["exception_info"].get("raised_exception")
+    assert observed is None or result["result"]["observed_value"] == observed
