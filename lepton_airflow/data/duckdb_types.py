@@ -7,6 +7,7 @@ import re
 WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 # The types of timestamps in nanoseconds, and those that hold the same in microseconds.
 MICROSECONDS = {"TIMESTAMP_NS": "TIMESTAMP", "TIMESTAMPTZ_NS": "TIMESTAMP WITH TIME ZONE"}
+_DIGITS = 15  # of any number, which a DOUBLE keeps
 _NUMBERS = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|BOOLEAN")
 
 
@@ -33,8 +34,14 @@ def in_microseconds(column: str, duckdb_type: str) -> str:
     return f"CAST({column} AS {MICROSECONDS[duckdb_type]})" if duckdb_type in MICROSECONDS else column
 
 
-def portable(column: str, duckdb_type: str) -> str:
-    """SQL that casts a column to one of the few types that every framework and ONNX know."""
+def portable(column: str, duckdb_type: str, *, exact: bool = False) -> str:
+    """SQL that casts a column to one of the few types that every framework and ONNX know.
+
+    :param exact: keep all digits, of which a DOUBLE has 15, as text: two ids stay two.
+    """
+    digits = re.match(r"DECIMAL\((\d+)", duckdb_type)
+    if exact and ("HUGEINT" in duckdb_type or (digits and int(digits[1]) > _DIGITS)):
+        return f"CAST({column} AS VARCHAR)"
     if duckdb_type == "BOOLEAN":
         return f"CAST({column} AS TINYINT)"
     if duckdb_type.startswith("DECIMAL") or duckdb_type in (

@@ -42,6 +42,7 @@ class FeatureQuery:
     :ivar drop: columns of the result to leave out.
     :ivar time_column: the time of a row in the snapshot.
     :ivar first: columns by which the rows are ordered first.
+    :ivar exact: columns whose values tell rows apart, ids and clusters: none is rounded.
     :ivar need_window: gives the run's window to whoever says what for.
     """
 
@@ -52,6 +53,7 @@ class FeatureQuery:
     drop: Sequence[str]
     time_column: str | None
     first: Sequence[str | None]
+    exact: Sequence[str | None]
     memory_limit_mb: int
     need_window: Callable[[str], Window]
 
@@ -65,7 +67,9 @@ class FeatureQuery:
             kept = {c: k for c, k in types.items() if c not in self.drop}
             first = [c for c in self.first if c in kept]
             order = total_order(first, list(kept))
-            columns = ", ".join(f"{portable(quote(c), k)} AS {quote(c)}" for c, k in kept.items())
+            columns = ", ".join(
+                f"{portable(quote(c), k, exact=c in self.exact)} AS {quote(c)}" for c, k in kept.items()
+            )
             self.con.execute(
                 f"COPY (SELECT {columns} FROM (\n{select}\n) ORDER BY {order}) TO {literal(target)} ({PARQUET})",
                 values,

@@ -290,6 +290,7 @@ class PrepareData(Stage):
             drop=self.drop,
             time_column=self.snapshot_time_column or self.time_column,
             first=[self.time_column, self.cluster_column],
+            exact=[*self.id_columns, self.cluster_column],
             memory_limit_mb=self.memory_limit_mb,
             need_window=run.need_window,
         )

@@ -776,3 +776,19 @@ def test_a_random_split_by_id_stays_when_the_features_change(tmp_path: Path) -> 
 
     assert test_rows() == test_rows(features="SELECT * EXCLUDE kind, -x AS w FROM snapshot ORDER BY x")
     assert test_rows() != test_rows(seed=1)
+
+
+@pytest.mark.parametrize("kind", ["DECIMAL(38,0)", "HUGEINT"])
+def test_long_ids_and_clusters_are_not_rounded(tmp_path: Path, kind: str) -> None:
+    features = (
+        f"SELECT * REPLACE (({10**25} + id)::{kind} AS id), ({10**25} + id // 10)::{kind} AS c FROM snapshot"
+    )
+    frame = pd.DataFrame({"id": range(200), "x": [i * 7 % 13 for i in range(200)], "y": [0, 1] * 100})
+    result = prepare(
+        tmp_path, frame, features=features, target="y", split="group", cluster_column="c",
+        id_columns=["id"], time_column=None,
+    )  # fmt: skip
+    rows = pd.concat(splits(tmp_path, result).values())
+    assert set(rows.id) == {str(10**25 + i) for i in range(200)}
+    assert set(rows.c) == {str(10**25 + i) for i in range(20)}
+    assert all(len(part) > 0 for part in splits(tmp_path, result).values())
