@@ -20,6 +20,7 @@ from lepton_airflow.data.sql import (
     connect,
     interruptible,
     literal,
+    quote,
     select_statement,
     sql_message,
 )
@@ -268,9 +269,12 @@ class IngestData(Stage):
             log.info(
                 "query: %d columns, ordered by %s", len(schema), ", ".join(self.order_by) or "all of them"
             )
-            con.execute(
-                f"COPY (\n{statement.query}\n) TO {literal(run.workdir / _UNSORTED)} ({SCRATCH})", values
-            )
+            rows = f"(\n{statement.query}\n)"
+            if huge := [column for column, kind in schema.items() if kind in ("HUGEINT", "UHUGEINT")]:
+                rows = (
+                    f"(SELECT * REPLACE ({', '.join(_exact_double(c, schema[c]) for c in huge)}) FROM {rows})"
+                )
+            con.execute(f"COPY {rows} TO {literal(run.workdir / _UNSORTED)} ({SCRATCH})", values)
         except duckdb.OutOfMemoryException as error:
             raise BadConfiguration(
                 f"query: {first_line(error)} Raise memory_limit_mb={self.memory_limit_mb}."
@@ -284,6 +288,16 @@ class IngestData(Stage):
         except duckdb.Error as error:
             raise BadInput(f"query: {sql_message(error)}. Sources: {tables}.") from None
         return schema
+
+
+def _exact_double(column: str, kind: str) -> str:
+    """SQL of a HUGEINT, such as a sum of BIGINT, as the DOUBLE that Parquet holds; an error where that would round it."""
+    name, nearest = quote(column), f"{quote(column)}::DOUBLE"
+    rounds = f"column {column!r} is {kind}, which Parquet would hold as a DOUBLE, rounded: cast it to BIGINT, DECIMAL(38,0) or VARCHAR"
+    return (
+        f"CASE WHEN {name} IS NULL OR TRY_CAST({nearest} AS {kind}) = {name} THEN {nearest} "
+        f"ELSE error({literal(rounds)}) END AS {name}"
+    )
 
 
 def _span(run: RunInfo) -> str:
