@@ -78,7 +78,7 @@ class Notation:
         if (self.decimal, self.thousands) == (".", ""):
             return value
         point, between = re.escape(self.decimal), re.escape(self.thousands)
-        whole = f"([0-9]+|[0-9]{{1,3}}({between}[0-9]{{3}})+)" if between else "[0-9]+"
+        whole = f"([0-9]+|[1-9][0-9]{{0,2}}({between}[0-9]{{3}})+)" if between else "[0-9]+"
         written = rf"[+-]?({whole}({point}[0-9]*)?|{point}[0-9]+)([eE][+-]?[0-9]+)?"
         bare = f"replace(trim({value}), {literal(self.thousands)}, '')" if between else value
         plain = f"replace({bare}, {literal(self.decimal)}, '.')"
@@ -86,6 +86,12 @@ class Notation:
             f"CASE WHEN {_match(value, written)} THEN {plain} "
             f"WHEN {_match(f'lower({value})', _NO_NUMBER)} THEN {value} END"
         )
+
+    @property
+    def counts_days(self) -> bool:
+        """Whether a date may be the 366th day or the 53rd week of a year without one, which DuckDB takes for the next year's."""
+        counted = re.search("%-?[jUVW]", self._directives) is not None
+        return counted and not re.search("%[zZfgn]", self._directives)
 
     @property
     def _directives(self) -> str:
@@ -118,8 +124,10 @@ def fits(value: str, kind: str, notation: Notation = PLAIN) -> str:
         # Cast back it is the same, nothing rounded or left out. A year of two digits read by %Y is one of antiquity, and
         # DuckDB reads "epoch" and "infinity" in any format as the year 1900.
         read, done = _read(value, notation), cast(value, kind, notation)
+        there = f"AND {_bare_zeros(f'strftime({read}, {literal(notation.date_format)})')} = {_bare_zeros(f'trim({value})')}"
         return (
-            f"coalesce({done} = {read} AND year({done}) >= 1000 AND regexp_matches({value}, '[0-9]'), false)"
+            f"coalesce({done} = {read} AND year({done}) >= 1000 AND regexp_matches({value}, '[0-9]') "
+            f"{there if notation.counts_days else ''}, false)"
         )
     number = notation.number(value) if _is_number(kind) else value
     return f"coalesce({cast(value, kind, notation)} IS NOT NULL AND {_as_written(number, kind)}, false)"
@@ -127,6 +135,11 @@ def fits(value: str, kind: str, notation: Notation = PLAIN) -> str:
 
 def _read(value: str, notation: Notation) -> str:
     return f"try_strptime(trim({value}), {literal(notation.date_format)})"
+
+
+def _bare_zeros(text: str) -> str:
+    """SQL: a text without the zeros that numbers may begin with."""
+    return f"regexp_replace(lower({text}), '\\b0+([0-9])', '\\1', 'g')"
 
 
 def _as_written(value: str, kind: str) -> str:
@@ -250,7 +263,7 @@ def _may_be(value: str, kind: str, notation: Notation) -> str:
     if _is_number(kind):
         value = notation.number(value)
     if kind == "BIGINT":
-        # With a point it is a DOUBLE; with leading zeros a code, with a plus perhaps a telephone number.
+        # With a point it is a DOUBLE; with leading zeros a code (of ICD-9: 001.9), with a plus perhaps a telephone number.
         return (
             f"(TRY_CAST({value} AS BIGINT)::VARCHAR = {value} "
             f"OR (TRY_CAST({value} AS BIGINT) IS NOT NULL AND {_match(value, '-?(0|[1-9][0-9]*)')}))"
@@ -258,7 +271,7 @@ def _may_be(value: str, kind: str, notation: Notation) -> str:
     if kind == "DOUBLE":
         exact = f"abs(TRY_CAST({value} AS DOUBLE)) < {_EXACT_IN_DOUBLE}"
         return (
-            f"({fits(value, kind)} AND NOT {_match(value, '[+-]?0[0-9]+|[+].*')} "
+            f"({fits(value, kind)} AND NOT {_match(value, '[+-]?0[0-9].*|[+].*')} "
             f"AND (NOT {_match(value, '[+-]?[0-9]+')} OR {exact}))"
         )
     if kind == "DATE":

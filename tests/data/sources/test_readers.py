@@ -137,7 +137,8 @@ def number(text: str, options: Options) -> str | None:
     whole, point, fraction = mantissa.partition(decimal)
     if thousands and thousands in whole:
         first, *groups = whole.split(thousands)
-        if not 1 <= len(first) <= 3 or any(len(group) != 3 for group in groups):
+        # A number in groups does not begin with 0: 0.125 among such is a fraction of somebody else's.
+        if not 1 <= len(first) <= 3 or first.startswith("0") or any(len(group) != 3 for group in groups):
             return None
         whole = first + "".join(groups)
     parts = [whole, fraction]
