@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,12 +20,16 @@ from lepton_airflow.store.files import Store, total_bytes
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
     from lepton_airflow.sdk.stage import RunInfo
+
+log = logging.getLogger(__name__)
 
 _REJECTED_AT_ONCE = 1000  # bad lines held in memory before they go into the table ``rejected``
 _RAW_CHARACTERS = 65_536  # of a rejected record that are kept
 _BLOCK_BYTES = 1 << 20
+_MOST_DIGITS = 38  # of a DECIMAL in DuckDB
 _MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ\0"}
 
 
@@ -210,26 +215,119 @@ def unused(name: str, names: Iterable[str]) -> str:
 
 
 class ParquetFiles(Reader):
-    """Parquet, which needs no copy."""
+    """Parquet, which needs no copy unless its files hold a column in types of which DuckDB would make a rounded one."""
 
     def land(self) -> list[Path]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        names: dict[Path, list[str]] = {}
+        schemas: dict[Path, pa.Schema] = {}
         for path, uri in self.files.items():
             try:
-                names[path] = list(pq.read_schema(path).names)
+                schemas[path] = pq.read_schema(path)
             except (pa.ArrowException, OSError) as error:
                 raise BadInput(
                     f"source {self.source.name!r}: {uri} is not a whole Parquet file ({first_line(error)}): "
                     "it may still be being written, or is damaged; bring it again."
                 ) from None
-            check_no_doubles(self.source, uri, names[path])
-        self.check_same_columns(names)
+            check_no_doubles(self.source, uri, schemas[path].names)
+            check_digits(self.source, uri, schemas[path])
+        self.check_same_columns({path: schema.names for path, schema in schemas.items()})
+        self._check_durations(schemas)
         for path, uri in self.files.items():  # a damaged page is noticed only when it is read
             self.query(uri, f"SELECT count(COLUMNS(*)) FROM {parquet_scan([path], union=False)}")
-        return list(self.files)
+        rounded = self._rounded() if len(schemas) > 1 else {}
+        return [self._as_texts(at, path, rounded) for at, path in enumerate(self.files)]
+
+    def _check_durations(self, schemas: Mapping[Path, pa.Schema]) -> None:
+        """Warn of durations, which DuckDB reads as whole numbers; raise where these would be of several units."""
+        import pyarrow as pa
+
+        units: dict[str, str] = {}
+        for path, schema in schemas.items():
+            for column in schema:
+                if (
+                    pa.types.is_duration(column.type)
+                    and units.setdefault(column.name, column.type.unit) != column.type.unit
+                ):
+                    raise BadInput(
+                        f"source {self.source.name!r}: the duration {column.name!r} is in {units[column.name]} in some files and in "
+                        f"{column.type.unit} in {self.files[path]}: write them alike."
+                    )
+        for name, unit in units.items():
+            log.warning(
+                "source %r: the duration %r is read as a whole number of %s", self.source.name, name, unit
+            )
+
+    def _rounded(self) -> dict[str, str]:
+        """The columns that one file holds in whole numbers or decimals, and another in floats that would round these.
+
+        :raises BadInput: nobody has stated the type of one.
+        """
+
+        def types(paths: Sequence[Path]) -> dict[str, str]:
+            found = self.query(
+                self.first_uris(paths), f"DESCRIBE SELECT * FROM {parquet_scan(paths, union=True)}"
+            )
+            return {str(name): str(kind) for name, kind, *_ in found}
+
+        rounded: dict[str, str] = {}
+        together = types(list(self.files))
+        for path, uri in self.files.items():
+            for column, own in types([path]).items():
+                kind, name = together[column], quote(column)
+                if own == kind or column in rounded or not re.fullmatch(r"(DOUBLE|FLOAT)(\[\])*", kind):
+                    continue
+                again = f"TRY_CAST(TRY_CAST({name} AS {kind}) AS {own})"
+                ((count,),) = self.query(
+                    uri,
+                    f"SELECT count(*) FROM {parquet_scan([path], union=False)} WHERE {name} IS NOT NULL "
+                    f"AND NOT coalesce({again} = {name}, false)",
+                )
+                if count and column not in self.source.types:
+                    raise BadInput(
+                        f"source {self.source.name!r}: column {column!r} is {own} in {uri} and {kind} in others, which would round "
+                        f"{count} of its values: state its type in types, such as BIGINT or VARCHAR, or write the files alike."
+                    )
+                if count:
+                    rounded[column] = kind
+        return rounded
+
+    def _as_texts(self, at: int, path: Path, columns: Mapping[str, str]) -> Path:
+        """A copy of a file with some columns as text, from which their stated type is made; the file itself if there are none."""
+        if not columns:
+            return path
+        target = self.folder / f"{self.source.name}-{at}-texts.parquet"
+        texts = (
+            f"CASE WHEN TRY_CAST(TRY_CAST({c} AS DECIMAL(38,0)) AS DOUBLE) = TRY_CAST({c} AS DOUBLE) AND typeof({c}) IN ('DOUBLE', 'FLOAT') "
+            f"THEN CAST(TRY_CAST({c} AS DECIMAL(38,0)) AS VARCHAR) ELSE CAST({c} AS VARCHAR) END AS {c}"
+            if kind in ("DOUBLE", "FLOAT")
+            else f"CAST({c} AS VARCHAR[]) AS {c}"
+            for c, kind in ((quote(column), kind) for column, kind in columns.items())
+        )
+        self.query(
+            self.files[path],
+            f"COPY (SELECT * REPLACE ({', '.join(texts)}) FROM {parquet_scan([path], union=False)}) TO {literal(target)} ({SCRATCH})",
+        )
+        return target
+
+
+def check_digits(source: Source, where: str, schema: pa.Schema) -> None:
+    """Raise for decimals of so many digits that DuckDB reads them as DOUBLE, which rounds them."""
+    import pyarrow as pa
+
+    def within(kind: pa.DataType) -> Iterator[pa.DataType]:
+        yield kind
+        for place in range(kind.num_fields):
+            yield from within(kind.field(place).type)
+
+    for column in schema:
+        for kind in within(column.type):
+            if pa.types.is_decimal(kind) and kind.precision > _MOST_DIGITS:
+                raise BadInput(
+                    f"source {source.name!r}: {where} has the column {column.name!r} of {kind}, of which at most {_MOST_DIGITS} digits "
+                    "can be read exactly: write it with fewer, or as text."
+                )
 
 
 def query(con: duckdb.DuckDBPyConnection, source: Source, what: str, sql: str) -> list[tuple[Any, ...]]:
@@ -277,19 +375,46 @@ def open_bytes(path: Path) -> IO[bytes]:
         import gzip
 
         return cast("IO[bytes]", gzip.open(path))
-    if suffix == ".bz2":
-        import bz2
-
-        return bz2.open(path)
-    if suffix == ".xz":
-        import lzma
-
-        return lzma.open(path)
     if suffix == ".zst":
         import pyarrow as pa
 
         return cast("IO[bytes]", io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
     return path.open("rb")
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file that may be compressed, some megabytes at a time, until one is empty."""
+    suffix = path.suffix.lower()
+    if suffix == ".bz2":
+        import bz2
+
+        yield from _members(path, bz2.BZ2Decompressor)
+    elif suffix == ".xz":
+        import lzma
+
+        yield from _members(path, lzma.LZMADecompressor)
+    else:
+        with open_bytes(path) as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                yield block
+
+
+def _members(path: Path, new: Callable[[], Any]) -> Iterator[bytes]:
+    """What archives one after the other hold, as pbzip2 writes them. Python's own files end without a word at one that is damaged."""
+    with path.open("rb") as stream:
+        member, raw = new(), stream.read(_BLOCK_BYTES)
+        while raw or not member.eof:
+            member = new() if member.eof else member
+            if block := member.decompress(raw, _BLOCK_BYTES):
+                yield block
+            if member.eof:
+                raw = member.unused_data.lstrip(b"\0")
+                while not raw and (more := stream.read(_BLOCK_BYTES)):
+                    raw = more.lstrip(b"\0")
+            else:
+                raw = stream.read(_BLOCK_BYTES) if member.needs_input else b""
+                if member.needs_input and not raw:
+                    raise EOFError("it ends before the end of its archive")
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
@@ -300,23 +425,22 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     import lzma
     import zlib
 
-    first = True
-    with open_bytes(path) as stream:
-        while True:
-            try:
-                block = stream.read(_BLOCK_BYTES)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-                if getattr(error, "errno", None):  # the disk's, not the archive's
-                    raise
+    first, blocks = True, _blocks(path)
+    while True:
+        try:
+            block = next(blocks, b"")
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            if getattr(error, "errno", None):  # the disk's, not the archive's
+                raise
+            raise Unreadable(
+                f"cannot be read: {first_line(error)}; it may still be being written, or is damaged."
+            ) from None
+        if not block:
+            return
+        for suffix, magic in _MAGIC.items():
+            if first and block.startswith(magic):
                 raise Unreadable(
-                    f"cannot be read: {first_line(error)}; it may still be being written, or is damaged."
-                ) from None
-            if not block:
-                return
-            for suffix, magic in _MAGIC.items():
-                if first and block.startswith(magic):
-                    raise Unreadable(
-                        f"is compressed within, as {suffix} files are: rename it so that its name says it."
-                    )
-            yield block
-            first = False
+                    f"is compressed within, as {suffix} files are: rename it so that its name says it."
+                )
+        yield block
+        first = False

@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from typing import Any
 from lepton_airflow.contract import digest_of
 from lepton_airflow.data.sources.files import Reader, Rejected, Unreadable, check_no_doubles, read_blocks
 from lepton_airflow.data.sources.text_types import TIMES_ONLY
-from lepton_airflow.data.sql import SCRATCH, literal
+from lepton_airflow.data.sql import SCRATCH, literal, quote
 from lepton_airflow.errors import BadInput
 
 _NEAREST = ("DOUBLE", "FLOAT", "REAL", "FLOAT4", "FLOAT8", "BOOLEAN")  # types that lose nothing in a DOUBLE
 _TEXTS = ("VARCHAR", "DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "UUID")
+# Parquet holds a HUGEINT as a DOUBLE, which rounds it; a UUID is written in another form than the text that it was.
+_UNLIKE_TEXTS = dict.fromkeys(("HUGEINT", "UHUGEINT", "UUID"), "VARCHAR")
+_LISTS_OF_TIMES = re.compile(r"(DATE|TIME[ A-Z]*)((\[\])+)")
+_NUMBERS_AS_TEXTS = dict.fromkeys(("DOUBLE", "BIGINT", "UBIGINT"), "VARCHAR")
 _LONGEST_BYTES = 16_000_000  # of an object: DuckDB reads 16 MiB
 _BEGIN = re.compile(r"[ \t\r\n]*+\[[ \t\r\n]*+(?=[^ \t\r\n])")  # of an array
 _BETWEEN = re.compile(r"[ \t\r\n]*+,?[ \t\r\n]*+(?=[^ \t\r\n])")
@@ -112,8 +116,7 @@ class JsonFiles(Reader):
             f"DESCRIBE FROM read_ndjson({literal(paths)}, records=true, sample_size=-1, maximum_sample_files=1000000, "
             "map_inference_threshold=-1, field_appearance_threshold=0)",
         )
-        # Parquet holds a HUGEINT as a DOUBLE, which rounds it.
-        return {str(name): re.sub(r"\bU?HUGEINT\b", "VARCHAR", str(kind)) for name, kind, *_ in found}
+        return {str(name): _with(str(kind), _UNLIKE_TEXTS) for name, kind, *_ in found}
 
     def _texts(self, types: dict[str, str], paths: list[Path]) -> dict[str, bool]:
         """Change the types of columns that must be read as text, and say which: whether as a whole, or number by number."""
@@ -132,6 +135,8 @@ class JsonFiles(Reader):
                     self.texts[column] = ()
             elif kind == "DOUBLE[]" and exact:
                 texts[column], types[column] = False, "VARCHAR[]"
+            elif column in stated and (lists := _LISTS_OF_TIMES.fullmatch(kind)):
+                types[column] = f"VARCHAR{lists[2]}"
             elif kind.endswith((")", "]")):
                 deep += [column] * ("DOUBLE" in kind or "JSON" in kind)
             elif column in stated:
@@ -148,7 +153,7 @@ class JsonFiles(Reader):
             if "JSON" in kind and column in long:
                 texts[column], types[column] = True, "VARCHAR"
             elif column in whole:
-                texts[column], types[column] = False, re.sub(r"\b(DOUBLE|U?BIGINT)\b", "VARCHAR", kind)
+                texts[column], types[column] = False, _with(kind, _NUMBERS_AS_TEXTS)
         return texts
 
     def _numbers_within(self, columns: list[str], paths: list[Path]) -> tuple[set[str], set[str]]:
@@ -178,6 +183,22 @@ class JsonFiles(Reader):
                 if not number % 10_000:
                     self.check_stop()
         return target
+
+
+def _with(kind: str, changed: Mapping[str, str]) -> str:
+    """The name of a type with some of those in it changed; a key may have the name of a type."""
+    import duckdb
+
+    def name(of: Any) -> str:
+        if of.id in ("list", "struct", "map"):
+            parts = {part: name(inner) for part, inner in of.children}
+            if of.id == "list":
+                return f"{parts['child']}[]"
+            fields = parts.values() if of.id == "map" else (f"{quote(k)} {v}" for k, v in parts.items())
+            return f"{of.id.upper()}({', '.join(fields)})"
+        return changed.get(str(of), str(of))
+
+    return name(duckdb.sqltype(kind)) if kind.endswith((")", "]")) else changed.get(kind, kind)
 
 
 def _values(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any], str]]:
@@ -232,6 +253,7 @@ def _elements(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
                 break
             yield line, text[at:end].encode(errors="surrogateescape")
             line, at = line + text.count("\n", at, end), end
+    raise Unreadable(f"ends within its array, in line {line}: it may still be being written, or is damaged.")
 
 
 def _object(raw: bytes) -> tuple[dict[str, Any], str]:

@@ -20,6 +20,7 @@ from lepton_airflow.data.sources.database import query_database
 from lepton_airflow.data.sources.files import (
     ParquetFiles,
     Reader,
+    check_digits,
     check_no_doubles,
     find_files,
     parquet_scan,
@@ -163,6 +164,7 @@ class Landing:
         target = self.folder / f"{source.name}.parquet"
         schema = next(batches).schema
         check_no_doubles(source, "its table", schema.names)
+        check_digits(source, "its table", schema)
         rows, waiting, told = 0, list[pa.RecordBatch](), time.monotonic()
         with pq.ParquetWriter(target, schema) as writer:
 
@@ -286,7 +288,7 @@ class Landing:
 
 def _fits(column: str, kind: str, of: str, notation: Notation) -> str:
     value = quote(column)
-    of_text = of == "VARCHAR" or (of == "VARCHAR[]" and kind.endswith("[]"))
+    of_text = of == "VARCHAR" or (of.startswith("VARCHAR[]") and kind.endswith("[]"))
     return fits(value, kind, notation) if of_text else fits_again(value, kind, of)
 
 

@@ -319,3 +319,116 @@ def test_endless_numbers_and_brackets_are_no_tracebacks(tmp_path: Path) -> None:
     assert [str(row["a"]) for row in rows] == ["1.50"]
     rows, _, count = ingest(tmp_path, {"t.jsonl": '{"a":' + "[" * 100_000 + "}\n" + '{"a": 1}\n'})
     assert (rows, count) == ([{"a": 1}], 1)
+
+
+@pytest.mark.parametrize(("suffix", "library"), [("bz2", bz2), ("xz", lzma)])
+def test_archives_one_after_the_other_are_read_whole_or_refused(
+    tmp_path: Path, suffix: str, library: Any
+) -> None:
+    first, second = library.compress(b"a\n1\n"), library.compress(b"2\n" * 3000)
+    rows, *_ = ingest(tmp_path, {f"s.csv.{suffix}": first + bytes(8) + second + bytes(4)})
+    assert [row["a"] for row in rows] == [1] + [2] * 3000
+    damaged = second[:2] + b"?" + second[3:]
+    for n, more in enumerate((damaged, b"more", second[:-4], second[:3])):
+        with pytest.raises(BadInput, match=rf"{n}.csv.{suffix} cannot be read: .*is damaged"):
+            ingest(tmp_path, {f"{n}.csv.{suffix}": first + more})
+
+
+@pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}', '[{"a": 1}\n', '[{"a": 1}, ', "["])
+def test_an_array_without_its_end_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(BadInput, match=r"s.json (ends within its array|has an array that cannot be read)"):
+        ingest(tmp_path, {"s.json": content})
+
+
+def test_texts_in_lists_of_json_stay_as_they_are(tmp_path: Path) -> None:
+    identity = "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"
+    line = f'{{"ids": ["{identity}"], "in": {{"UUID": "{identity}"}}, "at": ["2024-01-01T02:00:00+02:00"]}}\n'
+    rows, *_ = ingest(tmp_path, {"s.jsonl": line}, types={"at": "VARCHAR[]"})
+    assert rows == [{"ids": [identity], "in": {"UUID": identity}, "at": ["2024-01-01T02:00:00+02:00"]}]
+    for kind in ("TIMESTAMP[]", "DATE[]"):
+        rows, rejected, _ = ingest(tmp_path, {"s.jsonl": line}, types={"at": kind})
+        assert (rows, [r["column"] for r in rejected]) == ([], ["at"])
+
+
+def test_keys_of_json_may_be_called_as_types(tmp_path: Path) -> None:
+    line = '{"a": {"HUGEINT": 12345678901234567890, "DOUBLE": 1.5, "n": 9007199254740993}}\n'
+    rows, *_ = ingest(tmp_path, {"s.jsonl": line})
+    assert rows == [{"a": {"HUGEINT": "12345678901234567890", "DOUBLE": "1.5", "n": "9007199254740993"}}]
+
+
+def test_codes_with_a_point_keep_their_zeros(tmp_path: Path) -> None:
+    rows, *_ = ingest(tmp_path, {"s.csv": "icd9,share\n001.9,0.5\n250.01,-0.25\n"})
+    assert rows == [{"icd9": "001.9", "share": 0.5}, {"icd9": "250.01", "share": -0.25}]
+
+
+def test_a_fraction_is_no_number_in_groups(tmp_path: Path) -> None:
+    rows, rejected, _ = ingest(
+        tmp_path,
+        {"s.csv": "a;b\n1.234;1\n0.125;2\n0,125;3\n"},
+        types={"a": "DOUBLE"},
+        delimiter=";",
+        decimal=",",
+        thousands=".",
+    )
+    assert sorted(row["a"] for row in rows) == [0.125, 1234]
+    assert [r["raw"] for r in rejected] == ["0.125;2"]
+
+
+@pytest.mark.parametrize(
+    ("date_format", "good", "bad"),
+    [
+        ("%Y %j", "2024 366", "2023 366"),
+        ("%G-%V-%u", "2020-53-1", "2023-53-1"),
+        ("%Y%j", "2023060", "2023366"),
+    ],
+)
+def test_a_day_that_a_year_lacks_is_rejected(tmp_path: Path, date_format: str, good: str, bad: str) -> None:
+    files: dict[str, str | bytes] = {"s.csv": f"a,b\n{good},1\n{bad},2\n"}
+    rows, rejected, _ = ingest(tmp_path, files, types={"a": "DATE"}, date_format=date_format)
+    assert ([row["b"] for row in rows], [r["line"] for r in rejected]) == ([1], [3])
+
+
+def test_parquet_files_that_disagree_round_nothing(tmp_path: Path) -> None:
+    large = 2**53 + 1
+    pq.write_table(pa.table({"id": [large], "x": [1]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"id": [8.0, 1e17, 1.5], "x": [0.5, 1.0, 2.0]}), tmp_path / "2.parquet")
+    files = [tmp_path / f"{n}.parquet" for n in (1, 2)]
+    same: dict[str, str | bytes] = {path.name: path.read_bytes() for path in files}
+    with pytest.raises(
+        BadInput, match=r"'id' is BIGINT in \S*1.parquet and DOUBLE in others, which would round 1"
+    ):
+        ingest(tmp_path, same)
+    rows, rejected, _ = ingest(tmp_path, same, types={"id": "BIGINT"})
+    assert sorted(row["id"] for row in rows) == [8, large, 10**17]
+    assert {type(row["x"]) for row in rows} == {float}
+    assert len(rejected) == 1
+
+
+def test_what_parquet_holds_and_duckdb_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wide = pa.array([[Decimal("1" * 45)]], pa.list_(pa.decimal256(50, 0)))
+    pq.write_table(pa.table({"a": wide}), tmp_path / "wide.parquet")
+    with pytest.raises(BadInput, match=r"column 'a' of decimal256\(50, 0\), of which at most 38 digits"):
+        ingest(tmp_path, {"wide.parquet": (tmp_path / "wide.parquet").read_bytes()})
+    files: dict[str, str | bytes] = {}
+    for unit in ("us", "ns"):
+        pq.write_table(pa.table({"took": pa.array([7], pa.duration(unit))}), tmp_path / f"{unit}.parquet")
+        files[f"{unit}.parquet"] = (tmp_path / f"{unit}.parquet").read_bytes()
+        assert ingest(tmp_path, {f"{unit}.parquet": files[f"{unit}.parquet"]})[0] == [{"took": 7}]
+        assert f"the duration 'took' is read as a whole number of {unit}" in caplog.text
+    with pytest.raises(BadInput, match="the duration 'took' is in us in some files and in ns in"):
+        ingest(tmp_path, files)
+
+
+def test_a_sum_that_parquet_would_round_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text(f"a,b\n{2**53 + 1},1\n5,2\n")
+
+    def total(condition: str) -> Any:
+        stage = IngestData(
+            sources={"s": str(tmp_path / "s.csv")}, query=f'SELECT sum(a) AS "t\'" FROM s WHERE {condition}'
+        )
+        run = RunInfo.local(tmp_path)
+        return pq.read_table(run.fetch(stage.run(run).artifacts["snapshot"].uri)).to_pylist()
+
+    assert total("b = 2") == [{"t'": 5.0}]
+    with pytest.raises(BadInput, match="is HUGEINT, which Parquet would hold as a DOUBLE, rounded: cast it"):
+        total("b = 1")
