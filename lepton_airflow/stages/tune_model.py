@@ -27,6 +27,7 @@ from lepton_airflow.errors import (
 from lepton_airflow.sdk.closure import package_digest
 from lepton_airflow.sdk.fingerprint import versions
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
+from lepton_airflow.training.study import finished
 
 if TYPE_CHECKING:
     import optuna
@@ -49,7 +50,7 @@ class TuneModel(Stage):
     pruned if its mean over the folds so far is worse than the median of earlier trials at that fold.
 
     The study is named after the run key and a digest of what is tuned. So changed data or another space start a new study,
-    and a larger ``trials`` continues the old one. After a kill, finished trials count, and trials that were running are run
+    and a larger ``trials`` continues the old one, a smaller one begins anew. After a kill, finished trials count, and trials that were running are run
     again with their parameters, unless the copy of the study in a remote store does not have these yet. With one worker the
     result is that of a search that nobody stopped.
 
@@ -125,6 +126,8 @@ class TuneModel(Stage):
                 maximize=METRICS[scorer.metric].higher_is_better,
                 prune=self.pruner == "median",
                 anew=run.refresh,
+                # A task that was cleared to do fewer comes to what it would have come to at first.
+                most=self.trials,
             )
             with Workers(scorer, self.workers, run.should_stop) as workers:
                 search = _Search(self, run, study, space, workers, scorer.metric, file)
@@ -191,7 +194,7 @@ class TuneModel(Stage):
                     self.hyperparameters,
                 ],
                 [package_digest("lepton_airflow.training.search"), versions(type(self))],
-                [metric, self.folds, self.fold_by, self.max_rows, self.seed],
+                [metric, self.folds, self.fold_by, self.max_rows, self.seed, self.pruner],
                 {k: [type(d).__name__, vars(d)] for k, d in space.items()},
             ]
         )
@@ -222,7 +225,7 @@ class TuneModel(Stage):
         metric, positive = scorer.metric, scorer.rows.schema.positive_class
         told = positive is not None and METRICS[metric].of_positive
         # Numbered among themselves: Optuna also numbers the trials that a stop has cut short, which were run again.
-        trials = [t for t in study.get_trials(deepcopy=False) if _finished(t)]
+        trials = [t for t in study.get_trials(deepcopy=False) if finished(t)]
         counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "PRUNED")}
         failed = sum("error" in t.user_attrs for t in trials)
         best = study.best_trial
@@ -306,7 +309,7 @@ class _Search:
         from optuna.trial import TrialState
 
         trials = self.study.get_trials(deepcopy=False)
-        seconds = [t.duration.total_seconds() for t in trials if t.duration and _finished(t)]
+        seconds = [t.duration.total_seconds() for t in trials if t.duration and finished(t)]
         self.spent_before = sum(seconds) / self.workers.count
         for trial in trials:
             if trial.state == TrialState.RUNNING:
@@ -319,7 +322,7 @@ class _Search:
     @property
     def done(self) -> int:
         """How many trials count against the budget."""
-        return sum(map(_finished, self.study.get_trials(deepcopy=False)))
+        return sum(map(finished, self.study.get_trials(deepcopy=False)))
 
     def go(self) -> None:
         """Run trials until the budget is spent."""
@@ -342,8 +345,8 @@ class _Search:
 
     def _hopeless(self) -> bool:
         """Whether the first few trials all failed, so that the others would, too."""
-        finished = [t for t in self.study.get_trials(deepcopy=False) if _finished(t)]
-        return len(finished) >= _HOPELESS_TRIALS and all("error" in t.user_attrs for t in finished)
+        done = [t for t in self.study.get_trials(deepcopy=False) if finished(t)]
+        return len(done) >= _HOPELESS_TRIALS and all("error" in t.user_attrs for t in done)
 
     def _out_of_time(self) -> bool:
         limit = self.stage.timeout_s
@@ -445,7 +448,3 @@ class _Search:
             left,
             running.trial.params,
         )
-
-
-def _finished(trial: optuna.trial.FrozenTrial) -> bool:
-    return trial.state.name in ("COMPLETE", "PRUNED") or "error" in trial.user_attrs

@@ -26,11 +26,17 @@ _STARTUP_TRIALS = 5  # trials before the pruner compares; a median of fewer says
 _DRIVERS = {"postgres": "postgresql+psycopg2", "postgresql": "postgresql+psycopg2", "mysql": "mysql+mysqldb"}
 
 
-def open_study(url: str, name: str, *, maximize: bool, prune: bool, anew: bool) -> optuna.Study:
+def finished(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial counts: it is complete, was pruned, or has failed for a reason of its own."""
+    return trial.state.name in ("COMPLETE", "PRUNED") or "error" in trial.user_attrs
+
+
+def open_study(url: str, name: str, *, maximize: bool, prune: bool, anew: bool, most: int) -> optuna.Study:
     """Open the study of that name in the storage at ``url``, or create it.
 
     :param prune: end trials that are worse than the median of earlier ones.
     :param anew: replace a finished study by a new one.
+    :param most: replace a study of more finished trials by a new one: what is asked for is what fewer find.
     :raises StoreError: the database does not answer.
     """
     import optuna
@@ -50,8 +56,14 @@ def open_study(url: str, name: str, *, maximize: bool, prune: bool, anew: bool) 
         study = optuna.create_study(storage=storage, **arguments)
         if anew and study.user_attrs.get("finished"):
             log.info("a new result was asked for: the finished study %s is made anew", name)
-            optuna.delete_study(study_name=name, storage=storage)
-            study = optuna.create_study(storage=storage, **arguments)
+        elif (done := sum(map(finished, study.get_trials(deepcopy=False)))) > most:
+            log.info(
+                "study %s has %d finished trials, and %d are asked for: it is made anew", name, done, most
+            )
+        else:
+            return study
+        optuna.delete_study(study_name=name, storage=storage)
+        study = optuna.create_study(storage=storage, **arguments)
     except SQLAlchemyError as error:
         raise StoreError(
             f"the study's storage {shown} cannot be used: {str(error.__cause__ or error).splitlines()[0]}. Check that "

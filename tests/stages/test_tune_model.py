@@ -289,6 +289,21 @@ def test_bad_trials_are_pruned_after_their_first_fold(dataset: str, tmp_path: Pa
     assert result.values["best"]["C"] == 1.0
 
 
+def test_a_study_is_not_taken_up_for_another_pruner_or_fewer_trials(dataset: str, tmp_path: Path) -> None:
+    kept, changes = RunInfo.local(tmp_path / "kept"), [{}, {"pruner": "none"}, {"trials": 6}]
+
+    def found(run: RunInfo, changed: dict[str, Any]) -> list[Any]:
+        space = {"C": {"choices": [1e-7, 1.0]}}
+        parameters = {"search_space": space, "trials": 9, "hyperparameters": {"max_iter": 50}} | changed
+        return [
+            (t["state"], t["value"], t["hyperparameters"], t["folds"])
+            for t in trials_of(tune(dataset, **parameters).run(run))
+        ]
+
+    for n, changed in enumerate(changes):  # the task is cleared, and does something else
+        assert found(kept, changed) == found(RunInfo.local(tmp_path / str(n)), changed)
+
+
 def test_the_time_budget_ends_the_search_once_a_trial_is_complete(dataset: str, tmp_path: Path) -> None:
     result = tune(dataset, timeout_s=0.0).run(RunInfo.local(tmp_path))
     assert result.metrics["trials_complete"] == 1
