@@ -27,6 +27,7 @@ from lepton_airflow.errors import (
 from lepton_airflow.sdk.closure import package_digest
 from lepton_airflow.sdk.fingerprint import versions
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
+from lepton_airflow.store.identity import identity_of
 from lepton_airflow.training.study import finished
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class TuneModel(Stage):
     The objective is the mean of the metric over ``folds`` held-out parts. Sampling is TPE (Bergstra et al. 2011). A trial is
     pruned if its mean over the folds so far is worse than the median of earlier trials at that fold.
 
-    The study is named after the run key and a digest of what is tuned. So changed data or another space start a new study,
-    and a larger ``trials`` continues the old one, a smaller one begins anew. After a kill, finished trials count, and trials that were running are run
-    again with their parameters, unless the copy of the study in a remote store does not have these yet. With one worker the
-    result is that of a search that nobody stopped.
+    The study is named after the run key and a digest of what is tuned, in a database after the store, too. So changed data or
+    another space start a new study; a larger ``trials`` continues the old one, a smaller one begins anew. After a kill, finished
+    trials count, and trials that were running are run again with their parameters, unless the copy of the study in a remote store
+    does not have these yet. With one worker the result is that of a search that nobody stopped.
 
     Returns the value ``best`` (hyperparameters for TrainModel, the fixed ones included), and the artifacts ``trials``
     (JSON), ``history`` and ``importance`` (PNG; the latter needs four finished trials and two parameters).
@@ -118,6 +119,8 @@ class TuneModel(Stage):
         space = self._space(trainer)
         name = f"{run.run_key}-{self._tuned(run, trainer, scorer.metric, space)[:12]}"
         in_store = not self.storage and not self.storage_connection
+        if not in_store:  # two Airflows with a store each may share the database, and have equal run keys
+            name = f"{identity_of(run.store)[:12]}-{name}"
         with StudyFile.of(run, name) if in_store else nullcontext() as file:
             url = file.url if file else self._storage_url(run)
             study = open_study(

@@ -304,6 +304,16 @@ def test_a_study_is_not_taken_up_for_another_pruner_or_fewer_trials(dataset: str
         assert found(kept, changed) == found(RunInfo.local(tmp_path / str(n)), changed)
 
 
+def test_two_stores_that_share_a_database_have_a_study_each(dataset: str, tmp_path: Path) -> None:
+    stage = tune(dataset, trials=2, storage=f"sqlite:///{tmp_path}/shared.db")
+    names = set()
+    for store in ("staging", "production", "production"):  # whose runs have the same key
+        result = stage.run(RunInfo.local(tmp_path / store))
+        path = Path(split_pin(result.artifacts["trials"].uri)[0].removeprefix("file://"))
+        names.add(json.loads(path.read_text())["study"])
+    assert len(names) == 2
+
+
 def test_the_time_budget_ends_the_search_once_a_trial_is_complete(dataset: str, tmp_path: Path) -> None:
     result = tune(dataset, timeout_s=0.0).run(RunInfo.local(tmp_path))
     assert result.metrics["trials_complete"] == 1
