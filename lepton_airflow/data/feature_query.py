@@ -142,8 +142,13 @@ class FeatureQuery:
 
         reference = str(self.features)
         function = load_code(reference, "features")
+        types = column_types(self.con, "SELECT * FROM snapshot", {}, "snapshot")
+        columns = (  # pandas would have any DECIMAL as float64
+            f"{portable(quote(c), k, exact=True)} AS {quote(c)}" if c in self.exact else quote(c)
+            for c, k in types.items()
+        )
         try:
-            frame = function(self.con.execute("FROM snapshot").df())
+            frame = function(self.con.execute(f"SELECT {', '.join(columns)} FROM snapshot").df())
         except Exception as error:
             log.exception("features=%r failed", reference)
             raise BadInput(

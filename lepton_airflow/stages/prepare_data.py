@@ -553,7 +553,8 @@ class PrepareData(Stage):
         has_target = f"{quote(self.target)} IS NOT NULL" if self.target is not None else "true"
         con.execute(f"CREATE TEMP VIEW known AS SELECT * FROM labelled WHERE {has_target}")
         for name in filter(None, (self.time_column, self.cluster_column)):
-            (missing,) = fetch_row(con, f"SELECT count(*) FROM known WHERE {quote(name)} IS NULL")
+            nan = f"typeof({quote(name)}) IN ('FLOAT', 'DOUBLE') AND {quote(name)}::VARCHAR = 'nan'"
+            (missing,) = fetch_row(con, f"SELECT count(*) FROM known WHERE {quote(name)} IS NULL OR {nan}")
             if missing:
                 raise BadInput(
                     f"column {name!r} is missing in {missing} rows, which then belong to no split: leave them out in features."

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -792,3 +793,24 @@ def test_long_ids_and_clusters_are_not_rounded(tmp_path: Path, kind: str) -> Non
     assert set(rows.id) == {str(10**25 + i) for i in range(200)}
     assert set(rows.c) == {str(10**25 + i) for i in range(20)}
     assert all(len(part) > 0 for part in splits(tmp_path, result).values())
+
+
+def test_long_ids_reach_a_function_with_all_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unchanged.py").write_text("def rows(frame):\n    return frame\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ids = pa.array([Decimal(10**25 + i) for i in range(200)], pa.decimal128(38, 0))
+    source = pa.table({"id": ids, "x": [i * 7 % 13 for i in range(200)], "y": [0, 1] * 100})
+    pq.write_table(source, tmp_path / "s.parquet")
+    result = prepare(
+        tmp_path, str(tmp_path / "s.parquet"), features="unchanged:rows", split="random", id_columns=["id"]
+    )
+    rows = pd.concat(splits(tmp_path, result).values())
+    assert set(rows.id) == {str(10**25 + i) for i in range(200)}
+
+
+def test_nan_is_no_cluster(tmp_path: Path) -> None:
+    groups = [float(i // 10) if i % 50 else float("nan") for i in range(200)]
+    source = pa.table({"g": pa.array(groups), "x": [i * 7 % 13 for i in range(200)], "y": [0, 1] * 100})
+    pq.write_table(source, tmp_path / "s.parquet")
+    with pytest.raises(BadInput, match="column 'g' is missing in 4 rows"):
+        prepare(tmp_path, str(tmp_path / "s.parquet"), split="group", cluster_column="g")
