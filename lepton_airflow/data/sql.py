@@ -23,6 +23,7 @@ PARQUET = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 24576"
 # For files that are read once and deleted. DuckDB can limit the bytes of a row group only where the order is free.
 SCRATCH = "FORMAT parquet, ROW_GROUP_SIZE 24576, ROW_GROUP_SIZE_BYTES '8MB'"
 # DuckDB advises at least this much; with less, sorts and Parquet writers fail instead of spilling.
+_LONGEST = 200  # characters of a sentence about a value
 _MB_PER_THREAD = 125
 
 
@@ -89,8 +90,21 @@ def sql_message(error: BaseException) -> str:
     for shown, mark in itertools.pairwise(str(error).splitlines()):
         found = re.match(r"LINE (\d+): ", shown)
         if found and set(mark.strip()) == {"^"}:
-            return f"{first_line(error)} (line {found[1]}, at {shown[mark.index('^') :][:40].rstrip()!r})"
-    return first_line(error)
+            return (
+                f"{_without_values(error)} (line {found[1]}, at {shown[mark.index('^') :][:40].rstrip()!r})"
+            )
+    return _without_values(error)
+
+
+def _without_values(error: BaseException) -> str:
+    """The first line of an error, with a value of the data in it cut: it may be a letter of somebody's."""
+    import duckdb
+
+    text = first_line(error)
+    if not isinstance(error, (duckdb.DataError, duckdb.InvalidInputException, duckdb.IntegrityError)):
+        return text
+    text = re.sub(r"""(['"])(.{40}).+\1""", r"\1\2…\1", text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def total_order(first: Sequence[str], columns: Sequence[str]) -> str:

@@ -602,13 +602,13 @@ class PrepareData(Stage):
             )
         if len(classes) < 2:
             raise BadInput(
-                f"target {self.target!r} has only the class {classes[0]!r} in train: expected at least two; take more data or another target."
+                f"target {self.target!r} has only the class {brief(classes[0])} in train: expected at least two; take more data or another target."
             )
         for name in splits[1:]:
             for value in found[name]:
                 if value not in classes:
                     raise BadInput(
-                        f"class {value!r} of target {self.target!r} occurs in {name} and not in train: group rare classes "
+                        f"class {brief(value)} of target {self.target!r} occurs in {name} and not in train: group rare classes "
                         "in features, or move the start of the split."
                     )
         return self._positive_last(classes)

@@ -46,7 +46,7 @@ def cluster_codes(clusters: ArrayLike | None, n: int) -> tuple[NDArray[np.int64]
         count = len(unique)
     if count < 2:
         raise BadInput(
-            f"clusters: all {n:,} rows have the key {keys[0]!s}, "
+            f"clusters: all {n:,} rows have the key {str(keys[0])[:40]}, "
             "expected at least 2 clusters to judge chance; widen the window or cluster by something finer."
         )
     return codes, count

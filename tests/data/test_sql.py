@@ -152,3 +152,23 @@ def test_a_signal_stops_a_long_statement_at_once() -> None:
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - began < 20  # alone it takes hours
     assert interruptible(con, lambda: con.execute("SELECT 1").fetchone()) == (1,)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT body::INT FROM mail",
+        "SELECT strptime(body, '%Y') FROM mail",
+        "SELECT body::DATE FROM mail",
+        "SELECT regexp_matches('a', body || '(') FROM mail",
+    ],
+)
+def test_what_duckdb_says_of_a_value_is_cut(sql: str) -> None:
+    con = duckdb.connect()
+    con.execute("CREATE TABLE mail (body TEXT)")
+    con.execute("INSERT INTO mail VALUES ($1)", ["Dear 'Ann', " + "it is a secret, " * 200])
+    with pytest.raises(duckdb.Error) as caught:
+        con.execute(sql).fetchall()
+    said = sql_message(caught.value)
+    assert said.count("secret") < 15
+    assert len(said) < 300

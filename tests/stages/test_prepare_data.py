@@ -814,3 +814,12 @@ def test_nan_is_no_cluster(tmp_path: Path) -> None:
     pq.write_table(source, tmp_path / "s.parquet")
     with pytest.raises(BadInput, match="column 'g' is missing in 4 rows"):
         prepare(tmp_path, str(tmp_path / "s.parquet"), split="group", cluster_column="g")
+
+
+@pytest.mark.parametrize("labels", [["{}"] * 100, ["a", "b"] * 40 + ["{}"] * 20])
+def test_a_class_is_cut_in_messages(tmp_path: Path, labels: list[str]) -> None:
+    frame = pd.DataFrame({"t": pd.date_range("2024", periods=100), "x": range(100)})
+    frame["y"] = [label.format("Dear Ann " * 300) for label in labels]
+    with pytest.raises(BadInput, match="class 'Dear Ann") as caught:
+        prepare(tmp_path, frame, time_column="t")
+    assert str(caught.value).count("Ann") < 10

@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.data.sources.spec import Source
-from lepton_airflow.data.sql import SCRATCH, literal, quote
-from lepton_airflow.errors import BadConfiguration, BadInput, first_line
+from lepton_airflow.data.sql import SCRATCH, literal, quote, sql_message
+from lepton_airflow.errors import BadConfiguration, BadInput, brief, first_line
 from lepton_airflow.store.files import Store, total_bytes
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ class Reader(ABC):
         for path, names in others:
             if set(names) != set(wanted):
                 lacking, more = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
-                difference = [f"lacks {', '.join(lacking)}"] * bool(lacking)
-                difference += [f"also has {', '.join(more)}"] * bool(more)
+                difference = [f"lacks {_names(lacking)}"] * bool(lacking)
+                difference += [f"also has {_names(more)}"] * bool(more)
                 raise BadInput(
                     f"source {self.source.name!r}: {self.files[path]} {' and '.join(difference)}, compared with "
                     f"{self.files[first]}: files of one source have the same columns; set union=true to read absent ones "
@@ -204,6 +204,12 @@ class Rejected:
             self.con.execute("INSERT INTO rejected FROM rejected_rows").fetchall()
             self.con.unregister("rejected_rows")
             self.rows.clear()
+
+
+def _names(names: Sequence[str]) -> str:
+    """Names of columns for a message, which are values where a file has no header."""
+    shown = ", ".join(name if len(name) <= 40 else f"{name[:39]}…" for name in names[:10])
+    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def unused(name: str, names: Iterable[str]) -> str:
@@ -345,7 +351,7 @@ def query(con: duckdb.DuckDBPyConnection, source: Source, what: str, sql: str) -
             f"source {source.name!r}: {first_line(error)} Raise memory_limit_mb."
         ) from None
     except duckdb.Error as error:
-        reason = first_line(error)
+        reason = sql_message(error)
         if "Error when sniffing" in reason:  # the rest of that message is a page of settings
             reason = f"no CSV in {source.encoding}; look for an unclosed quote, another delimiter or encoding"
         raise BadInput(f"source {source.name!r}: {what} cannot be read: {reason}") from None
@@ -357,7 +363,7 @@ def check_no_doubles(source: Source, where: str, names: Sequence[str]) -> None:
     for name in names:
         if name.lower() in seen:
             raise BadInput(
-                f"source {source.name!r}: {where} has the column {name!r} twice (case does not count in SQL): "
+                f"source {source.name!r}: {where} has the column {brief(name)} twice (case does not count in SQL): "
                 "rename one of them."
             )
         seen.add(name.lower())

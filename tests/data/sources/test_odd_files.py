@@ -432,3 +432,17 @@ def test_a_sum_that_parquet_would_round_is_refused(tmp_path: Path) -> None:
     assert total("b = 2") == [{"t'": 5.0}]
     with pytest.raises(BadInput, match="is HUGEINT, which Parquet would hold as a DOUBLE, rounded: cast it"):
         total("b = 1")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"s.csv": "{0},{0}\n1,2\n1,2\n"},
+        {"1.csv": "{0},b\n1,2\n", "2.csv": "a,b\n1,2\n"},
+        {"1.csv": "a,b\n1,2\n", "2.csv": "a,{0}\n1,2\n"},
+    ],
+)
+def test_a_row_in_the_place_of_the_header_is_cut_in_messages(tmp_path: Path, files: dict[str, str]) -> None:
+    with pytest.raises(BadInput) as caught:
+        ingest(tmp_path, {name: content.format("Dear Ann " * 300) for name, content in files.items()})
+    assert str(caught.value).count("Ann") < 10
