@@ -154,6 +154,11 @@ def brief(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
+def cut_quoted(text: str) -> str:
+    """A library's sentence with a long text in quotes, which may be a value of somebody's, in 40 characters."""
+    return re.sub(r"""(['"])(.{40}).+\1""", r"\1\2…\1", text)
+
+
 def require(library: str, wanted: str, extra: str) -> None:
     """Raise :class:`MissingExtra` unless the distribution ``library`` is installed.
 

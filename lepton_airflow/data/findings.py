@@ -6,6 +6,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from lepton_airflow.errors import cut_quoted
+
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationValidationResult
 
@@ -112,4 +114,4 @@ def _why_not_evaluated(result: ExpectationValidationResult) -> str | None:
     if "Out of Memory Error" in message:
         return "DuckDB needs more memory: raise memory_limit_mb"
     database = re.search(r"duckdb\.\w+\) (.*)", message)
-    return (database[1] if database else message.splitlines()[0]).strip()
+    return cut_quoted((database[1] if database else message.splitlines()[0]).strip())

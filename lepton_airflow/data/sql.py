@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lepton_airflow.errors import BadConfiguration, did_you_mean, first_line
+from lepton_airflow.errors import BadConfiguration, cut_quoted, did_you_mean, first_line
 
 if TYPE_CHECKING:
     import duckdb
@@ -103,7 +103,7 @@ def _without_values(error: BaseException) -> str:
     text = first_line(error)
     if not isinstance(error, (duckdb.DataError, duckdb.InvalidInputException, duckdb.IntegrityError)):
         return text
-    text = re.sub(r"""(['"])(.{40}).+\1""", r"\1\2…\1", text)
+    text = cut_quoted(text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

@@ -53,6 +53,7 @@ def test_each_kind_of_result_has_its_words(result: dict[str, Any], text: str) ->
         ("(duckdb.OutOfMemoryException) Out of Memory Error: …", "DuckDB needs more memory: raise memory_limit_mb"),
         ("(duckdb.BinderException) no such function\n[SQL: …]", "no such function"),
         ("anything else\nof many lines", "anything else"),
+        (f"cannot read '{'Dear Ann ' * 99}' as a number", "cannot read 'Dear Ann Dear Ann Dear Ann Dear Ann Dear…' as a number"),
     ],
 )  # fmt: skip
 def test_why_an_expectation_could_not_be_evaluated(error: str, text: str) -> None:
