@@ -1,11 +1,12 @@
 """Values of a suite or of a run's window, as the column holds them that they are compared with.
 
 JSON has no dates, a column of dates has no hours, and no time with an offset compares with one without. What has no offset is in UTC.
-To SQL the text "1" equals the number 1, and to pandas nothing equals it.
+To SQL the text "1" equals the number 1, and to pandas nothing equals it. No number of 4 bytes equals 0.1, but for the nearest to it.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
@@ -72,8 +73,22 @@ def _condition(condition: dict[str, Any], held: Any) -> dict[str, Any]:
 
 def _held(value: Any, kind: str, sign: str, where: str) -> Any:
     """One value as a column of a type holds it."""
-    if isinstance(value, str) and is_number(kind) and kind != "BOOLEAN":
-        return _number(value, kind, where)
+    if isinstance(value, str) and kind == "BOOLEAN":
+        if value.lower() not in ("true", "false"):
+            raise BadConfiguration(f"{where} holds BOOLEAN, and {value[:40]!r} is neither true nor false.")
+        return value.lower() == "true"
+    if isinstance(value, str) and kind == "TIME":
+        try:
+            return time.fromisoformat(value)
+        except ValueError:
+            raise BadConfiguration(
+                f"{where} holds TIME, and {value[:40]!r} is no time such as 14:30:00."
+            ) from None
+    if isinstance(value, str) and is_number(kind):
+        value = _number(value, kind, where)
+    if isinstance(value, float) and kind == "FLOAT":
+        with suppress(OverflowError):  # beyond its range there is no such value
+            return struct.unpack("f", struct.pack("f", value))[0]
     if kind == "VARCHAR" and isinstance(value, (int, float)):
         raise BadConfiguration(f'{where} holds text, and {value!r} is none: write it as a text, "{value}".')
     if not is_time(kind) or not isinstance(value, (str, date)):

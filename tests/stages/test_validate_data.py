@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -958,3 +959,20 @@ def test_every_metric_of_duckdb_takes_a_row_condition(
     assert not result["success"]
     assert not result["exception_info"].get("raised_exception")
     assert observed is None or result["result"]["observed_value"] == observed
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_floats_times_and_booleans_equal_what_a_suite_says(engine: Any, tmp_path: Path, run: RunInfo) -> None:
+    columns = {
+        "float": (pa.array([0.1, 0.2], pa.float32()), [0.1, "0.2"]),
+        "time": (pa.array([time(10), time(14, 30)]), ["10:00:00", "14:30"]),
+        "flag": (pa.array([True, False]), ["true", "FALSE"]),
+    }
+    pq.write_table(pa.table({name: column for name, (column, _) in columns.items()}), tmp_path / "s.parquet")
+    asked = []
+    for name, (_, values) in columns.items():
+        asked.append(expect("column_values_to_be_in_set", column=name, value_set=values))
+        asked.append(expect("column_values_to_not_be_in_set", column=name, value_set=values[:1]))
+    asked.append(expect("column_values_to_be_in_set", column="flag", value_set=[True], **only("float", 0.1)))
+    found = counted(asked, str(tmp_path / "s.parquet"), run, engine)
+    assert found == [0, 1, 0, 1, 0, 1, 0]
