@@ -405,6 +405,18 @@ def test_postgres_rows_of_many_types_join_a_file(postgres: Any, tmp_path: Path) 
     assert set(stage.input_digests(run) or {}) == {"orders", "names"}  # … unless the user names its state
 
 
+def test_a_type_of_a_database_that_parquet_lacks_gets_a_sentence(postgres: Any, tmp_path: Path) -> None:
+    where = [postgres[key] for key in ("host", "user", "password", "dbname", "port")]
+    with pytest.raises(
+        BadInput, match=r"its table has a type that Parquet cannot hold \(.*interval.*cast it in sql"
+    ):
+        ingest(
+            tmp_path,
+            {"s": {"connection": "db", "sql": "SELECT interval '1 day' AS late"}},
+            connections={"db": Connection("db", "postgres", *where)},
+        )
+
+
 def test_what_must_be_read_to_know_the_inputs_is_known_of_local_files_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,14 @@ class Landing:
         check_no_doubles(source, "its table", schema.names)
         check_digits(source, "its table", schema)
         rows, waiting, told = 0, list[pa.RecordBatch](), time.monotonic()
-        with pq.ParquetWriter(target, schema) as writer:
+        try:
+            opened = pq.ParquetWriter(target, schema)
+        except pa.ArrowNotImplementedError as error:
+            raise BadInput(
+                f"source {source.name!r}: its table has a type that Parquet cannot hold ({first_line(error)}): cast it in sql, an "
+                "interval to seconds, or leave it out."
+            ) from None
+        with opened as writer:
 
             def write() -> None:
                 writer.write_table(pa.Table.from_batches(waiting, schema))  # one row group
