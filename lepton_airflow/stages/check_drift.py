@@ -279,6 +279,16 @@ class CheckDrift(Stage):
             raise BadInput(
                 f"{split_pin(self.dataset)[0]} has no rows: check that the data of this window have arrived."
             )
+        if cluster is not None:
+            nan = f"typeof({quote(cluster)}) IN ('FLOAT', 'DOUBLE') AND {quote(cluster)}::VARCHAR = 'nan'"
+            (missing,) = fetch_row(
+                con, f"SELECT count(*) FROM current_rows WHERE {quote(cluster)} IS NULL OR {nan}"
+            )
+            if missing:  # as one cluster they would hide a drift
+                raise BadInput(
+                    f"cluster_column {cluster!r} is missing in {missing} of {rows} rows, of which nobody knows what they depend on: "
+                    "fill it, or leave those rows out."
+                )
         known = {*reference.profile["columns"], *there}  # a new champion need not have each of them
         for name in self.exclude_columns:
             if name not in known:

@@ -414,3 +414,17 @@ def test_an_excluded_target_is_not_waited_for_and_cannot_be_all_that_is_judged(b
         BadConfiguration, match="leaves only the target 'late' to judge, and no row has a label yet"
     ):
         bench.check(unlabelled, reference=bench.profile.uri, exclude_columns=["hour", "wind", "origin"])
+
+
+@pytest.mark.parametrize("missing", [28, 3])
+def test_rows_without_a_cluster_do_not_hide_a_drift(bench: Bench, missing: int) -> None:
+    moved = rows(7, wind=9.0)
+    moved["day"] = moved["day"].astype(object)
+    moved.loc[moved.index[: missing * len(moved) // 28], "day"] = None
+    path = bench.run.workdir / "plain.parquet"
+    moved.to_parquet(path)
+    package = bench.package().uri
+    with pytest.raises(BadInput, match=r"cluster_column 'day' is missing in \d+ of \d+ rows"):
+        CheckDrift(dataset=bench.run.save(path.name, path).uri, reference=package, cluster_column="day").run(
+            bench.run
+        )
