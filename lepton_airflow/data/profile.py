@@ -148,8 +148,9 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
     """Moments, deciles, and counts in bins between the deciles.
 
     ``counts[i]`` is the number of values in ``(edges[i-1], edges[i]]``; the first bin has no lower and the last no upper
-    bound, so every later value falls into a bin. A value that fills whole deciles at the lower end (no rain) is one edge,
-    and so gets a bin of its own. Deciles are nearest-rank values, from a sort that spills to disk.
+    bound, so every later value falls into a bin. A value that fills a whole decile (no rain, a flag, a constant) has a bin of its
+    own, from the number just below it, so that it is told from lower values. Deciles are nearest-rank values, from a sort that
+    spills to disk.
     """
     value = _as_number(name)
     count, nulls, mean, std, low, high = fetch_row(
@@ -176,7 +177,10 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
         ).fetchall()
     )
     quantiles = [by_rank[rank] for rank in ranks]
-    edges = sorted(set(quantiles[1:-1]))
+    fills_decile = {
+        one for one, next_ in itertools.pairwise(by_rank[rank] for rank in sorted(by_rank)) if one == next_
+    }
+    edges = sorted({*quantiles[1:-1], *(math.nextafter(value, -math.inf) for value in fills_decile)})
     below = fetch_row(
         con,
         f"SELECT {', '.join(f'count(*) FILTER (x <= {edge!r}::DOUBLE)' for edge in edges)} FROM (SELECT {value} AS x FROM {table})",

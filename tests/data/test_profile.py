@@ -38,8 +38,17 @@ def test_numbers_are_counted_between_their_deciles(con: duckdb.DuckDBPyConnectio
     n = found["columns"]["n"]
     assert (n["count"], n["nulls"], n["min"], n["max"]) == (8, 2, 0, 8)  # NaN counts as missing
     assert n["quantiles"] == [0, 0, 0, 0, 4, 4, 5, 6, 7, 8, 8]  # by nearest rank: always values that occur
-    assert n["edges"] == [0, 4, 5, 6, 7, 8]
-    assert n["counts"] == [3, 1, 1, 1, 1, 1, 0]  # the zeros fill whole deciles, and have one bin
+    assert n["edges"] == [-5e-324, 0, 4, 5, 6, 7, 8]
+    assert n["counts"] == [
+        0,
+        3,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+    ]  # the zeros fill whole deciles, and have a bin of their own
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -77,12 +86,37 @@ def test_every_later_value_falls_into_a_bin(con: duckdb.DuckDBPyConnection) -> N
         "('-inf', NULL), ('nan', 'newer'), (NULL, 'b')) t(n, c)"
     )
     (n,), (c,) = (count_rows(con, "later", name, columns[name], None).tolist() for name in ("n", "c"))
-    assert n == [2, 1, 0, 0, 0, 0, 1, 2]  # -5 and -inf, 0.5, …, inf beyond the last edge, and two missing
+    assert n == [2, 0, 1, 0, 0, 0, 0, 1, 2]  # -5 and -inf, 0.5, …, inf beyond the last edge, and two missing
     assert c == [1, 1, 0, 3, 1]
     assert unseen_categories(con, "later", "c", columns["c"]) == {"new": 2, "newer": 1}
     assert unseen_categories(con, "later", "c", columns["c"], limit=1) == {"new": 2}
     assert unseen_categories(con, "later", "n", columns["n"]) is None
     assert unseen_categories(con, "later", "c", columns["c"] | {"rest": 1}) is None  # not all are named
+
+
+@pytest.mark.parametrize(
+    ("values", "later", "bins"),
+    [
+        ("1", "0", [[0, 100, 0, 0], [100, 0, 0, 0]]),  # a constant, which falls
+        ("(i >= 5)::INT", "0", [[5, 95, 0, 0], [100, 0, 0, 0]]),  # a flag that 95 of 100 rows have
+        ("greatest(i - 60, 0)", "-9999", [[0, 61], [100, 0]]),  # often zero, and now a mark for missing
+        (
+            "CASE WHEN i < 30 THEN 0 WHEN i < 35 THEN i ELSE 80 END",
+            "50",
+            [[0, 30, 5, 65, 0, 0], [0, 0, 100, 0, 0, 0]],
+        ),
+    ],
+)
+def test_a_value_that_fills_a_decile_is_told_from_lower_ones(
+    con: duckdb.DuckDBPyConnection, values: str, later: str, bins: list[list[int]]
+) -> None:
+    con.execute(f"CREATE TABLE often AS SELECT {values} AS n, 0 AS y FROM range(100) r(i)")
+    con.execute(f"CREATE TABLE later AS SELECT {later} AS n FROM range(100)")
+    info = DatasetInfo(target="y", task="regression", features=["n"], rows=100)
+    column = reference_profile(con, "often", info, None)["columns"]["n"]
+    (before,), (now,) = (count_rows(con, table, "n", column, None).tolist() for table in ("often", "later"))
+    assert before == reference_counts(column)
+    assert [before[: len(bins[0])], now[: len(bins[1])]] == bins
 
 
 def test_a_column_without_values_has_no_bins(con: duckdb.DuckDBPyConnection) -> None:
