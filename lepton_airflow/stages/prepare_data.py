@@ -502,9 +502,9 @@ class PrepareData(Stage):
             quote(n) if n in info.categorical else nan_as_null(f"{quote(n)}::DOUBLE") for n in info.features
         )
         counts = ", ".join(f"count({value})" for value in there)
-        known = fetch_row(con, f"SELECT {counts} FROM {assigned} WHERE {SPLIT} = 'train'")
+        rows, *known = fetch_row(con, f"SELECT count(*), {counts} FROM {assigned} WHERE {SPLIT} = 'train'")
         for name, count in zip(info.features, known, strict=True):
-            if not count:
+            if rows and not count:
                 log.warning("feature %r is missing in every row of train: it tells a model nothing.", name)
         if categories := [n for n in info.features if n in info.categorical]:
             distinct = fetch_row(

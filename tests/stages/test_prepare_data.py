@@ -742,7 +742,7 @@ def test_later_rows_of_known_clusters(tmp_path: Path) -> None:
             prepare(tmp_path, panel, **(fields | changes), known_clusters=True)
 
 
-def test_rows_without_labels_are_prepared(tmp_path: Path) -> None:
+def test_rows_without_labels_are_prepared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = table().drop(columns="y")
     for split in (
         TIME,
@@ -758,6 +758,7 @@ def test_rows_without_labels_are_prepared(tmp_path: Path) -> None:
         prepare(tmp_path, data, **TIME, target=None, task="regression")
     labelled = prepare(tmp_path, table(), **TIME, test_fraction=1.0)
     assert info(tmp_path, labelled, "test").classes == [0, 1]
+    assert "missing in every row of train" not in caplog.text  # there is no train
 
 
 def test_equal_rows_in_an_equal_division_are_one_division_in_any_window(tmp_path: Path) -> None:
