@@ -16,7 +16,7 @@ give. Here are those that differ from skl2onnx's own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,11 +79,10 @@ def converters(estimator: Any) -> dict[type, Converter]:
     for kind, name in sklearn_operator_name_map.items():
         if (name in _EXACT | _ROUNDED and kind not in own) or kind.__name__ in _TRANSPARENT:
             continue
-        theirs = _in_float32(_with_missing(get_converter(name)) if name in _TREES else get_converter(name))
         if kind in (HistGradientBoostingClassifier, HistGradientBoostingRegressor):
             found[kind] = _boosted_trees(get_converter(name), _LAST_BITS if rounded else 0.0)
         else:
-            found[kind] = _where_it_fits(own[kind], theirs) if kind in own else theirs
+            found[kind] = _where_it_fits(own[kind]) if kind in own else _in_float32
     return found
 
 
@@ -107,58 +106,54 @@ def _steps(estimator: Any) -> Iterator[Any]:
             left.extend(vars(value).values())
 
 
-def _in_float32(theirs: Converter) -> Converter:
-    """skl2onnx's converter between two casts."""
+def _in_float32(scope: Any, operator: Any, container: Any) -> None:
+    """skl2onnx's converter between two casts.
+
+    It is that of the operator's type, not of its class: a TfidfVectorizer is first converted as one, then as the CountVectorizer
+    and the TfidfTransformer that it is made of.
+    """
+    from skl2onnx.common._registration import get_converter
     from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType, guess_proto_type
 
-    def convert(scope: Any, operator: Any, container: Any) -> None:
-        if not any(isinstance(variable.type, DoubleTensorType) for variable in operator.inputs):
-            theirs(scope, operator, container)
-            return
-        inner = scope.declare_local_operator(operator.type, operator.raw_operator)
-        for variable in operator.inputs:
-            read = variable
-            if isinstance(variable.type, DoubleTensorType):
-                read = scope.declare_local_variable("float32", FloatTensorType(variable.type.shape))
-                _cast(scope, container, variable, read)
-            inner.inputs.append(read)
-        for variable in operator.outputs:
-            double = isinstance(variable.type, DoubleTensorType)
-            made = scope.declare_local_variable(
-                "made", FloatTensorType() if double else type(variable.type)()
-            )
-            inner.outputs.append(made)
-            _cast(scope, container, made, variable)
-
-    def _cast(scope: Any, container: Any, read: Any, made: Any) -> None:
+    def cast(read: Any, made: Any) -> None:
         name, to = scope.get_unique_operator_name("Cast"), guess_proto_type(made.type)
         container.add_node("Cast", read.full_name, made.full_name, name=name, to=to)
 
-    return convert
+    if not any(isinstance(variable.type, DoubleTensorType) for variable in operator.inputs):
+        before = len(container.nodes)
+        get_converter(operator.type)(scope, operator, container)
+        if operator.type in _TREES:
+            _send_missing(operator.raw_operator, container.nodes[before:])
+        return
+    inner = scope.declare_local_operator(operator.type, operator.raw_operator)
+    for variable in operator.inputs:
+        read = variable
+        if isinstance(variable.type, DoubleTensorType):
+            read = scope.declare_local_variable("float32", FloatTensorType(variable.type.shape))
+            cast(variable, read)
+        inner.inputs.append(read)
+    for variable in operator.outputs:
+        double = isinstance(variable.type, DoubleTensorType)
+        made = scope.declare_local_variable("made", FloatTensorType() if double else type(variable.type)())
+        inner.outputs.append(made)
+        cast(made, variable)
 
 
-def _with_missing(theirs: Converter) -> Converter:
-    """skl2onnx's converter of trees, which send a missing value where scikit-learn's trees send it.
+def _send_missing(model: Any, nodes: Iterable[Any]) -> None:
+    """Have trees in ONNX send a missing value where scikit-learn's trees send it.
 
     A tree that saw none at a split sends it where more of the training rows went, so this holds without gaps in training, too.
     """
-
-    def convert(scope: Any, operator: Any, container: Any) -> None:
-        before = len(container.nodes)
-        theirs(scope, operator, container)
-        model = operator.raw_operator
-        trees = [model] if hasattr(model, "tree_") else getattr(model, "estimators_", [])
-        left = [tree.tree_.missing_go_to_left for tree in trees]
-        for node in container.nodes[before:]:
-            given = {attribute.name: attribute for attribute in node.attribute}
-            if node.op_type not in ("TreeEnsembleClassifier", "TreeEnsembleRegressor"):
-                continue
-            places = list(zip(given["nodes_treeids"].ints, given["nodes_nodeids"].ints, strict=True))
-            to_left = [int(left[tree][place]) for tree, place in places]
-            del given["nodes_missing_value_tracks_true"].ints[:]
-            given["nodes_missing_value_tracks_true"].ints.extend(to_left)
-
-    return convert
+    trees = [model] if hasattr(model, "tree_") else getattr(model, "estimators_", [])
+    left = [tree.tree_.missing_go_to_left for tree in trees]
+    for node in nodes:
+        if node.op_type not in ("TreeEnsembleClassifier", "TreeEnsembleRegressor"):
+            continue
+        given = {attribute.name: attribute for attribute in node.attribute}
+        places = zip(given["nodes_treeids"].ints, given["nodes_nodeids"].ints, strict=True)
+        to_left = [int(left[tree][place]) for tree, place in places]
+        del given["nodes_missing_value_tracks_true"].ints[:]
+        given["nodes_missing_value_tracks_true"].ints.extend(to_left)
 
 
 def _boosted_trees(theirs: Converter, last_bits: float) -> Converter:
@@ -250,9 +245,9 @@ def _fits(operator: Any) -> bool:
     return all(isinstance(variable.type, wanted) for variable in operator.inputs)
 
 
-def _where_it_fits(own: Converter, theirs: Converter) -> Converter:
+def _where_it_fits(own: Converter) -> Converter:
     def convert(scope: Any, operator: Any, container: Any) -> None:
-        (own if _fits(operator) else theirs)(scope, operator, container)
+        (own if _fits(operator) else _in_float32)(scope, operator, container)
 
     return convert
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.compose import ColumnTransformer
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.mixture import GaussianMixture
 from sklearn.multioutput import MultiOutputClassifier
@@ -172,3 +172,18 @@ def test_text_is_made_lower_case_without_a_locale_that_small_images_lack() -> No
     normalizers = [n for n in fitted.to_onnx().graph.node if n.op_type == "StringNormalizer"]
     assert [a.s for n in normalizers for a in n.attribute if a.name == "locale"] == [b"C.UTF-8"]
     np.testing.assert_allclose(packaged(fitted, texts), fitted.predict(texts), atol=1e-6)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("numbers", [[], NUMBERS])
+def test_text_is_weighed_by_its_words(frame: pd.DataFrame, numbers: list[str]) -> None:
+    # skl2onnx takes the vectorizer apart into two steps of its class: each was taken apart again, without an end.
+    frame["origin"] = [
+        f"{word} of the {other}" for word, other in zip(frame.origin, frame.carrier, strict=True)
+    ]
+    steps = [("t", TfidfVectorizer(), "origin"), ("n", StandardScaler(), numbers)]
+    model = make_pipeline(ColumnTransformer(steps[: 1 + bool(numbers)]), LogisticRegression())
+    features = [*numbers, "origin"]
+    model.fit(frame[features], (frame.carrier == "AA") | (frame.hour > 1))
+    fitted = SklearnModel(model, schema(features, [False, True]), "mine")
+    np.testing.assert_allclose(packaged(fitted, frame), fitted.predict(frame), atol=1e-6)
