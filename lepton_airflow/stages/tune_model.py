@@ -72,7 +72,7 @@ class TuneModel(Stage):
         if the store is no local directory.
     :param storage_connection: Airflow Connection of the database to use as storage, instead of ``storage``.
     :param pruner: ``median``, or ``none`` to run every fold of every trial.
-    :param max_rows: tune on a random sample of this many rows [rows].
+    :param max_rows: tune on a random sample of this many rows, and a row of each class that it lacks [rows].
     :param seed: seeds folds, fits and, by trial number, the sampler; with several workers the result also depends on the
         order in which trials finish.
     :param threads: CPU threads per worker [threads].

@@ -52,7 +52,7 @@ class Rows:
         """Read a split made by PrepareData.
 
         :param like: the training rows; these must have the same features and classes.
-        :param max_rows: keep a random sample of this many rows, in their order.
+        :param max_rows: keep a random sample of this many rows, in their order, and a row of each class that it lacks.
         :raises BadInput: a column or the target cannot be learned from; the message says which and why.
         """
         import numpy as np
@@ -72,6 +72,9 @@ class Rows:
             raise BadInput(f"{name}: 0 rows, expected some; check the window and the filters of the data.")
         if max_rows is not None and len(frame) > max_rows:
             kept = np.random.default_rng(seed).choice(len(frame), max_rows, replace=False)
+            if info.task == "classification":
+                lacked = frame[~frame[target].isin(frame[target].iloc[kept])].drop_duplicates(target)
+                kept = np.append(kept, lacked.index)
             frame = frame.iloc[np.sort(kept)].reset_index(drop=True)
         features = like.schema.features if like else features_of(info)
         try:

@@ -73,6 +73,15 @@ def test_a_sample_is_in_order_and_depends_on_the_seed_alone(load: Any) -> None:
     assert load(frame=many, max_rows=200).frame["n"].tolist() == many["n"].tolist()
 
 
+def test_a_sample_has_a_row_of_each_class(load: Any) -> None:
+    info = replace(INFO, classes=["no", "rarely", "yes"])
+    many = pd.DataFrame({"n": np.arange(200.0), "c": "a", "y": ["yes", "no"] * 100})
+    many.loc[[60, 61], "y"] = "rarely"
+    for seed in range(5):
+        y = load(info, frame=many, max_rows=20, seed=seed).y
+        assert (set(y), len(y) - 20) in [({0, 1, 2}, 0), ({0, 1, 2}, 1)]
+
+
 def test_classes_that_json_has_only_as_text_are_found(load: Any) -> None:
     info = replace(INFO, classes=["2024-01-01", "2024-01-02"])
     days = pd.to_datetime(["2024-01-01", "2024-01-02", "2024-01-02", "2024-01-01"]).date
