@@ -365,10 +365,11 @@ def _unbiased(
 
     by_cluster = np.bincount(codes, weights=share)
     if np.count_nonzero(by_cluster) < 2:
+        rows = int(np.count_nonzero(share))
+        found = f"has {rows:,} rows, all in one cluster" if rows > 1 else "has a single row"
         raise BadInput(
-            f"paired test: the {int(np.count_nonzero(share)):,} rows that one part of the metric counts "
-            "(positives, negatives or one class) lie in a single cluster, expected at least 2 clusters; "
-            "widen the window or choose a metric that counts every row, such as log_loss."
+            f"paired test: one part of the metric (the positives, the negatives or a class) {found}, expected at least 2 "
+            f"{'clusters' if rows > 1 else 'rows'}; widen the window or choose a metric that counts every row, such as log_loss."
         )
     return influence / np.sqrt(1 - by_cluster[codes])
 

@@ -296,7 +296,8 @@ def test_the_digits_show_what_was_compared(simulation):
     [
         ({"y": [0, 0, 0, 0]}, "all 4 rows have the label 0"),
         ({"y": [0, 0, 0, 0], "metric": "recall"}, "none of the 4 rows is labelled 1"),
-        ({"y": [0, 0, 1, 0]}, "lie in a single cluster"),
+        ({"y": [0, 0, 1, 0]}, r"a class\) has a single row, expected at least 2 rows"),
+        ({"clusters": ["a", "b", "c", "b"]}, "has 2 rows, all in one cluster, expected at least 2 clusters"),
         ({"clusters": ["a", "a", "a", "a"]}, "expected at least 2 clusters"),
         ({"p_candidate": [0.1, np.nan, 0.3, 0.4]}, "1 of 4 values are missing"),
         ({"p_candidate": [0.1, 0.2]}, "expected one label per row"),

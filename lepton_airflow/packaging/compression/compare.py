@@ -200,7 +200,7 @@ def _scored(
     try:
         quality = judge.compare(original, predicted)
     except BadInput as error:  # the original's predictions passed, so these are no longer probabilities
-        return Candidate(method, "worse", str(error), size, graph, None, [], difference), content
+        return Candidate(method, "worse", str(error).rstrip("."), size, graph, None, [], difference), content
     return Candidate(method, "", "", size, graph, quality, [], difference), content
 
 
