@@ -217,6 +217,15 @@ def test_numbers_spoiled_by_a_few_texts_are_named(tmp_path: Path, caplog: Any) -
     assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
 
+def test_hundreds_of_columns_of_text_take_little_memory(tmp_path: Path) -> None:
+    rows = "".join(
+        ",".join("t" if (row + column) % 7 == 0 else "" for column in range(300)) + "\n"
+        for row in range(3000)
+    )
+    source = write(tmp_path / "s.csv", ",".join(f"c{column}" for column in range(300)) + "\n" + rows)
+    assert ingest(tmp_path, {"s": source}).values["rows"] == 3000
+
+
 def test_a_type_that_another_run_found_otherwise_is_warned_of(tmp_path: Path, caplog: Any) -> None:
     one = write(tmp_path / "1.csv", "id,code,day\n1,F,2013-05-01\n")
     two = write(tmp_path / "2.csv", "id,code,day\nA1,T,\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lepton_airflow.data.sources.csv_text import CsvText
 from lepton_airflow.data.sources.files import Reader, Rejected, check_no_doubles, unused
-from lepton_airflow.data.sources.text_types import ALL_KINDS
+from lepton_airflow.data.sources.text_types import ALL_KINDS, COLUMNS_AT_ONCE
 from lepton_airflow.data.sql import quote
 from lepton_airflow.errors import BadInput, did_you_mean
 
@@ -173,14 +173,17 @@ class CsvFiles(Reader):
 
     def _look(self, columns: Sequence[str], table: str) -> dict[str, tuple[int, int, list[str]]]:
         """For each column: how many numbers, how many values that are neither number nor missing, the texts for missing."""
-        parts = []
-        for name in map(quote, columns):
-            number = f"TRY_CAST({name} AS DOUBLE) IS NOT NULL"
-            missing = f"lower(trim({name})) IN ({_MISSING})"
-            parts += [
-                f"count(*) FILTER ({number})",
-                f"count(*) FILTER ({name} IS NOT NULL AND NOT ({number}) AND NOT ({missing}))",
-                f"list(DISTINCT {name}) FILTER (NOT ({number}) AND {missing})",
-            ]
-        (row,) = self.con.execute(f"SELECT {', '.join(parts)} FROM {table}").fetchall()
-        return {c: (row[3 * i], row[3 * i + 1], row[3 * i + 2] or []) for i, c in enumerate(columns)}
+        looked: dict[str, tuple[int, int, list[str]]] = {}
+        for first in range(0, len(columns), COLUMNS_AT_ONCE):
+            some, parts = columns[first : first + COLUMNS_AT_ONCE], []
+            for name in map(quote, some):
+                number = f"TRY_CAST({name} AS DOUBLE) IS NOT NULL"
+                missing = f"lower(trim({name})) IN ({_MISSING})"
+                parts += [
+                    f"count(*) FILTER ({number})",
+                    f"count(*) FILTER ({name} IS NOT NULL AND NOT ({number}) AND NOT ({missing}))",
+                    f"list(DISTINCT {name}) FILTER (NOT ({number}) AND {missing})",
+                ]
+            (row,) = self.con.execute(f"SELECT {', '.join(parts)} FROM {table}").fetchall()
+            looked |= {c: (row[3 * i], row[3 * i + 1], row[3 * i + 2] or []) for i, c in enumerate(some)}
+        return looked

@@ -23,7 +23,9 @@ ALL_KINDS = ("BOOLEAN", "BIGINT", "DOUBLE", "DATE", "TIMESTAMP", "TIMESTAMP WITH
 TIMES_ONLY = ALL_KINDS[3:]
 
 _FIRST_ROWS = 20_000  # in these, most columns show what they cannot hold
-_COLUMNS_AT_ONCE = 8  # in one query, which DuckDB would plan longer than run with more
+COLUMNS_AT_ONCE = (
+    8  # in one query, which DuckDB would plan longer than run with more, and run out of memory with hundreds
+)
 _EXACT_IN_DOUBLE = 2**53  # whole numbers below it are
 _SPACES = r"\s*"
 _WHOLE = r"[+-]?[0-9]+(\.0*)?"
@@ -235,9 +237,9 @@ def _misfits(
     values: dict[str, int] = {}
     misfits: dict[tuple[str, str], int] = {}
     columns = list(asked)
-    for first in range(0, len(columns), _COLUMNS_AT_ONCE):
+    for first in range(0, len(columns), COLUMNS_AT_ONCE):
         parts, keys = [], list[tuple[str, str]]()
-        for column in columns[first : first + _COLUMNS_AT_ONCE]:
+        for column in columns[first : first + COLUMNS_AT_ONCE]:
             name = quote(column)
             parts.append(f"count({name})")
             keys.append((column, ""))
