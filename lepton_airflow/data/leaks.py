@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ROWS_TO_ACCUSE = 20  # with fewer, a feature may follow the target by chance: two points lie on a line
 _LAST_ROWS = 1000
 
 
 def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
-    """The features that are the target under another name: with one value for each class, or in a straight line with it."""
+    """The features that are the target under another name: with one value for each class, or in a straight line with it.
+
+    Of a number that is missing in most rows the others count, if they are enough.
+    """
     target = quote(str(info.target))
     if info.task == "regression":
         other = target.replace("{", "{{").replace("}", "}}")
@@ -29,7 +33,8 @@ def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetIn
         if not numbers:
             return []
         clean = nan_as_null("{0}::DOUBLE")  # one NaN would make the whole correlation NaN
-        linear = fetch_row(con, f"SELECT {for_each(f'corr({clean}, {other}::DOUBLE)', numbers)} FROM {table}")
+        line = f"CASE WHEN count({clean}) >= {ROWS_TO_ACCUSE} THEN corr({clean}, {other}::DOUBLE) END"
+        linear = fetch_row(con, f"SELECT {for_each(line, numbers)} FROM {table}")
         return [n for n, r in zip(numbers, linear, strict=True) if r is not None and abs(r) > 1 - 1e-9]
     copies = []
     # The counts are approximate; the exact ones follow for the few features that pass.
@@ -48,18 +53,22 @@ def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetIn
 
 
 def perfect_separators(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
-    """The numbers that tell two classes apart by themselves: all values of one class lie below all of the other."""
+    """The numbers that tell two classes apart by themselves: all values of one class lie below all of the other.
+
+    A number that only few rows have may do so by chance.
+    """
     numbers = _numbers(info)
     if info.task != "classification" or len(info.classes) != 2 or not numbers:
         return []
     clean = nan_as_null("{0}::DOUBLE")
     ranges = con.execute(
-        f"SELECT {quote(str(info.target))}, {for_each(f'min({clean}), max({clean})', numbers)} FROM {table} GROUP BY 1"
+        f"SELECT {for_each(f'count({clean}), min({clean}), max({clean})', numbers)} FROM {table} "
+        f"GROUP BY {quote(str(info.target))}"
     ).fetchall()
     found = []
     for index, name in enumerate(numbers):
-        (low, high), (low2, high2) = (row[1 + 2 * index : 3 + 2 * index] for row in ranges)
-        if None not in (low, high, low2, high2) and (high < low2 or high2 < low):
+        (rows, low, high), (rows2, low2, high2) = (row[3 * index : 3 + 3 * index] for row in ranges)
+        if min(rows, rows2) and rows + rows2 >= ROWS_TO_ACCUSE and (high < low2 or high2 < low):
             found.append(name)
     return found
 

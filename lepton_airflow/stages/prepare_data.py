@@ -15,7 +15,7 @@ from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.data.dataset import DatasetInfo, check_names, info_sql, time_span
 from lepton_airflow.data.duckdb_types import WHOLE, in_microseconds, is_time
 from lepton_airflow.data.feature_query import FeatureQuery
-from lepton_airflow.data.leaks import copies_of_target, look_ahead, perfect_separators
+from lepton_airflow.data.leaks import ROWS_TO_ACCUSE, copies_of_target, look_ahead, perfect_separators
 from lepton_airflow.data.profile import reference_profile
 from lepton_airflow.data.splits import (
     ROW,
@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 _INFERRED_CLASSES = 20  # a whole-number target with more distinct values is taken for a number to regress on
 _MOST_CLASSES = 1000
 _MANY_CATEGORIES = 10_000
-_ROWS_TO_ACCUSE = 20  # with fewer, a feature may follow the target by chance: two points lie on a line
 
 
 @dataclass(kw_only=True)
@@ -223,7 +222,7 @@ class PrepareData(Stage):
         info = replace(info, classes=self._classes(con, info, "assigned", list(splits)))
         self._check_features(con, info, "assigned")
         if self.leak_check:
-            if self.target and "train" in splits and splits["train"].rows >= _ROWS_TO_ACCUSE:
+            if self.target and "train" in splits and splits["train"].rows >= ROWS_TO_ACCUSE:
                 self._check_target_leaks(con, info, "assigned")
             self._check_future(con, run, features, types, info, list(splits))
         run.check_stop()

@@ -45,6 +45,9 @@ NUMBERS = DatasetInfo(target="y", task="regression", features=["f", "g"], catego
             ["f"],
         ),
         (CLASSES, "SELECT i % 2 AS y, 'nan'::DOUBLE AS f, i || '' AS g FROM range(40) r(i)", []),
+        # Two points lie on a line: of a number that is missing almost everywhere that tells nothing.
+        (NUMBERS, "SELECT i AS y, CASE WHEN i < 2 THEN i END AS f, 'x' AS g FROM range(40) r(i)", []),
+        (NUMBERS, "SELECT i AS y, CASE WHEN i < 20 THEN i END AS f, 'x' AS g FROM range(40) r(i)", ["f"]),
     ],
 )
 def test_the_target_is_found_under_another_name(info: DatasetInfo, select: str, copies: list[str]) -> None:
@@ -53,7 +56,15 @@ def test_the_target_is_found_under_another_name(info: DatasetInfo, select: str, 
 
 @pytest.mark.parametrize(
     ("f", "found"),
-    [("y * 10 + i % 5", ["f"]), ("-y * 10 - i % 5", ["f"]), ("y * 4 + i % 5", []), ("NULL::INT", [])],
+    [
+        ("y * 10 + i % 5", ["f"]),
+        ("-y * 10 - i % 5", ["f"]),
+        ("y * 4 + i % 5", []),
+        ("NULL::INT", []),
+        ("CASE WHEN i < 20 THEN y * 10 + i % 5 END", ["f"]),
+        ("CASE WHEN i < 19 THEN y * 10 + i % 5 END", []),
+        ("CASE WHEN y = 1 THEN i END", []),
+    ],
 )
 def test_a_number_that_separates_two_classes_is_found(f: str, found: list[str]) -> None:
     con = table(f"SELECT i % 2 AS y, i, {f} AS f, 'x' AS g FROM (SELECT i, i % 2 AS y FROM range(40) r(i))")
