@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+_NAMED = 20  # features at most that a message names
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -127,12 +129,15 @@ def _checked_target(info: DatasetInfo, name: str, like: Rows | None) -> str:
 
 
 def _check_not_empty(raw: pd.DataFrame, features: Sequence[Feature], name: str) -> None:
-    for f in features:
-        if KINDS[f.kind].is_missing(raw[f.name]).all():
-            raise BadInput(
-                f"{name}: feature {f.name!r} is missing in all {len(raw):,} rows, so nothing can be learned "
-                "from it; take it out of the features or mend its source."
-            )
+    empty = [f.name for f in features if KINDS[f.kind].is_missing(raw[f.name]).all()]
+    if empty:
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        them = "it" if len(empty) == 1 else "them"
+        what = "feature {} is" if len(empty) == 1 else "features {} are"
+        raise BadInput(
+            f"{name}: {what.format(', '.join(map(repr, empty[:_NAMED])) + more)} missing in all {len(raw):,} rows, so nothing "
+            f"can be learned from {them}; name {them} in PrepareData's drop, or mend the source."
+        )
 
 
 def _check_every_class(numbers: pd.Series[Any], classes: list[Any], name: str, column: str) -> None:

@@ -104,6 +104,7 @@ def test_other_rows_have_the_classes_and_features_of_the_training_rows(load: Any
         (replace(INFO, features=[]), {}, "train: the dataset has no features"),
         (INFO, {"c": [None] * 4}, "train: feature 'c' is missing in all 4 rows"),
         (INFO, {"n": [float("nan")] * 4}, "train: feature 'n' is missing in all 4 rows"),
+        (INFO, {"n": [None] * 4, "c": [None] * 4}, "train: features 'n', 'c' are missing in all 4 rows"),
         (INFO, {"n": ["a", "b", "c", "d"]}, "train: feature 'n' should hold numbers"),
         (INFO, {"y": ["yes"] * 4}, r"target 'y' is 'yes' in all rows \(4 rows\), expected every class"),
         (replace(INFO, classes=["no", "yes", "maybe"]), {}, r"target 'y' has no row of 'maybe' \(4 rows\)"),
