@@ -73,6 +73,27 @@ def perfect_separators(con: duckdb.DuckDBPyConnection, table: str, info: Dataset
     return found
 
 
+def in_order_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
+    """The numbers that put all rows in the order of a number to predict, or in the opposite one, as its logarithm does."""
+    if info.task != "regression":
+        return []
+    target = quote(str(info.target))
+
+    def ordered(name: str, rows: str) -> bool:
+        value = nan_as_null(f"{quote(name)}::DOUBLE")
+        count, different, up, down = fetch_row(
+            con,
+            "SELECT count(*), count(DISTINCT v), count(*) FILTER (up <> place), count(*) FILTER (down <> place) FROM "
+            "(SELECT v, rank() OVER (ORDER BY v) AS up, rank() OVER (ORDER BY v DESC) AS down, rank() OVER (ORDER BY t) AS place "
+            f"FROM (SELECT {value} AS v, {target}::DOUBLE AS t FROM {rows}) WHERE v IS NOT NULL)",
+        )
+        return count >= ROWS_TO_ACCUSE and different > 2 and not (up and down)
+
+    # The first rows rule most features out; only the others are sorted whole.
+    some = f"(SELECT * FROM {table} LIMIT {_LAST_ROWS})"
+    return [name for name in _numbers(info) if ordered(name, some) and ordered(name, table)]
+
+
 def look_ahead(
     con: duckdb.DuckDBPyConnection,
     table: str,

@@ -15,7 +15,13 @@ from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.data.dataset import DatasetInfo, check_names, info_sql, time_span
 from lepton_airflow.data.duckdb_types import WHOLE, in_microseconds, is_time
 from lepton_airflow.data.feature_query import FeatureQuery
-from lepton_airflow.data.leaks import ROWS_TO_ACCUSE, copies_of_target, look_ahead, perfect_separators
+from lepton_airflow.data.leaks import (
+    ROWS_TO_ACCUSE,
+    copies_of_target,
+    in_order_of_target,
+    look_ahead,
+    perfect_separators,
+)
 from lepton_airflow.data.profile import reference_profile
 from lepton_airflow.data.splits import (
     ROW,
@@ -632,7 +638,7 @@ class PrepareData(Stage):
     # -- leaks ------------------------------------------------------------------------------------------------------
 
     def _check_target_leaks(self, con: duckdb.DuckDBPyConnection, info: DatasetInfo, assigned: str) -> None:
-        """Refuse a feature that repeats the target; warn of one that tells the classes apart by itself."""
+        """Refuse a feature that repeats the target; warn of one that tells the classes apart, or orders the rows as the target, by itself."""
         train = f"{assigned} WHERE {SPLIT} = 'train'"
         if copies := copies_of_target(con, train, info):
             how = "in a straight line" if info.task == "regression" else "exactly"
@@ -644,6 +650,11 @@ class PrepareData(Stage):
             log.warning(
                 "feature %r separates the classes perfectly by itself: is it known before the target?", name
             )
+        for name in in_order_of_target(con, train, info):
+            log.warning(
+                "feature %r puts all rows in the order of the target by itself, as its logarithm would: is it known before the "
+                "target?", name,
+            )  # fmt: skip
 
     def _check_future(
         self,

@@ -8,7 +8,13 @@ import duckdb
 import pytest
 
 from lepton_airflow.data.dataset import DatasetInfo
-from lepton_airflow.data.leaks import copies_of_target, differing_columns, look_ahead, perfect_separators
+from lepton_airflow.data.leaks import (
+    copies_of_target,
+    differing_columns,
+    in_order_of_target,
+    look_ahead,
+    perfect_separators,
+)
 from lepton_airflow.data.splits import timestamp
 
 
@@ -70,6 +76,24 @@ def test_a_number_that_separates_two_classes_is_found(f: str, found: list[str]) 
     con = table(f"SELECT i % 2 AS y, i, {f} AS f, 'x' AS g FROM (SELECT i, i % 2 AS y FROM range(40) r(i))")
     assert perfect_separators(con, "t", CLASSES) == found
     assert perfect_separators(con, "t", NUMBERS) == []
+
+
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [
+        ("ln(y)", ["f"]),
+        ("1 / y", ["f"]),
+        ("CASE WHEN i % 9 > 0 THEN sqrt(y) END", ["f"]),
+        ("ln(y) + CASE WHEN i = 1500 THEN -1 ELSE 0 END", []),  # beyond the rows that are looked at first
+        ("round(ln(y), 1)", []),
+        ("CASE WHEN i < 19 THEN ln(y) END", []),
+        ("7", []),
+    ],
+)
+def test_a_number_that_orders_the_rows_as_the_target_is_found(f: str, found: list[str]) -> None:
+    con = table(f"SELECT y, {f} AS f, 'x' AS g FROM (SELECT i, 1 + hash(i) % 50 AS y FROM range(2000) r(i))")
+    assert in_order_of_target(con, "t", NUMBERS) == found
+    assert in_order_of_target(con, "t", CLASSES) == []
 
 
 TYPES = {"n": "DOUBLE", "c": "VARCHAR"}
