@@ -60,17 +60,27 @@ def reference_profile(
 def reference_counts(column: Mapping[str, Any]) -> list[int]:
     """The rows of a profiled column by bin; the last bin is that of missing values.
 
-    The other bins are those between the edges of numbers, or the named categories and one for all others.
+    The other bins are those between the edges of numbers, or the categories of :func:`_binned` and one for all others.
     """
     if column["kind"] == "number":
         return [*(column["counts"] or [0]), column["nulls"]]
-    return [*(n for _, n in column["top"]), column["rest"], column["nulls"]]
+    own = [n for _, n in _binned(column)]
+    return [*own, column["count"] - sum(own), column["nulls"]]
+
+
+def _binned(column: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The categories that have a bin of their own: those that are named and occur more than once.
+
+    About as many rows of a next window as there are categories that occur once have a value that is not here (Good 1953), so both
+    are counted together. Else a column of texts, each of which occurs once, would drift from itself.
+    """
+    return [(label, n) for label, n in column["top"] if n > 1]
 
 
 def share_of(column: Mapping[str, Any], counts: Sequence[int], value: Any) -> float | None:
     """The share of a category's value in counts by the bins of :func:`reference_counts`; None if no bin is its own."""
     label = str(value)[:_LABEL]
-    places = [place for place, (name, _) in enumerate(column["top"]) if name == label]
+    places = [place for place, (name, _) in enumerate(_binned(column)) if name == label]
     return float(counts[places[0]] / sum(counts)) if places else None
 
 
@@ -97,7 +107,7 @@ def count_rows(
             "(SELECT x, min(b) AS b FROM (SELECT unnest($1::TEXT[]) AS x, unnest(range(len($1))) AS b) GROUP BY x) USING (x)"
         )
         bin_of = f"CASE WHEN x IS NULL THEN {bins - 1} ELSE coalesce(b, {bins - 2}) END"
-        values = [[label for label, _ in column["top"]]]
+        values = [[label for label, _ in _binned(column)]]
     found = con.execute(
         f"SELECT dense_rank() OVER (ORDER BY g) - 1, b, n FROM "
         f"(SELECT g, {bin_of} AS b, count(*) AS n FROM {source} GROUP BY ALL)",
