@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 _INFERRED_CLASSES = 20  # a whole-number target with more distinct values is taken for a number to regress on
 _MOST_CLASSES = 1000
 _MANY_CATEGORIES = 10_000
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
 @dataclass(kw_only=True)
@@ -383,6 +385,11 @@ class PrepareData(Stage):
                     f"{'feature' if name in features else 'carried column'} {name!r} is {types[name]}: expected a number or text. Derive one in features, or name it in "
                     "id_columns or drop."
                 )
+        for name in filter(_PANDAS_INDEX.fullmatch, features):
+            log.warning(
+                "feature %r is the index of a DataFrame, which pandas wrote as a column: write the file with index=False, or name "
+                "the column in drop.", name,
+            )  # fmt: skip
         return DatasetInfo(
             target=self.target,
             task=self._task(con, table, types),

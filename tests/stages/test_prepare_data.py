@@ -472,6 +472,19 @@ def test_the_profile_counts_what_is_in_train(tmp_path: Path) -> None:
     assert dict(found["columns"]["y"]["top"]) == {str(k): v for k, v in train.y.value_counts().items()}
 
 
+def test_the_index_of_a_dataframe_is_named_among_the_features(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shuffled = table().drop(columns="t").sample(frac=1, random_state=0)
+    shuffled.to_parquet(tmp_path / "s.parquet")
+    for drop, named in ([], True), (["__index_level_0__"], False):
+        caplog.clear()
+        PrepareData(snapshot=str(tmp_path / "s.parquet"), target="y", **RANDOM, drop=drop).run(
+            RunInfo.local(tmp_path)
+        )
+        assert ("feature '__index_level_0__' is the index of a DataFrame" in caplog.text) is named
+
+
 def test_a_hundred_thousand_categories_pass_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
