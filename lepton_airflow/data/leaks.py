@@ -53,22 +53,28 @@ def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetIn
 
 
 def perfect_separators(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
-    """The numbers that tell two classes apart by themselves: all values of one class lie below all of the other.
+    """The features that tell two classes apart by themselves.
 
-    A number that only few rows have may do so by chance.
+    Of a number all values of one class lie below all of the other, or a feature is there in the rows of one class alone, as a day of
+    death is. A number that only few rows have may do so by chance.
     """
-    numbers = _numbers(info)
-    if info.task != "classification" or len(info.classes) != 2 or not numbers:
+    if info.task != "classification" or len(info.classes) != 2:
         return []
-    clean = nan_as_null("{0}::DOUBLE")
-    ranges = con.execute(
-        f"SELECT {for_each(f'count({clean}), min({clean}), max({clean})', numbers)} FROM {table} "
-        f"GROUP BY {quote(str(info.target))}"
+    numbers = set(_numbers(info))
+    parts = ["count(*)"]
+    for name in info.features:
+        value = nan_as_null(f"{quote(name)}::DOUBLE") if name in numbers else quote(name)
+        ends = f"min({value}), max({value})" if name in numbers else "NULL, NULL"
+        parts += [f"count({value})", ends]
+    (all_rows, *one), (all_rows2, *other) = con.execute(
+        f"SELECT {', '.join(parts)} FROM {table} GROUP BY {quote(str(info.target))}"
     ).fetchall()
     found = []
-    for index, name in enumerate(numbers):
-        (rows, low, high), (rows2, low2, high2) = (row[3 * index : 3 + 3 * index] for row in ranges)
-        if min(rows, rows2) and rows + rows2 >= ROWS_TO_ACCUSE and (high < low2 or high2 < low):
+    for index, name in enumerate(info.features):
+        (rows, low, high), (rows2, low2, high2) = (ends[3 * index : 3 * index + 3] for ends in (one, other))
+        in_one_class = {(rows, rows2)} & {(0, all_rows2), (all_rows, 0)}
+        apart = name in numbers and min(rows, rows2) and (high < low2 or high2 < low)
+        if rows + rows2 >= ROWS_TO_ACCUSE and (in_one_class or apart):
             found.append(name)
     return found
 

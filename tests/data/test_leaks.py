@@ -69,13 +69,22 @@ def test_the_target_is_found_under_another_name(info: DatasetInfo, select: str, 
         ("NULL::INT", []),
         ("CASE WHEN i < 20 THEN y * 10 + i % 5 END", ["f"]),
         ("CASE WHEN i < 19 THEN y * 10 + i % 5 END", []),
-        ("CASE WHEN y = 1 THEN i END", []),
+        ("CASE WHEN y = 1 THEN i END", ["f"]),  # there in one class alone
+        ("CASE WHEN y = 0 THEN 7 END", ["f"]),
+        ("CASE WHEN y = 1 AND i > 1 THEN i END", []),
     ],
 )
 def test_a_number_that_separates_two_classes_is_found(f: str, found: list[str]) -> None:
     con = table(f"SELECT i % 2 AS y, i, {f} AS f, 'x' AS g FROM (SELECT i, i % 2 AS y FROM range(40) r(i))")
     assert perfect_separators(con, "t", CLASSES) == found
     assert perfect_separators(con, "t", NUMBERS) == []
+
+
+def test_a_text_that_is_there_in_one_class_alone_is_found() -> None:
+    con = table(
+        "SELECT i % 2 AS y, i AS f, CASE WHEN i % 2 = 1 THEN 'day ' || i END AS g FROM range(40) r(i)"
+    )
+    assert perfect_separators(con, "t", CLASSES) == ["g"]
 
 
 @pytest.mark.parametrize(
