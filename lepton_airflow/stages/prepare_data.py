@@ -414,6 +414,15 @@ class PrepareData(Stage):
         (distinct,) = fetch_row(con, f"SELECT approx_count_distinct({quote(self.target)}) FROM {table}")
         few = kind in WHOLE and distinct <= _INFERRED_CLASSES
         task = self.task or ("classification" if kind == "VARCHAR" or few else "regression")
+        if self.task is None and kind in ("FLOAT", "DOUBLE") and distinct <= _INFERRED_CLASSES:
+            (whole,) = fetch_row(
+                con, f"SELECT bool_and({quote(self.target)} = trunc({quote(self.target)})) FROM {table}"
+            )
+            if whole:
+                log.warning(
+                    "target %r holds about %d whole numbers and is %s, so it is taken for a number to regress on: if they are "
+                    "classes, cast it to INTEGER in features; else set task='regression'.", self.target, distinct, kind,
+                )  # fmt: skip
         if task == "regression" and kind == "VARCHAR":
             raise BadConfiguration(
                 f"target {self.target!r} is text, which task='regression' cannot predict: cast it to a number."

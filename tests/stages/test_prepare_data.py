@@ -472,6 +472,23 @@ def test_the_profile_counts_what_is_in_train(tmp_path: Path) -> None:
     assert dict(found["columns"]["y"]["top"]) == {str(k): v for k, v in train.y.value_counts().items()}
 
 
+@pytest.mark.parametrize(
+    ("target", "task", "named"),
+    [
+        ("y::DOUBLE", None, True),
+        ("y::DOUBLE", "regression", False),
+        ("y + 0.5", None, False),
+        ("x", None, False),
+    ],
+)
+def test_classes_that_are_written_as_fractions_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, target: str, task: str | None, named: bool
+) -> None:
+    features = f"SELECT * REPLACE (({target})::DOUBLE AS y) FROM snapshot"
+    prepare(tmp_path, table(), **TIME, features=features, task=task, leak_check=False)
+    assert ("target 'y' holds about 2 whole numbers and is DOUBLE" in caplog.text) is named
+
+
 def test_the_index_of_a_dataframe_is_named_among_the_features(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

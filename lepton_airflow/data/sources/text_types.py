@@ -23,9 +23,7 @@ ALL_KINDS = ("BOOLEAN", "BIGINT", "DOUBLE", "DATE", "TIMESTAMP", "TIMESTAMP WITH
 TIMES_ONLY = ALL_KINDS[3:]
 
 _FIRST_ROWS = 20_000  # in these, most columns show what they cannot hold
-COLUMNS_AT_ONCE = (
-    8  # in one query, which DuckDB would plan longer than run with more, and run out of memory with hundreds
-)
+COLUMNS_AT_ONCE = 8  # in one query: with more DuckDB plans longer than it runs, with hundreds it lacks memory
 _EXACT_IN_DOUBLE = 2**53  # whole numbers below it are
 _SPACES = r"\s*"
 _WHOLE = r"[+-]?[0-9]+(\.0*)?"
