@@ -630,8 +630,15 @@ def _lived(runner: Runner, folder: Path, stops: int = 0) -> Chain:
                 own = replace(request.identity, run_id=f"stop-{number}")
                 again = replace(request, identity=own, cache="off")
                 for found in (_stopped(runner, again, took), runner.run(again, [], {})):
-                    assert found is None or _digests(found) == _digests(receipt), (stage, number)
+                    assert found is None or _exact(found) == _exact(receipt), (stage, number)
     return chain
+
+
+def _exact(receipt: Receipt) -> tuple[dict[str, str | None], object]:
+    """What is equal in two runs of one stage under two run ids, which Great Expectations' documents name."""
+    named = {"validation", "data_docs"}
+    digests = {name: sha256 for name, sha256 in _digests(receipt).items() if name not in named}
+    return digests, None if get_stage(receipt.stage).measures_machine else receipt.metrics
 
 
 # What these do stays: each is asked to stop until it has done it once.
