@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from functools import cache
+from os.path import isfile
 from pathlib import Path
 
 from lepton_airflow.contract import digest_of
@@ -83,7 +84,7 @@ def source_file(module: str) -> Path | None:
     """The source file of a module of this package; None where there is none."""
     parts = module.split(".")[1:]
     plain = _ROOT.joinpath(*parts).with_suffix(".py") if parts else None
-    if plain is not None and plain.is_file():
+    if plain is not None and isfile(plain):  # False, too, for a name that is longer than a file's may be
         return plain
     face = _ROOT.joinpath(*parts, "__init__.py")
-    return face if parts and face.is_file() else None
+    return face if parts and isfile(face) else None

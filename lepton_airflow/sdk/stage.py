@@ -165,9 +165,9 @@ class Stage:
                     digests[key] = split_pin(value)[1] or run.store.digest(value)
                 elif marker == "code" and is_code(value):
                     digests[key] = code_digest(value)
-                elif marker == "code" and source_file(model := f"{PACKAGE}.models.{value}"):
+                elif marker == "code" and value.isidentifier() and source_file(f"{PACKAGE}.models.{value}"):
                     # It is loaded by name at run time, so the import scan cannot see it.
-                    digests[key] = package_digest(model)
+                    digests[key] = package_digest(f"{PACKAGE}.models.{value}")
         return digests
 
     def bytes_to_digest(self, store: Store) -> int | None:

@@ -228,7 +228,7 @@ class PrepareData(Stage):
         gap = self._assign(con, run, division)
         splits = division.measure(con, "assigned", types.get(str(self.time_column)))
         info = replace(info, classes=self._classes(con, info, "assigned", list(splits)))
-        self._check_features(con, info, "assigned")
+        self._check_features(con, info, "assigned", next(iter(splits)))
         if self.leak_check:
             if self.target and "train" in splits and splits["train"].rows >= ROWS_TO_ACCUSE:
                 self._check_target_leaks(con, info, "assigned")
@@ -505,7 +505,10 @@ class PrepareData(Stage):
                 )
         return int(rows - known)
 
-    def _check_features(self, con: duckdb.DuckDBPyConnection, info: DatasetInfo, assigned: str) -> None:
+    def _check_features(
+        self, con: duckdb.DuckDBPyConnection, info: DatasetInfo, assigned: str, first: str
+    ) -> None:
+        """Refuse features that are infinite; warn of what a model can hardly learn from in the first split."""
         numbers = [n for n in info.features if n not in info.categorical]
         bad = (
             fetch_row(
@@ -523,10 +526,12 @@ class PrepareData(Stage):
             quote(n) if n in info.categorical else nan_as_null(f"{quote(n)}::DOUBLE") for n in info.features
         )
         counts = ", ".join(f"count({value})" for value in there)
-        rows, *known = fetch_row(con, f"SELECT count(*), {counts} FROM {assigned} WHERE {SPLIT} = 'train'")
+        known = fetch_row(con, f"SELECT {counts} FROM {assigned} WHERE {SPLIT} = '{first}'")
         for name, count in zip(info.features, known, strict=True):
-            if rows and not count:
-                log.warning("feature %r is missing in every row of train: it tells a model nothing.", name)
+            if not count:
+                log.warning(
+                    "feature %r is missing in every row of %s: it tells a model nothing.", name, first
+                )
         if categories := [n for n in info.features if n in info.categorical]:
             distinct = fetch_row(
                 con, f"SELECT {for_each('approx_count_distinct({})', categories)} FROM {assigned}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -165,9 +166,9 @@ class ValidateData(Stage):
             return checked_suite(self.suite, "the suite given inline", "inline")
         uri = self.suite
         if "://" not in uri:
-            local = Path(uri).expanduser().absolute()
-            if not split_pin(uri)[1] and not local.is_file():
-                found = [p.name for p in local.parent.glob("*.json")]
+            local = Path(os.path.expanduser(uri)).absolute()
+            if not split_pin(uri)[1] and not os.path.isfile(local):
+                found = [p.name for p in local.parent.glob("*.json")] if os.path.isdir(local.parent) else []
                 hint = did_you_mean(local.name, found)
                 if not uri.startswith(("/", "~", ".")):
                     hint += f" suite='./{uri}' takes it from the DAG file's folder; without ./ it is the worker's."

@@ -621,7 +621,7 @@ def _digest_bytes(content: bytes) -> tuple[str, int]:
 
 def _file_uri(path: str) -> str:
     """The URI of a local path. It is not percent-encoded, as fsspec would not decode it."""
-    return f"file://{Path(path).expanduser().absolute()}"
+    return f"file://{Path(os.path.expanduser(path)).absolute()}"
 
 
 def _is_local(fs: Any) -> bool:

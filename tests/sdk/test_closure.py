@@ -13,6 +13,7 @@ from lepton_airflow.sdk import closure as closures
 from lepton_airflow.sdk.closure import closure, modules_named, package_digest
 from lepton_airflow.sdk.code import code_digest
 from lepton_airflow.stages import RunInfo, all_stages
+from lepton_airflow.stages.prepare_data import PrepareData
 from lepton_airflow.stages.train_model import TrainModel
 from lepton_airflow.stages.tune_model import TuneModel
 
@@ -145,6 +146,22 @@ def test_the_model_that_is_named_is_part_of_the_key_of_what_trains_it(tmp_path: 
         }
         assert digests["mlp"] == package_digest("lepton_airflow.models.mlp")
         assert digests["linear_regression"] != digests["mlp"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT t, y, " + ", ".join(f"coalesce(x{n}, 0) AS x{n}" for n in range(40)) + " FROM snapshot",
+        "SELECT y, 1./ x AS inverse FROM snapshot",
+        "SELECT y, 2./",
+        "x" * 300,
+    ],
+    ids=["long", "absolute", "no name", "long name"],
+)
+def test_sql_is_no_name_of_a_file(tmp_path: Path, text: str) -> None:
+    run = RunInfo.local(tmp_path)
+    data = run.save("snapshot.parquet", b"").uri
+    assert list(PrepareData(snapshot=data, features=text).input_digests(run) or {}) == ["snapshot[0]"]
 
 
 def test_user_code_counts_with_what_it_takes_of_this_package(

@@ -205,6 +205,11 @@ def test_a_column_without_a_value_is_a_feature_that_tells_nothing(
     result = prepare(tmp_path, table().assign(kind=None), **TIME)
     assert "'kind' is missing in every row of train" in caplog.text
     assert info(tmp_path, result).categorical == []
+    caplog.clear()
+    prepare(tmp_path, table().assign(kind=None), **TIME, test_fraction=1.0)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "feature 'kind' is missing in every row of test: it tells a model nothing."
+    ]
 
 
 def test_a_split_of_fraction_0_is_not_made(tmp_path: Path) -> None:

@@ -765,6 +765,9 @@ def test_an_absent_suite_is_looked_for_by_name(january: str, run: RunInfo, tmp_p
         BadConfiguration, match=r"suite='\./suites/a\.json' takes it from the DAG file's folder"
     ):
         ValidateData(dataset=january, suite="suites/a.json").run(run)
+    for text in (json.dumps(suite(*[expect("column_to_exist", column=c) for c in "abcdef"])), "~nobody/a.json"):
+        with pytest.raises(BadConfiguration, match="there is no file"):
+            ValidateData(dataset=january, suite=text.replace("f", "f/" + "f" * 300)).run(run)
 
 
 def test_a_suite_from_the_store_is_fetched_by_its_pin(january: str, run: RunInfo) -> None:

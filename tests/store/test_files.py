@@ -126,6 +126,8 @@ def test_nothing_there_is_a_sentence(store: Store, tmp_path: Path) -> None:
         store.fetch(uri, tmp_path)
     with pytest.raises(BadInput, match="artifacts/none does not exist"):
         store.digest(uri)
+    with pytest.raises(BadInput, match=r"~no-such-user/raw\.csv does not exist"):
+        store.digest("~no-such-user/raw.csv")
     assert not store.intact(Artifact(uri, "0" * 64, 1))
     assert not store.present(Artifact(uri, "0" * 64, 1))
 

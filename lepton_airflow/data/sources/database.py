@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, time
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote as percent, urlencode
@@ -88,7 +89,7 @@ def _driver(source: Source, connection: Connection) -> tuple[str, str, str]:
         return "adbc_driver_postgresql", uri + (f"?{query}" if query else ""), "$"
     if connection.type == "sqlite":
         path = connection.host or connection.schema or ""
-        if not Path(path).is_file():
+        if not isfile(path):
             raise BadInput(
                 f"source {source.name!r}: Connection {connection.id!r} names no sqlite file ({path!r})."
             )
