@@ -243,15 +243,16 @@ class IngestData(Stage):
         for one in landed:
             total = one.rows + one.rejected
             if total and one.rejected / total > self.max_rejected_share:
-                file, line, error, raw = con.execute(
-                    "SELECT file, line, error, raw FROM rejected WHERE source = $1 ORDER BY file, line LIMIT 1",
+                file, line, column, error = con.execute(
+                    'SELECT file, line, "column", error FROM rejected WHERE source = $1 ORDER BY ALL LIMIT 1',
                     [one.name],
                 ).fetchall()[0]
                 where = f"{file} line {line}" if line else "a row"
+                where += f", column {column!r}" if column else ""
                 raise BadInput(
                     f"source {one.name!r}: {one.rejected} of {total} rows ({one.rejected / total:.2%}) cannot be read, at "
                     f"most {self.max_rejected_share:.2%} may (max_rejected_share); the first is {where}: "
-                    f"{first_line(ValueError(error))}{f' in {raw[:40]!r}' if raw else ''}. All are kept in {split_pin(kept)[0]}; "
+                    f"{first_line(ValueError(error))}. All are kept in {split_pin(kept)[0]}; "
                     "correct the source, its types, delimiter or encoding."
                 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, brief
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,6 +120,6 @@ def _unit(task: str) -> str:
 
 def _few_values(row: pd.Series[Any]) -> str:
     shown = ", ".join(
-        f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.6g}" for k, v in list(row.items())[:4]
+        f"{k}={brief(v)}" if isinstance(v, str) else f"{k}={v:.6g}" for k, v in list(row.items())[:4]
     )
     return shown + (", …" if len(row) > 4 else "")

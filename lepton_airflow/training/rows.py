@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton_airflow.data.dataset import DatasetInfo, load_frame, read_info
 from lepton_airflow.data.features import KINDS, Feature, feature_frame
-from lepton_airflow.errors import BadInput
+from lepton_airflow.errors import BadInput, brief
 from lepton_airflow.packaging.schema import Schema, features_of
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _class_numbers(
     unknown = sorted({str(v) for v in values if v not in number})
     if unknown:
         raise BadInput(
-            f"{name}: target {column!r} has the value {unknown[0]!r}, which is none of train's classes {classes[:8]}; "
+            f"{name}: target {column!r} has the value {brief(unknown[0])}, which is none of train's classes {', '.join(map(brief, classes[:8]))}; "
             "drop these rows or train on them."
         )
     return classes, np.array([number[v] for v in values], dtype=np.int64)

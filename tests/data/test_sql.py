@@ -44,6 +44,22 @@ def test_what_duckdb_says_keeps_the_line_and_the_words(sql: str, where: str) -> 
     assert sql_message(duckdb.Error("Some Error: no line\nmore")) == "Some Error: no line"
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT (repeat('long', 10) || 'Meier')::INTEGER",
+        "SELECT strptime(repeat('long', 10) || 'Meier', '%Y')",
+        """SELECT ('{"name": "' || repeat('long', 10) || 'Meier"')::JSON""",
+    ],
+)
+def test_a_message_holds_the_begin_of_a_value_and_no_more(sql: str) -> None:
+    with pytest.raises(duckdb.Error) as caught:
+        duckdb.sql(sql).fetchall()
+    said = sql_message(caught.value)
+    assert "longlong" in said
+    assert "Meier" not in said
+
+
 def test_any_name_can_be_quoted() -> None:
     name = 'a "quoted"; DROP TABLE x; -- ü'
     assert duckdb.sql(f"SELECT 1 AS {quote(name)}").columns == [name]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import sqlite3
@@ -277,12 +278,36 @@ def test_rejected_csv_rows_are_counted_and_kept_with_their_line(tmp_path: Path) 
     assert set(rejected.source) == {"s"}
     assert all(file.endswith("raw.csv") for file in rejected.file)
     assert "abc,bad type,2.5" in rejected.raw.tolist()
-    with pytest.raises(
-        BadInput, match=r"4 of 104 rows \(3.85%\) cannot be read, at most 1.00%.*line 102.*1,ragged"
-    ):
+    with pytest.raises(BadInput, match=r"4 of 104 rows \(3.85%\) cannot be read, at most 1.00%.*") as caught:
         ingest(tmp_path, {"s": spec})
+    assert "raw.csv line 102: CELLS: 2, and the header has 3. All are kept in" in str(caught.value)
     kept = RunInfo.local(tmp_path).store.keys("artifacts")
     assert any(key.endswith("rejected.parquet") for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("s.csv", "id,name,sum\n7,Meier,x1.5\n", "s.csv line 2, column 'sum': CAST: not exactly a DOUBLE: 'x1.5'."),
+        ("s.csv", f"id,name,sum\n7,Meier,{'x' * 60}\n", f"CAST: not exactly a DOUBLE: '{'x' * 38}…."),
+        ("s.csv", "id,name,sum\n7,Meier,Größe\n".encode("cp1252"), "s.csv line 2: ENCODING: no text in utf-8."),
+        ("s.jsonl", '{"id": 7, "name": "Meier", "sum": "x1.5"}\n', "line 1, column 'sum': CAST: not exactly a DOUBLE: 'x1.5'."),
+        ("s.jsonl", '{"id": 7, "name": "Meier", "sum": 1\n{"sum": 2}\n', "s.jsonl line 1: JSON: Expecting ',' delimiter at character 36."),
+        ("s.parquet", "id,name,sum\n7,Meier,x1.5\n", "the first is a row, column 'sum': CAST: not exactly a DOUBLE: x1.5."),
+    ],
+)  # fmt: skip
+def test_a_message_about_rejected_rows_holds_no_row(
+    tmp_path: Path, name: str, content: str | bytes, said: str
+) -> None:
+    source = str(tmp_path / name)
+    if name == "s.parquet":
+        pd.read_csv(io.StringIO(str(content))).to_parquet(source)
+    else:
+        write(tmp_path / name, content)
+    with pytest.raises(BadInput) as caught:
+        ingest(tmp_path, {"s": {"uri": source, "types": {"sum": "DOUBLE"}}})
+    assert said in str(caught.value)
+    assert "Meier" not in str(caught.value)
 
 
 def test_bad_json_lines_are_rejected_rows(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class CsvFiles(Reader):
         check_no_doubles(source, uri, header)
         if len(header) == 1 and (other := next((d for d in ",;\t|" if d in header[0]), None)):
             raise BadInput(
-                f"source {source.name!r}: {uri} has the one column {header[0]!r}, which looks separated by {other!r}: "
+                f"source {source.name!r}: {uri} has the one column {header[0][:40]!r}, which looks separated by {other!r}: "
                 f"set delimiter={other!r}."
             )
         with self.reading(path):

@@ -118,7 +118,10 @@ class Reader(ABC):
             return False
         found = self.folder / f"{self.source.name}-misfits.parquet"
         file, number = map(quote, self.place)
-        cases = ", ".join(f"CASE WHEN {sql} THEN {literal(column)} END" for column, (sql, _) in wrong.items())
+        cases = ", ".join(
+            f"CASE WHEN {sql} THEN {{'name': {literal(column)}, 'value': {begin_of(column)}}} END"
+            for column, (sql, _) in wrong.items()
+        )
         self.query(
             "its rows",
             f"COPY (SELECT * FROM (SELECT {file} AS file, {number} AS number, list_filter([{cases}], lambda x: x IS NOT NULL) AS columns "
@@ -133,7 +136,8 @@ class Reader(ABC):
                         records = self.records(paths[at])
                     line, raw = next((line, raw) for row, line, raw in records if row == misfit["number"])
                     for column in misfit["columns"]:
-                        rejected.add(self.files[paths[at]], line, wrong[column][1], raw, column)
+                        error = f"{wrong[column['name']][1]}: {brief(column['value'])}"
+                        rejected.add(self.files[paths[at]], line, error, raw, column["name"])
                 self.check_stop()
         rejected.flush()
         return True
@@ -355,6 +359,11 @@ def query(con: duckdb.DuckDBPyConnection, source: Source, what: str, sql: str) -
         if "Error when sniffing" in reason:  # the rest of that message is a page of settings
             reason = f"no CSV in {source.encoding}; look for an unclosed quote, another delimiter or encoding"
         raise BadInput(f"source {source.name!r}: {what} cannot be read: {reason}") from None
+
+
+def begin_of(column: str) -> str:
+    """SQL of the begin of a value, as a text for a message."""
+    return f"left(CAST({quote(column)} AS VARCHAR), 40)"
 
 
 def check_no_doubles(source: Source, where: str, names: Sequence[str]) -> None:

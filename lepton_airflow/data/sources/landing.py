@@ -21,6 +21,7 @@ from lepton_airflow.data.sources.files import (
     ParquetFiles,
     Reader,
     check_digits,
+    begin_of,
     check_no_doubles,
     find_files,
     parquet_scan,
@@ -216,8 +217,8 @@ class Landing:
             by_line = reader is not None and reader.reject(scan, {c: (wrong[c], reasons[c]) for c in wrong})
             for column, condition in {} if by_line else wrong.items():
                 self.con.execute(
-                    f"INSERT INTO rejected SELECT $1, NULL, NULL, $2, $3, to_json(t)::TEXT FROM {scan} t WHERE {condition}",
-                    [source.name, column, reasons[column]],
+                    f"INSERT INTO rejected SELECT $1, NULL, NULL, $2, $3 || {begin_of(column)}, to_json(t)::TEXT FROM {scan} t WHERE {condition}",
+                    [source.name, column, f"{reasons[column]}: "],
                 )
         casts = {
             column: cast(quote(column), kind, notation) if of[column] == "VARCHAR"
