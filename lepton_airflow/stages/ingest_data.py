@@ -306,7 +306,7 @@ def _span(run: RunInfo) -> str:
 
 
 def _compare_with_former(run: RunInfo, landed: list[Landed]) -> None:
-    """Warn of each column whose type was found from its values and is another than in the run of this task before."""
+    """Warn of each column whose type was found from its values and is another than in the run of this task before, or that is gone."""
     own = run.identity
     key = f"schemas/{digest_of([own.deployment, own.dag_id, own.task_id, own.map_index])}.json"
     types = {one.name: one.inferred for one in landed if one.inferred}
@@ -314,6 +314,14 @@ def _compare_with_former(run: RunInfo, landed: list[Landed]) -> None:
         former = json.loads(run.store.read(key) or b"{}")
     except ValueError:  # half written by a killed run: only a warning depends on it
         former = {}
+    for one in landed:
+        gone = [column for column in former.get(one.name, {}) if column not in one.columns]
+        if gone:
+            log.warning(
+                "source %r: %d columns of the run before are not there any more: %s. If they have new names, change what reads "
+                "them; if not, look whether the first line that is read of each file is its header.",
+                one.name, len(gone), ", ".join(gone[:10]) + ", …" * (len(gone) > 10),
+            )  # fmt: skip
     for source, columns in types.items():
         for column, kind in columns.items():
             before = former.get(source, {}).get(column, kind)

@@ -245,6 +245,17 @@ def test_a_type_that_another_run_found_otherwise_is_warned_of(tmp_path: Path, ca
     assert warnings("a", two, types={"id": "VARCHAR", "day": "DATE"}) == []
 
 
+def test_columns_that_are_gone_since_the_run_before_are_warned_of(tmp_path: Path, caplog: Any) -> None:
+    noted = write(tmp_path / "1.csv", "# of May\nid,code\n1,F\n")
+    plain = write(tmp_path / "2.csv", "id,code\nx,F\ny,G\n")
+    for source in (noted, plain):
+        caplog.clear()
+        run = RunInfo.local(tmp_path, identity=RunIdentity(dag_id="d", task_id="t"))
+        IngestData(sources={"s": {"uri": source, "skip_lines": 1}}, query="FROM s").run(run)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith("source 's': 2 columns of the run before are not there any more: id, code.")
+
+
 def test_columns_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
     write(tmp_path / "in/1.csv", "a,b\n1,2\n")
     write(tmp_path / "in/2.csv", "b,a\n4,3\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,7 +15,7 @@ from lepton_airflow.data.sources.csv_text import CsvText
 from lepton_airflow.data.sources.files import Reader, Rejected, check_no_doubles, unused
 from lepton_airflow.data.sources.text_types import ALL_KINDS, COLUMNS_AT_ONCE
 from lepton_airflow.data.sql import quote
-from lepton_airflow.errors import BadInput, did_you_mean
+from lepton_airflow.errors import BadInput, brief, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,6 +26,10 @@ log = logging.getLogger(__name__)
 _MISSING = "'na', 'n/a', '#n/a', 'nan', 'nil', 'none', 'null', 'missing', 'unknown', '?', '.', '-', '--'"
 _FIRST_ROWS = 20_000  # in these, most columns of text show that they hold no numbers
 _PARSED_BYTES = 4 << 20  # of rows that are parsed at once and become a row group
+# A date or a number, in the header of a file: but for years, and for numbers of hours and days, which are names of columns, too.
+_VALUE = re.compile(
+    r"\s*(\d{1,4}([-./])\d{1,2}\2\d{1,4}([ T].*)?|[-+]?(?!([12]?\d?\d|3[0-6]\d|(1[89]|20)\d\d)\s*$)\d[\d.,]*)\s*"
+)
 _FIRST_PIECES = 20  # below the header, which show whether it is one
 
 _Header = tuple[str, ...]
@@ -60,6 +65,12 @@ class CsvFiles(Reader):
                 f"source {source.name!r}: column {header.index('') + 1} of {uri} has no name in the header line."
             )
         check_no_doubles(source, uri, header)
+        if text.skip_lines and (value := next(filter(_VALUE.fullmatch, header), None)):
+            log.warning(
+                "source %r: the header of %s, in line %d, has %s, which looks like a value: if no line stands above the file's "
+                "header, skip_lines=%d has skipped the header and made names of the first row.",
+                source.name, uri, text.header_line, brief(value), text.skip_lines,
+            )  # fmt: skip
         if len(header) == 1 and (other := next((d for d in ",;\t|" if d in header[0]), None)):
             raise BadInput(
                 f"source {source.name!r}: {uri} has the one column {header[0][:40]!r}, which looks separated by {other!r}: "

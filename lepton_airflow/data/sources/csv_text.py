@@ -19,7 +19,12 @@ from lepton_airflow.data.sources.files import Unreadable, read_blocks
 _LONGEST_BYTES = 16 << 20  # of a record: a quote that is still open after them was not meant to quote
 _SEP = re.compile(rb'"?sep=([^\r\n])"?(?:\r\n|\n|\r)')  # Excel's own first line
 _CONTROLS = re.compile(rb"[\x80-\x9f]")
-_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# A byte order mark, the encoding to state for it, and the begins of the names of encodings of which it may be the mark.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8", ("utf-8",)),
+    (codecs.BOM_UTF16_LE, "utf-16", ("utf-16-le", "utf-32")),
+    (codecs.BOM_UTF16_BE, "utf-16", ("utf-16-be",)),
+)
 # Stands for bytes that are no text in a file's encoding; as it is no UTF-8 either, its row is found with those of bad UTF-8.
 _NO_TEXT = "\udcff"
 codecs.register_error("lepton-no-text", lambda error: (_NO_TEXT, error.end))  # type: ignore[attr-defined]
@@ -118,8 +123,8 @@ class CsvText:
         name = codecs.lookup(self.encoding).name
         decoder, kept, first = None, b"", True
         for block in read_blocks(self.path):
-            if first and not name.startswith(("utf-16", "utf-32")) and block.startswith(_BOMS):
-                raise Unreadable("begins with the byte order mark of UTF-16: set encoding='utf-16'.")
+            if first:
+                self._check_mark(name, block)
             if first and not name.startswith("utf-8"):
                 decoder = codecs.getincrementaldecoder(_with_order(name, block))("lepton-no-text")
             self.controls |= name == "iso8859-1" and _CONTROLS.search(block) is not None
@@ -131,6 +136,14 @@ class CsvText:
                 yield text
         if last := kept + (_utf8(decoder.decode(b"", final=True)) if decoder else b""):
             yield last
+
+    def _check_mark(self, name: str, begin: bytes) -> None:
+        """Raise when a file begins with the byte order mark of another encoding than the stated one."""
+        for mark, encoding, begins in _MARKS:
+            if begin.startswith(mark) and not name.startswith(begins) and name != encoding:
+                raise Unreadable(
+                    f"begins with the byte order mark of {encoding.upper()}: set encoding={encoding!r} in place of {self.encoding!r}."
+                )
 
     def _find_header(self, head: bytes) -> tuple[int, bytes, int] | None:
         """The header's line, its record, and where the next one begins; None: not in these bytes. Finds what ends lines."""
@@ -247,6 +260,6 @@ def _utf8(text: str) -> bytes:
 
 def _with_order(encoding: str, begin: bytes) -> str:
     """UTF-16 with its byte order, by which half of its characters are zero where no mark says it."""
-    if encoding != "utf-16" or begin.startswith(_BOMS):
+    if encoding != "utf-16" or begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return encoding
     return "utf-16-be" if begin[:1000:2].count(0) > begin[1:1000:2].count(0) else "utf-16-le"

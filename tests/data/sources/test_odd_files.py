@@ -130,6 +130,14 @@ ODD = [
     ("\ufeffa,b\n1,é\n".encode("utf-16-be"), {"encoding": "utf-16"}, [(1, "é")], []),
     ("a,b\n1,é\n".encode("utf-16"), {"encoding": "utf-16"}, [(1, "é")], []),
     ("a,b\n1,é\n".encode("utf-16"), {}, "byte order mark of UTF-16: set encoding='utf-16'", []),
+    ("a,b\n1,é\n".encode("utf-8-sig"), {"encoding": "utf-8-sig"}, [(1, "é")], []),
+    ("a,b\n1,é\n".encode("utf-8-sig"), {"encoding": "cp1252"},
+     "begins with the byte order mark of UTF-8: set encoding='utf-8' in place of 'cp1252'", []),
+    ("a,b\n1,é\n".encode("utf-8-sig"), {"encoding": "utf-16"}, "byte order mark of UTF-8: set encoding='utf-8'", []),
+    ("\ufeffa,b\n1,é\n".encode("utf-16-be"), {"encoding": "latin-1"}, "byte order mark of UTF-16: set encoding='utf-16'", []),
+    ("\ufeffa,b\n1,é\n".encode("utf-16-be"), {"encoding": "utf-16-le"}, "byte order mark of UTF-16: set encoding='utf-16'", []),
+    ("\ufeffa,b\n1,é\n".encode("utf-16-le"), {"encoding": "utf-16-le"}, [(1, "é")], []),
+    ("a,b\n1,é\n".encode("utf-32"), {"encoding": "utf-32"}, [(1, "é")], []),
     ("a,b\n1,é\n".encode("utf-16-be"), {}, "has NUL characters in the header", []),
     ("# by x\na,b\n1,2\n3,4\n", {}, "begins with '# by x' in line 1, and the lines below have other cells", []),
     ('"a,b\n1,2\n', {}, "no header line that can be read as utf-8 in line 1", []),
@@ -150,6 +158,23 @@ def test_csv_that_others_write_is_read_exactly_or_rejected_with_its_line(
         (row["line"], row["error"][: len(reason)]) for row, (_, reason) in zip(found, rejected, strict=True)
     ] == rejected
     assert count == len(rejected)
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [("7;Meier;1.250,50", "1.250,50"), ("31.05.2024;Meier;x", "31.05.2024"), ("000017;Meier;x", "000017"), ("Land;2013;2014;1;24", None)],
+)  # fmt: skip
+def test_a_header_that_looks_like_a_row_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, header: str, value: str | None
+) -> None:
+    text = f"{header}\n{header}\n"
+    ingest(tmp_path, {"s.csv": f"# of May\n{text}"}, skip_lines=1, delimiter=";")
+    found = [r.getMessage() for r in caplog.records if "looks like a value" in r.getMessage()]
+    assert len(found) == (value is not None)
+    assert all(f"in line 2, has {value!r}" in sentence for sentence in found)
+    caplog.clear()
+    ingest(tmp_path, {"s.csv": text}, delimiter=";")
+    assert caplog.text.count("looks like a value") == 0
 
 
 NESTED: Any = [[[[[[[[[]]]]]]]]]
