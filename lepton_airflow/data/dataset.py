@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lepton_airflow.errors import BadInput, did_you_mean
+from lepton_airflow.errors import BadInput, did_you_mean, first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +91,7 @@ def read_info(path: Path, *, plain: bool = False) -> DatasetInfo:
     try:
         metadata = pq.read_metadata(path).metadata or {}
     except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"{path.name} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise unreadable(path, error) from None
     if _KEY not in metadata:
         if plain:
             return DatasetInfo()
@@ -101,6 +101,26 @@ def read_info(path: Path, *, plain: bool = False) -> DatasetInfo:
         )
     known = {f.name for f in fields(DatasetInfo)}
     return DatasetInfo(**{k: v for k, v in json.loads(metadata[_KEY]).items() if k in known})
+
+
+def unreadable(path: Path, error: Exception) -> BadInput:
+    """What to say of a file that cannot be read as Parquet: whether it is none, or is damaged."""
+    if is_parquet(path):
+        return BadInput(
+            f"{path.name} cannot be read as Parquet: {first_line(error)}. Run the task that wrote it again."
+        )
+    return BadInput(
+        f"{path.name} is no Parquet file: land it with IngestData first, and pass ingest.output['snapshot'], or what "
+        "PrepareData makes of it."
+    )
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as Parquet does; of a folder it is not known, so True."""
+    if path.is_dir():
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def check_names(path: Path) -> None:

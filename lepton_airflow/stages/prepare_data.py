@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
-from lepton_airflow.data.dataset import DatasetInfo, check_names, info_sql, time_span
+from lepton_airflow.data.dataset import DatasetInfo, check_names, info_sql, time_span, unreadable
 from lepton_airflow.data.duckdb_types import WHOLE, in_microseconds, is_time
 from lepton_airflow.data.feature_query import FeatureQuery
 from lepton_airflow.data.leaks import (
@@ -45,7 +45,7 @@ from lepton_airflow.data.sql import (
     nan_as_null,
     quote,
 )
-from lepton_airflow.errors import BadConfiguration, BadInput, brief, did_you_mean, first_line, require
+from lepton_airflow.errors import BadConfiguration, BadInput, brief, did_you_mean, require
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, Result, RunInfo, Stage
 from lepton_airflow.store.files import digest_path
 
@@ -313,9 +313,7 @@ class PrepareData(Stage):
             con.execute(f"CREATE TEMP VIEW snapshot AS SELECT {columns} FROM {scan}")
             check_names(path)
         except duckdb.Error as error:
-            raise BadInput(
-                f"snapshot {split_pin(self.snapshot)[0]} is not readable Parquet: {first_line(error)}"
-            ) from None
+            raise unreadable(path, error) from None
 
     def _save(
         self,

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import digest_of, split_pin
+from lepton_airflow.data.dataset import unreadable
 from lepton_airflow.data.findings import call_text, failure_text, severity
 from lepton_airflow.data.held_values import as_held
 from lepton_airflow.data.row_conditions import obey_conditions, whole_condition
 from lepton_airflow.data.sql import connect, fetch_row, literal, nan_as_null, quote
 from lepton_airflow.data.suite_parameters import asks_for_now, filled
 from lepton_airflow.data.suites import checked_suite, propose_suite
-from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, first_line, require
+from lepton_airflow.errors import BadConfiguration, BadInput, did_you_mean, require
 from lepton_airflow.sdk.stage import ArtifactUri, Result, RunInfo, Stage
 
 if TYPE_CHECKING:
@@ -190,9 +191,7 @@ def _open(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
     try:
         columns = {row[0]: row[1] for row in con.execute(f"DESCRIBE SELECT * FROM {parquet}").fetchall()}
     except duckdb.Error as error:
-        raise BadInput(
-            f"{path.name} cannot be read as Parquet: {first_line(error)}. Run the task that wrote it again."
-        ) from None
+        raise unreadable(path, error) from None
     floats = [quote(name) for name, kind in columns.items() if kind in ("FLOAT", "DOUBLE")]
     replaced = ", ".join(f"{nan_as_null(name)} AS {name}" for name in floats)
     con.execute(f"CREATE VIEW dataset AS SELECT *{f' REPLACE ({replaced})' if floats else ''} FROM {parquet}")

@@ -30,8 +30,14 @@ def test_a_file_without_description_and_a_damaged_one_are_refused(tmp_path: Path
     with pytest.raises(BadInput, match=r"plain.parquet does not say what its target.*prepare.output"):
         read_info(tmp_path / "plain.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "plain.parquet").read_bytes()[:50])
-    with pytest.raises(BadInput, match=r"cut.parquet is not a readable Parquet file"):
-        read_info(tmp_path / "cut.parquet")
+    (tmp_path / "s.csv").write_text("x\n1\n")
+    for name, said in (
+        ("cut.parquet", "cannot be read as Parquet"),
+        ("s.csv", "is no Parquet file: land it with"),
+    ):
+        for plain in (False, True):
+            with pytest.raises(BadInput, match=f"{name} {said}"):
+                read_info(tmp_path / name, plain=plain)
 
 
 def test_load_frame_names_the_absent_column(tmp_path: Path) -> None:

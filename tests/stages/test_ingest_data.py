@@ -566,10 +566,10 @@ REFUSALS: list[tuple[dict[str, str | bytes], dict[str, Any], type[LeptonError], 
         "s.csv.gz cannot be read: Not a gzipped file",
     ),
     (
-        {"s.parquet": b"PAR1 cut off"},
+        {"s.parquet": b"a,b\n1,2\n"},
         {"sources": {"s": "s.parquet"}},
         BadInput,
-        "s.parquet is not a whole Parquet file",
+        "s.parquet is not a whole Parquet file .* bring it again. Of another format, state format.",
     ),
     (
         {"s.jsonl": "[\n1,\n2]\n"},

@@ -598,8 +598,13 @@ def test_rows_without_a_target_can_be_left_out(tmp_path: Path) -> None:
 
 def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
-    with pytest.raises(BadInput, match="is not readable Parquet"):
-        prepare(tmp_path, str(tmp_path / "cut.parquet"), **TIME)
+    (tmp_path / "s.csv").write_text("t,y\n2024-01-01,1\n")
+    for name, said in (
+        ("cut.parquet", "cannot be read as Parquet"),
+        ("s.csv", "is no Parquet file: land it with"),
+    ):
+        with pytest.raises(BadInput, match=f"{name} {said}"):
+            prepare(tmp_path, str(tmp_path / name), **TIME)
 
 
 def test_memory_is_bounded_for_sql(tmp_path: Path) -> None:

@@ -765,7 +765,10 @@ def test_an_absent_suite_is_looked_for_by_name(january: str, run: RunInfo, tmp_p
         BadConfiguration, match=r"suite='\./suites/a\.json' takes it from the DAG file's folder"
     ):
         ValidateData(dataset=january, suite="suites/a.json").run(run)
-    for text in (json.dumps(suite(*[expect("column_to_exist", column=c) for c in "abcdef"])), "~nobody/a.json"):
+    for text in (
+        json.dumps(suite(*[expect("column_to_exist", column=c) for c in "abcdef"])),
+        "~nobody/a.json",
+    ):
         with pytest.raises(BadConfiguration, match="there is no file"):
             ValidateData(dataset=january, suite=text.replace("f", "f/" + "f" * 300)).run(run)
 
@@ -797,8 +800,12 @@ def test_an_edited_suite_is_a_new_cache_key(january: str, run: RunInfo, tmp_path
 def test_no_parquet_gets_one_sentence(run: RunInfo, tmp_path: Path, january: str) -> None:
     truncated = tmp_path / "truncated.parquet"
     truncated.write_bytes(Path(january).read_bytes()[:5000])
-    for path in (truncated, Path(write(tmp_path / "text.parquet", "a,b\n1,2\n"))):
-        with pytest.raises(BadInput, match=f"{path.name} cannot be read as Parquet: "):
+    text = Path(write(tmp_path / "text.csv", "a,b\n1,2\n"))
+    for path, said in (
+        (truncated, "truncated.parquet cannot be read as Parquet: .* Run the task that wrote it again"),
+        (text, "text.csv is no Parquet file: land it with IngestData first"),
+    ):
+        with pytest.raises(BadInput, match=said):
             ValidateData(dataset=str(path), suite=FAILING).run(run)
 
 

@@ -238,7 +238,7 @@ class ParquetFiles(Reader):
             except (pa.ArrowException, OSError) as error:
                 raise BadInput(
                     f"source {self.source.name!r}: {uri} is not a whole Parquet file ({first_line(error)}): "
-                    "it may still be being written, or is damaged; bring it again."
+                    "it may still be being written, or is damaged; bring it again. Of another format, state format."
                 ) from None
             check_no_doubles(self.source, uri, schemas[path].names)
             check_digits(self.source, uri, schemas[path])
