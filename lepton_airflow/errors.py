@@ -141,11 +141,12 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: ``did you mean 'x'? Known: …``."""
+    """The end of a sentence about an unknown name: ``did you mean 'x'? Known: …``; ``known: …`` where none is like it."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(names) or 'none'}."
+    by_lower = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    hint = f"did you mean {by_lower[close[0]]!r}? Known" if close else "known"
+    return f"{hint}: {', '.join(names) or 'none'}."
 
 
 def brief(value: object) -> str:

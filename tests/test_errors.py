@@ -68,8 +68,9 @@ def test_did_you_mean() -> None:
     assert errors.did_you_mean("hyperparams", ["target", "hyperparameters"]).startswith(
         "did you mean 'hyperparameters'?"
     )
-    assert errors.did_you_mean("zzz", ["b", "a"]) == "Known: a, b."
-    assert errors.did_you_mean("zzz", []) == "Known: none."
+    assert errors.did_you_mean("BAD", ["bad", "good"]) == "did you mean 'bad'? Known: bad, good."
+    assert errors.did_you_mean("zzz", ["b", "a"]) == "known: a, b."
+    assert errors.did_you_mean("zzz", []) == "known: none."
 
 
 def test_missing_extra_says_what_where_and_how(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

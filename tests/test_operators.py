@@ -182,7 +182,7 @@ class TestConstruction:
         class ChooseOperator(StageOperator, stage=Choose):
             pass
 
-        with pytest.raises(BadConfiguration, match="Choose: mode='c'; Known: a, b"):
+        with pytest.raises(BadConfiguration, match="Choose: mode='c'; known: a, b"):
             ChooseOperator(task_id="x", mode="c")
         with pytest.raises(BadConfiguration, match="cache='refreshed'; did you mean 'refresh'"):
             ChooseOperator(task_id="x", cache="refreshed")

@@ -57,8 +57,11 @@ class FeatureQuery:
     memory_limit_mb: int
     need_window: Callable[[str], Window]
 
-    def write(self, name: str, before: datetime | None = None) -> str:
-        """Write the features in a total order to ``<name>.parquet`` and make the view ``<name>``."""
+    def write(self, name: str, before: datetime | None = None) -> dict[str, str]:
+        """Write the features in a total order to ``<name>.parquet`` and make the view ``<name>``.
+
+        :return: the types of the columns as ``features`` gives them, before booleans become numbers.
+        """
         target = self.workdir / f"{name}.parquet"
         with self._rows_before(before), self._in_one_sentence():
             select, values = self._select(name)
@@ -75,7 +78,7 @@ class FeatureQuery:
                 values,
             )
         self.con.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM read_parquet({literal(target)})")
-        return name
+        return kept
 
     @contextmanager
     def _rows_before(self, before: datetime | None) -> Iterator[None]:

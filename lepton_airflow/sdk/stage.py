@@ -95,7 +95,7 @@ class RunInfo:
         if conn_id not in self.connections:
             raise BadConfiguration(
                 f"Connection {conn_id!r} did not reach the stage: create it in Airflow (Admin, Connections) or set "
-                f"AIRFLOW_CONN_{conn_id.upper()} for Airflow. {did_you_mean(conn_id, self.connections)}"
+                f"AIRFLOW_CONN_{conn_id.upper()} for Airflow; {did_you_mean(conn_id, self.connections)}"
             )
         return self.connections[conn_id]
 

@@ -80,7 +80,7 @@ class PrepareData(Stage):
     :param snapshot: a Parquet snapshot, such as ``ingest.output["snapshot"]``.
     :param target: column to predict; null: labels are not known yet, or not needed.
     :param positive_class: the one of two classes that precision, recall, F1 and thresholds are about, in every later stage;
-        for a boolean target true or false; null: the later one in order, so of ``bad`` and ``good`` ``good``.
+        for a boolean target true or false, for numbers also a text that spells one, as a template gives it; null: the later one in order, so of ``bad`` and ``good`` ``good``.
     :param features: one DuckDB SELECT over the table ``snapshot``, or ``module:function`` that takes the snapshot as
         a DataFrame and returns one; null: the snapshot's own columns. A function needs all rows in memory, SQL does not.
     :param parameters: values bound to the SELECT by name, besides ``$window_start`` and ``$window_end``.
@@ -212,7 +212,8 @@ class PrepareData(Stage):
     def _prepare(self, con: duckdb.DuckDBPyConnection, run: RunInfo, path: Path, sha256: str) -> Result:
         self._open_snapshot(con, path)
         horizon = label_horizon(con, self.label_horizon)
-        features = self._query(con, run).write("features")
+        features = "features"
+        given = self._query(con, run).write(features)
         (rows,) = fetch_row(con, f"SELECT count(*) FROM {features}")
         if not rows:
             raise BadInput(
@@ -228,6 +229,7 @@ class PrepareData(Stage):
         gap = self._assign(con, run, division)
         splits = division.measure(con, "assigned", types.get(str(self.time_column)))
         info = replace(info, classes=self._classes(con, info, "assigned", list(splits)))
+        flag = given.get(str(self.target)) == "BOOLEAN"
         self._check_features(con, info, "assigned", next(iter(splits)))
         if self.leak_check:
             if self.target and "train" in splits and splits["train"].rows >= ROWS_TO_ACCUSE:
@@ -254,17 +256,17 @@ class PrepareData(Stage):
         metrics: dict[str, float | None] = {f"rows_{name}": split.rows for name, split in splits.items()}
         left_out = {"rows_without_target": missing, "rows_label_unknown": unknown, "rows_in_gaps": gap}
         return Result(
-            summary=self._summary(info, splits, missing, unknown, gap),
+            summary=self._summary(info, flag, splits, missing, unknown, gap),
             artifacts=artifacts,
             values={"splits": {name: asdict(split) for name, split in splits.items()}},
             metrics=metrics | {"features": len(info.features)} | left_out,
         )
 
     def _summary(
-        self, info: DatasetInfo, splits: Mapping[str, Split], missing: int, unknown: int, gap: int
+        self, info: DatasetInfo, flag: bool, splits: Mapping[str, Split], missing: int, unknown: int, gap: int
     ) -> str:
         what = (
-            f" to predict {self.target!r} ({self._task_text(info)})"
+            f" to predict {self.target!r} ({self._task_text(info, flag)})"
             if self.target
             else "; no target, to predict or to watch"
         )
@@ -281,12 +283,13 @@ class PrepareData(Stage):
             text += f"; {gap} left out whose label reaches into the next split"
         return text + "."
 
-    def _task_text(self, info: DatasetInfo) -> str:
-        """The task, and which class is the positive one and why."""
+    def _task_text(self, info: DatasetInfo, flag: bool) -> str:
+        """The task, and which class is the positive one and why; of a boolean target (``flag``) also as that."""
         if info.positive_class is None:
             return str(info.task)
         why = " by order" if self.positive_class is None else ""
-        return f"{info.task}, positive class{why}: {brief(info.positive_class)}"
+        named = f" ({str(bool(info.positive_class)).lower()})" if flag else ""
+        return f"{info.task}, positive class{why}: {brief(info.positive_class)}{named}"
 
     def _query(self, con: duckdb.DuckDBPyConnection, run: RunInfo) -> FeatureQuery:
         return FeatureQuery(
@@ -644,15 +647,17 @@ class PrepareData(Stage):
             return classes
         if isinstance(wanted, bool) and classes == [0, 1]:  # booleans have become 0 and 1
             wanted = int(wanted)
-        equal = [c for c in classes if type(c) is type(wanted) and c == wanted]
+        equal = [c for c in classes if type(c) is type(wanted) and c == wanted] or _spelled(wanted, classes)
         if len(classes) != 2 or not equal:
             names = ", ".join(map(brief, classes[:10])) + (", …" if len(classes) > 10 else "")
-            why = "is not one of them" if not equal else "can be stated for two classes only"
+            why = "can be stated for two classes only" if equal else "is not one of them"
+            meant = did_you_mean(str(wanted), map(str, classes)).partition(" Known")[0]
+            hint = f"; {meant}" if not equal and meant.endswith("?") else "."
             raise BadConfiguration(
                 f"positive_class={brief(self.positive_class)}: target {self.target!r} has the {len(classes)} classes {names}, "
-                f"and the positive class {why}."
+                f"and the positive class {why}{hint}"
             )
-        return [*(c for c in classes if c != wanted), wanted]
+        return [*(c for c in classes if c not in equal), *equal]
 
     # -- leaks ------------------------------------------------------------------------------------------------------
 
@@ -702,10 +707,23 @@ class PrepareData(Stage):
             return
         for name in splits[1:]:
             (cut,) = fetch_row(con, f"SELECT min({TIME}) FROM assigned WHERE {SPLIT} = '{name}'")
-            alone = self._query(con, run).write(f"before_{name}", cut)
+            alone = f"before_{name}"
+            self._query(con, run).write(alone, cut)
             if sentence := look_ahead(con, table, alone, cut, types, info, self.label_horizon):
                 raise BadInput(sentence)
             log.info("leak_check: the rows before %s (%s) do not depend on later ones", cut, name)
+
+
+def _spelled(wanted: Any, classes: list[Any]) -> list[Any]:
+    """The class that a text, as templates give it, spells among numbers: ``1``, ``1.0``, and of 0 and 1 ``true``."""
+    if not isinstance(wanted, str):
+        return []
+    flags = {"false": "0", "true": "1"} if classes == [0, 1] else {}
+    try:
+        number = float(flags.get(wanted.strip().lower(), wanted))
+    except ValueError:
+        return []
+    return [c for c in classes if not isinstance(c, str) and c == number]
 
 
 def _later(time_range: Sequence[str] | None, horizon: timedelta) -> str | None:

@@ -241,7 +241,7 @@ def test_nothing_survives_a_worker_killed_while_it_builds(tmp_path: Path, silent
         ({"requirements": "toolz"}, "expected a list of lines"),
         ({"requirements": ["-r more.txt"]}, "other files .* are not read"),
         ({"requirements": ["a\nb"]}, "expected a list of lines"),
-        ({"installer": "conda"}, "Known: pip, uv"),
+        ({"installer": "conda"}, "known: pip, uv"),
         ({"python": "/x/python", "constraints": "pins.txt"}, "alone installs nothing"),
         ({"extras": "train", "memory_limit_mb": 1}, r"^Venv\(memory_limit_mb=1\): .*at least 64 MiB"),
     ],

@@ -328,7 +328,7 @@ def test_receipt_and_report_stay_small_however_many_columns_drift(
 
 
 def test_without_a_champion_there_is_nothing_to_do(bench: Bench) -> None:
-    with pytest.raises(Skipped, match=r"'flights' has no champion in .*promote one first.*Known: none"):
+    with pytest.raises(Skipped, match=r"'flights' has no champion in .*promote one first.*known: none"):
         bench.check(rows(4), name="flights")
     bench.crown(bench.package())
     with pytest.raises(Skipped, match="did you mean 'flights'"):

@@ -739,6 +739,6 @@ def test_the_query_reads_nothing_but_its_sources(tmp_path: Path, steal: str) -> 
 
 def test_an_unknown_connection_type_names_the_known_ones(tmp_path: Path) -> None:
     connections = {"db": Connection("db", "oracle", password="hunter2")}
-    with pytest.raises(BadConfiguration, match="type 'oracle'; Known: postgres, sqlite") as caught:
+    with pytest.raises(BadConfiguration, match="type 'oracle'; known: postgres, sqlite") as caught:
         ingest(tmp_path, {"s": {"connection": "db", "sql": "SELECT 1"}}, connections=connections)
     assert "hunter2" not in str(caught.value)

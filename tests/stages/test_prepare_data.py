@@ -373,6 +373,7 @@ def test_carried_columns_are_kept_and_are_no_features(tmp_path: Path) -> None:
 
 
 TEXT = "SELECT * REPLACE (CASE WHEN y = 1 THEN 'good' ELSE 'bad' END AS y) FROM snapshot"
+DIGITS = "SELECT * REPLACE (y::INT::VARCHAR AS y) FROM snapshot"
 FLAG = "SELECT * REPLACE (y = 1 AS y) FROM snapshot"
 
 
@@ -383,8 +384,15 @@ FLAG = "SELECT * REPLACE (y = 1 AS y) FROM snapshot"
         (TEXT, "bad", ["good", "bad"], "classification, positive class: 'bad'"),
         (TEXT, "good", ["bad", "good"], "classification, positive class: 'good'"),
         (None, 0, [1, 0], "classification, positive class: 0"),
-        (FLAG, False, [1, 0], "classification, positive class: 0"),
-        (FLAG, True, [0, 1], "classification, positive class: 1"),
+        (None, "0.0", [1, 0], "classification, positive class: 0"),
+        (None, " 1 ", [0, 1], "classification, positive class: 1"),
+        (FLAG, False, [1, 0], "classification, positive class: 0 (false)"),
+        (FLAG, True, [0, 1], "classification, positive class: 1 (true)"),
+        (FLAG, "False", [1, 0], "classification, positive class: 0 (false)"),
+        (FLAG, "true", [0, 1], "classification, positive class: 1 (true)"),
+        (FLAG, "1", [0, 1], "classification, positive class: 1 (true)"),
+        (FLAG, None, [0, 1], "classification, positive class by order: 1 (true)"),
+        (DIGITS, "1", ["0", "1"], "classification, positive class: '1'"),
     ],
 )
 def test_the_positive_class_is_the_second_and_is_said(
@@ -568,8 +576,9 @@ REFUSALS: list[tuple[dict[str, Any], type[LeptonError], str]] = [
     ({"carry_columns": ["machine"], "id_columns": ["machine"]}, BadConfiguration, "'machine' is in id_columns already"),
     ({"carry_columns": ["u"], "features": "SELECT *, t AS u FROM snapshot"}, BadConfiguration, "carried column 'u' is TIMESTAMP"),
     ({"features": TEXT, "positive_class": "Bad"}, BadConfiguration,
-     "positive_class='Bad': target 'y' has the 2 classes 'bad', 'good', and the positive class is not one of them."),
-    ({"positive_class": "1"}, BadConfiguration, "positive_class='1': target 'y' has the 2 classes 0, 1, and"),
+     "positive_class='Bad': target 'y' has the 2 classes 'bad', 'good', and the positive class is not one of them; did you mean 'bad'[?]$"),
+    ({"positive_class": "2"}, BadConfiguration, "positive_class='2': target 'y' has the 2 classes 0, 1, and the positive class is not one of them.$"),
+    ({"positive_class": "nan"}, BadConfiguration, "positive_class='nan': target 'y' has the 2 classes 0, 1, and"),
     ({"features": "SELECT * REPLACE (y + 1 AS y) FROM snapshot", "positive_class": True}, BadConfiguration, "2 classes 1, 2, and"),
     ({"features": "SELECT * REPLACE (kind AS y) FROM snapshot", "positive_class": "a", "drop": ["kind"]}, BadConfiguration,
      "3 classes 'a', 'b', 'ü c', and the positive class can be stated for two classes only"),

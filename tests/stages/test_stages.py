@@ -282,7 +282,7 @@ def test_loading_code_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "mine_pk" / "__init__.py").write_text("from mine_pk.model import fit\n")
     (tmp_path / "mine_pk" / "model.py").write_text("def fit(): ...\n")
     for module, known in (("mine_im", "train"), ("mine_pk", "fit")):
-        with pytest.raises(BadConfiguration, match=rf"no function 'xyz'; Known: {known}\.$"):
+        with pytest.raises(BadConfiguration, match=rf"no function 'xyz'; known: {known}\.$"):
             load_code(f"{module}:xyz", "trainer")
 
 
