@@ -347,6 +347,11 @@ class PrepareData(Stage):
         roles["carry_columns"] = list(self.carry_columns)
         for role, names in roles.items():
             for name in names:
+                if name in self.drop:
+                    raise BadConfiguration(
+                        f"{role}: column {brief(name)} is in drop, so it is not there: take it out of drop, as {role} alone keeps "
+                        "it from the features."
+                    )
                 if name is not None and name not in types:
                     raise BadConfiguration(
                         f"{role}: column {name!r} is not among the features' columns; {did_you_mean(name, types)}"
