@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from lepton_airflow.data.row_conditions import condition_text
 from lepton_airflow.errors import cut_quoted
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def _line(result: ExpectationValidationResult) -> str:
 
 def _arguments(kwargs: dict[str, Any]) -> str:
     return ", ".join(
-        f"{k}={_as_written(v)}" for k, v in kwargs.items() if k not in ("batch_id", "catch_exceptions")
+        f"{k}={condition_text(v) if k == 'row_condition' and isinstance(v, dict) else _as_written(v)}"
+        for k, v in kwargs.items()
+        if k not in ("batch_id", "catch_exceptions")
     )
 
 

@@ -84,3 +84,20 @@ def _comparison(part: str, text: str, where: str) -> dict[str, Any]:
 
 def _join(kind: str, conditions: list[dict[str, Any]]) -> dict[str, Any]:
     return conditions[0] if len(conditions) == 1 else {"type": kind, "conditions": conditions}
+
+
+def condition_text(condition: dict[str, Any]) -> str:
+    """What a row_condition in JSON says, as a person would write it; what is none, as it is."""
+    try:
+        kind = condition["type"]
+        if kind in ("and", "or"):
+            parts = condition["conditions"]
+            texts = (f"({condition_text(c)})" if c["type"] == "or" else condition_text(c) for c in parts)
+            return f" {kind.upper()} ".join(texts)
+        column = f'col("{condition["column"]["name"]}")'
+        if kind == "nullity":
+            return f"{column}.{'isNull' if condition['is_null'] else 'notNull'}()"
+        value = condition["parameter"]
+        return f"{column} {condition['operator']} " + (f'"{value}"' if isinstance(value, str) else str(value))
+    except (KeyError, TypeError):
+        return str(condition)

@@ -185,7 +185,7 @@ class Division:
                 why = "Change its start or fraction, or bring more data."
                 if self.label_horizon:
                     why += (
-                        f" label_horizon leaves out the rows of the {self.label_horizon} before a cut and before the end of "
+                        f" label_horizon leaves out the rows of the {length_text(self.label_horizon)} before a cut and before the end of "
                         "the data."
                     )
                 if self.by == "time" and self.cluster_column and not self.known_clusters:
@@ -228,6 +228,15 @@ class Division:
 def interval(length: timedelta) -> str:
     """A length of time as SQL."""
     return f"to_microseconds({length // timedelta(microseconds=1)})"
+
+
+def length_text(length: timedelta) -> str:
+    """A length of time in words, in the largest unit of which it is a whole number: ``31 days``."""
+    seconds = length.total_seconds()
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds % size == 0:
+            return f"{seconds / size:g} {unit}{'s' * (seconds != size)}"
+    return f"{seconds:g} seconds"
 
 
 def label_horizon(con: duckdb.DuckDBPyConnection, text: str | None) -> timedelta:

@@ -40,6 +40,9 @@ def typed(value: Any, hint: Any, where: str) -> Any:
             return None
     names = " or ".join(_type_name(o) for o in options)
     advice = " Pass its .uri." if isinstance(value, Artifact) else ""
+    lists = any((typing.get_origin(kind) or kind) is list for kind in kinds)
+    if lists and isinstance(value, str) and not value.lstrip().startswith("["):
+        advice = f" Write [{value!r}]."
     raise BadConfiguration(f"{where}={value!r} is not {names}.{advice}")
 
 

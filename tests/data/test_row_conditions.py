@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lepton_airflow.data.row_conditions import whole_condition
+from lepton_airflow.data.row_conditions import condition_text, whole_condition
 from lepton_airflow.errors import BadConfiguration
 
 
@@ -46,6 +46,18 @@ def test_joined_comparisons_become_a_condition_of_json(text: str, meaning: dict[
 )
 def test_one_comparison_is_read_as_one(text: str, meaning: dict[str, Any]) -> None:
     assert read(text) == meaning
+
+
+def test_a_condition_is_said_as_it_is_written() -> None:
+    for text in (
+        'col("a") == 1 AND col("b c") > "x" OR col("d") <= -2.5',
+        'col("a").notNull() OR col("b") == 2',
+    ):
+        assert read(condition_text(read(text))) == read(text)
+    assert condition_text(read('col("a")==1 and col("b c")>"x"')) == 'col("a") == 1 AND col("b c") > "x"'
+    both = {"type": "and", "conditions": [A, {"type": "or", "conditions": [B, C]}]}
+    assert condition_text(both) == 'col("a") == 1 AND (col("b c") > "x" OR col("d") <= -2.5)'
+    assert condition_text({"type": "comparison"}) == "{'type': 'comparison'}"
 
 
 def test_what_another_parser_reads_stays_as_it_is() -> None:

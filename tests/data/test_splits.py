@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import pytest
 
-from lepton_airflow.data.splits import SPLIT, Division, Split
+from lepton_airflow.data.splits import SPLIT, Division, Split, length_text
 from lepton_airflow.errors import BadConfiguration, BadInput
 
 DIVISION: dict[str, Any] = {
@@ -132,3 +132,16 @@ def test_a_start_that_cannot_be_is_refused(valid_start: str, message: str) -> No
     known = "SELECT i AS __row, TIMESTAMP '2024-01-01' + INTERVAL (i) DAY AS __time FROM range(10) r(i)"
     with pytest.raises(BadConfiguration, match=message):
         divide(known, by="time", test_start="2024-01-05T00:00:00+02:00", valid_start=valid_start)
+
+
+def test_a_length_of_time_is_said_in_words() -> None:
+    lengths = {
+        "31 days": {"days": 31},
+        "1 hour": {"hours": 1},
+        "36 hours": {"hours": 36},
+        "90 minutes": {"minutes": 90},
+    }
+    for text, length in (
+        lengths | {"61 seconds": {"seconds": 61}, "0.5 seconds": {"milliseconds": 500}}
+    ).items():
+        assert length_text(timedelta(**length)) == text

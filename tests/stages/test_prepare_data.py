@@ -752,7 +752,7 @@ def test_a_grid_of_cut_offs_raises_no_alarm(tmp_path: Path) -> None:
         ({"label_horizon": "soon"}, "label_horizon='soon': expected a length of time such as"),
         ({"label_horizon": "-1 hour"}, "label_horizon='-1 hour': expected a length"),
         ({"label_horizon": "30 days"}, "no label of the 400 rows is known yet, since the data end at 2024-01-17 15:00"),
-        ({"label_horizon": "6 days"}, "split '.*' has no row: .* label_horizon leaves out the rows of the 6 days"),
+        ({"label_horizon": "6 days"}, "split '.*' has no row: .* label_horizon leaves out the rows of the 6 days before a cut"),
         ({"complete_until": "2024-01-02"}, "complete_until='2024-01-02' needs label_horizon"),
         ({"label_horizon": "3 hours", "complete_until": "soon"}, "complete_until='soon' is not a time"),
         ({"label_horizon": "3 hours", "target": None, "task": None}, "label_horizon='3 hours' needs target and time_column"),

@@ -194,7 +194,12 @@ class TestBuild:
             ({"count": 1, "table": "[1]"}, r"table='\[1\]' is not dict"),
             ({"count": 1, "table": "{[]: 1}"}, "is not dict"),
             ({"count": 1, "table": "__import__('os')"}, "is not dict"),
-            ({"count": 1, "items": 5}, "items=5 is not list"),
+            ({"count": 1, "items": 5}, r"items=5 is not list or null\.$"),
+            (
+                {"count": 1, "items": "balance"},
+                r"items='balance' is not list or null\. Write \['balance'\]\.$",
+            ),
+            ({"count": 1, "items": "[balance"}, r"items='\[balance' is not list or null\.$"),
         ],
     )
     def test_anything_else_is_a_sentence(self, parameters: dict[str, Any], sentence: str) -> None:

@@ -257,6 +257,9 @@ def test_a_row_condition_is_read_to_its_end(mixed: str, run: RunInfo, engine: An
     ]
     found = counted(asked, mixed, run, engine)
     assert [count or 0 for count in found] == list(conditions.values())  # of no rows DuckDB's count is null
+    with pytest.raises(BadInput) as failure:
+        ValidateData(dataset=mixed, suite=suite(asked[1]), engine=engine).run(run)
+    assert 'row_condition=col("id") < 10 AND col("id") > 4, max_value=-1.0): 5 of 5' in str(failure.value)
 
 
 @pytest.mark.parametrize(
