@@ -2,7 +2,8 @@
 
 Friedman 2001 (Annals of Statistics 29) with the histograms of Ke et al. 2017 (LightGBM), as scikit-learn builds them.
 Missing numbers need no filling: each split learns a side for them. Categories become ranks (see ``_columns.ordinal``).
-With ``valid`` the number of trees is chosen by its loss; a refit makes as many. Deterministic for a seed.
+With ``valid`` it stops when the loss there has not become better for ``n_iter_no_change`` trees. The model keeps these last trees, as
+scikit-learn does; a refit makes as many trees as had the least loss. Deterministic for a seed.
 
 learning_rate        shrinkage of each tree, above 0 [dimensionless]
 max_iter             trees at most (per class, with more than two classes)
@@ -66,5 +67,7 @@ def fit(
     if valid is not None:
         held_out = {"X_val": columns.transform(valid[run.features]), "y_val": valid[run.target]}
     model.fit(columns.transform(train[run.features]), train[run.target], **held_out)
-    run.settle(max_iter=model.n_iter_)
+    # The first score is that of no tree. Without valid there are none.
+    best = max(1, int(model.validation_score_.argmax())) if valid is not None else model.n_iter_
+    run.settle(max_iter=best)
     return Pipeline([("columns", columns), ("model", model)])

@@ -88,3 +88,23 @@ def test_boosting_converts_exactly_where_values_lie_one_float_apart() -> None:
     np.testing.assert_allclose(
         predict_onnx(session, Schema(features, "regression", []), raw), native, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("noise", [0.5, 50.0], ids=["many trees", "hardly one"])
+def test_a_refit_makes_as_many_trees_as_had_the_least_loss(noise: float) -> None:
+    info = DatasetInfo(target="y", task="regression", features=["x"])
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=600)
+    frame = pd.DataFrame({"x": x.astype(np.float32), "y": np.sin(2 * x) + rng.normal(scale=noise, size=600)})
+    train, valid = frame[:400], frame[400:]
+    module, run = models.load("hist_gradient_boosting"), run_of(info)
+    model = module.fit(train, valid, module.DEFAULTS, run)
+    (told,) = run._told
+    losses = [
+        float(np.mean((stage - valid.y) ** 2))
+        for stage in model[-1].staged_predict(model[0].transform(valid[["x"]]))
+    ]
+    assert told["max_iter"] == int(np.argmin(losses)) + 1
+    assert len(losses) == min(told["max_iter"] + 10, 200) or told["max_iter"] == 1
+    run.settled = told
+    assert module.fit(frame, None, module.DEFAULTS, run)[-1].n_iter_ == told["max_iter"]
