@@ -237,7 +237,9 @@ class CheckDrift(Stage):
     def _rows_before(self, run: RunInfo, reference: _Reference) -> Path | None:
         """The rows behind the reference, if the store has them: artifacts are found by their digest."""
         if self.reference_rows is not None:
-            return run.fetch(self.reference_rows)
+            path = run.fetch(self.reference_rows)
+            read_info(path, plain=True)  # raises where it is no Parquet
+            return path
         trained_on = [t.sha256 for t in reference.card.touched if t.role == "train"] if reference.card else []
         for sha256 in trained_on:
             for key in run.store.keys(f"artifacts/{sha256[:32]}"):

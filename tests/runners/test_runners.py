@@ -33,7 +33,7 @@ def test_runner(monkeypatch: pytest.MonkeyPatch, text: str, runner: object) -> N
     ("text", "sentence"),
     [
         ("Subproces", "did you mean 'Subprocess'"),
-        ("Runner", "nown: .*Subprocess"),
+        ("Runner", "known: .*Subprocess"),
         ('{"Subprocess": {"memory": 1}}', "memory"),
         ('{"Subprocess": {"memory_limit_mb": 1}}', "at least 64 MiB"),
         ('{"Subprocess": {"grace_s": -1}}', "zero or more"),

@@ -147,6 +147,9 @@ def test_the_report_says_what_the_verdict_says_where_a_sample_would_say_otherwis
     assert few.values["drifted"] is False
     assert "Dataset Drift is NOT detected" in page
     assert '"data_drift": "Detected"' not in page
+    text = bench.run.save("rows.csv", "wind\n1\n").uri
+    with pytest.raises(BadInput, match=r"rows\.csv is no Parquet file: land it with IngestData first"):
+        bench.check(rows(4)[:5], reference=bench.profile.uri, reference_rows=text)
     gone = rows(4).drop(columns=["wind"]).assign(origin=None)
     two = bench.check(gone, reference=bench.profile.uri, reference_rows=bench.put(rows(0)).uri, min_columns=2)
     page = bench.read(two.artifacts["report"])
