@@ -20,8 +20,8 @@ from lepton_airflow.data.sources.database import query_database
 from lepton_airflow.data.sources.files import (
     ParquetFiles,
     Reader,
-    check_digits,
     begin_of,
+    check_digits,
     check_no_doubles,
     find_files,
     parquet_scan,
