@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # ONNX models answer in float32, in which a smaller 1 - p is 0. One such row must not make the log loss infinite, and a model
 # must get the same log loss whether its scores arrive as float32 or as float64.
 LOG_LOSS_CLIP = 2.0**-23
+_LARGEST = 1e140  # of a number to regress on: the sum of the squares of more is infinite
 
 
 def classification_metrics(y: ArrayLike, p: ArrayLike, threshold: float = 0.5) -> dict[str, float | None]:
@@ -100,6 +101,8 @@ def classification_arrays(y: ArrayLike, p: ArrayLike) -> tuple[NDArray[np.int64]
 
 def regression_arrays(y: ArrayLike, pred: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return targets and predictions as float64 (n,)."""
+    import numpy as np
+
     truth, predicted = _finite("targets", y), _finite("predictions", pred)
     if predicted.ndim == 2 and predicted.shape[1] == 1:
         predicted = predicted[:, 0]
@@ -109,6 +112,13 @@ def regression_arrays(y: ArrayLike, pred: ArrayLike) -> tuple[NDArray[np.float64
             f"predictions: shape {predicted.shape} for a regression, expected one number per row, "
             f"shape ({len(truth)},); score each output by itself."
         )
+    for what, values in ("targets", truth), ("predictions", predicted):
+        if (np.abs(values) > _LARGEST).any():
+            row = int(np.argmax(np.abs(values) > _LARGEST))
+            raise BadInput(
+                f"{what}: row {row} is {values[row]:g}, expected at most {_LARGEST:g}, beyond which squared errors have no finite "
+                "sum; predict the target in a larger unit, or its logarithm."
+            )
     return truth, predicted
 
 

@@ -95,6 +95,7 @@ def paired_test(
         raise BadConfiguration(
             f"paired test: confidence={confidence}, expected a number between 0 and 1, such as 0.95."
         )
+    _check_effect(min_effect)
     import numpy as np
 
     truth, *scores = _arrays(metric, y, p_champion, p_candidate)
@@ -126,6 +127,13 @@ def paired_test(
         enough=_enough(1 - confidence, of_auc=of_auc) if too_few else 0,
         units=f"{unit} of each label" if of_auc else unit,
     )
+
+
+def _check_effect(min_effect: float) -> None:
+    if not math.isfinite(min_effect):  # nothing lies above NaN
+        raise BadConfiguration(
+            f"paired test: min_effect={min_effect}, expected a difference of the metric, such as 0.001."
+        )
 
 
 def _smallest_p_value(
@@ -201,6 +209,7 @@ def paired_verdict(result: PairedResult, min_effect: float | None = None) -> Pai
     is a non-inferiority margin: a candidate that is at most that much worse is promoted.
     """
     required = result.min_effect if min_effect is None else min_effect
+    _check_effect(required)
     digits = _digits(result, required)
     if result.enough:
         decision: Decision = "hold"

@@ -109,6 +109,15 @@ def test_bad_classification_input_is_refused_in_one_sentence(y, p, sentence):
         classification_metrics(y, p)
 
 
+@pytest.mark.parametrize(
+    ("y", "p", "what"), [([1, 1e200], [1, 2], "targets"), ([1, 2], [1, -1e200], "predictions")]
+)
+def test_numbers_whose_squares_are_infinite_are_refused(y, p, what):
+    with pytest.raises(BadInput, match=f"{what}: row 1 is -?1e\\+200, expected at most 1e\\+140"):
+        regression_metrics(y, p)
+    assert regression_metrics([1, 1e139], [1, 2])["rmse"] == pytest.approx(1e139 / 2**0.5)
+
+
 def test_a_regression_with_several_outputs_is_refused():
     with pytest.raises(BadInput, match=r"shape \(2, 3\) for a regression"):
         regression_metrics([1.0, 2.0], np.ones((2, 3)))

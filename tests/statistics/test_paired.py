@@ -317,3 +317,9 @@ def test_a_wrong_setting_is_refused():
         paired_test([0, 1], [0.1, 0.2], [0.1, 0.2], metric="rocauc")
     with pytest.raises(BadConfiguration, match="confidence=95"):
         paired_test([0, 1], [0.1, 0.2], [0.1, 0.2], confidence=95)
+    for nothing in (np.nan, np.inf):
+        with pytest.raises(BadConfiguration, match=f"min_effect={nothing}, expected a difference"):
+            paired_test([0, 1] * 9, [0.1, 0.2] * 9, [0.1, 0.3] * 9, min_effect=nothing)
+    found = paired_test([0, 1] * 9, [0.1, 0.2] * 9, [0.1, 0.3] * 9)
+    with pytest.raises(BadConfiguration, match="min_effect=nan, expected a difference"):
+        paired_verdict(found, min_effect=float("nan"))
