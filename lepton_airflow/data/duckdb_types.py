@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lepton_airflow.data.sql import quote
 
 WHOLE = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 # The types of timestamps in nanoseconds, and those that hold the same in microseconds.
@@ -24,6 +28,39 @@ def is_time(duckdb_type: str) -> bool:
 def has_zone(duckdb_type: str) -> bool:
     """Whether the timestamps have a time zone."""
     return duckdb_type.startswith("TIMESTAMPTZ") or duckdb_type.endswith("WITH TIME ZONE")
+
+
+def parts_of(duckdb_type: str) -> set[str]:
+    """The names of the types within a list, a struct or a map, at any depth; of another type its own."""
+    found: set[str] = set()
+
+    def note(name: str) -> str:
+        found.add(name)
+        return name
+
+    _renamed(duckdb_type, note)
+    return found
+
+
+def with_parts(duckdb_type: str, changed: Mapping[str, str]) -> str:
+    """The type with some of those within it changed; a key may have the name of a type."""
+    return _renamed(duckdb_type, lambda name: changed.get(name, name))
+
+
+def _renamed(duckdb_type: str, rename: Callable[[str], str]) -> str:
+    import duckdb
+
+    def name(of: Any) -> str:
+        if of.id not in ("list", "array", "struct", "map"):
+            return rename(str(of))
+        parts = {part: inner if part == "size" else name(inner) for part, inner in of.children}
+        if of.id in ("list", "array"):
+            return f"{parts['child']}[{parts.get('size', '')}]"
+        fields = parts.values() if of.id == "map" else (f"{quote(k)} {v}" for k, v in parts.items())
+        return f"{of.id.upper()}({', '.join(fields)})"
+
+    deep = duckdb_type.endswith("]") or duckdb_type.startswith(("STRUCT(", "MAP("))
+    return name(duckdb.sqltype(duckdb_type)) if deep else rename(duckdb_type)
 
 
 def in_microseconds(column: str, duckdb_type: str) -> str:

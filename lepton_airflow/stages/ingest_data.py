@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, digest_of, split_pin
+from lepton_airflow.data.duckdb_types import parts_of, with_parts
 from lepton_airflow.data.sql import (
     PARQUET,
     SCRATCH,
@@ -271,7 +272,7 @@ class IngestData(Stage):
                 "query: %d columns, ordered by %s", len(schema), ", ".join(self.order_by) or "all of them"
             )
             rows = f"(\n{statement.query}\n)"
-            if huge := [column for column, kind in schema.items() if kind in ("HUGEINT", "UHUGEINT")]:
+            if huge := [column for column, kind in schema.items() if parts_of(kind) & _HUGE.keys()]:
                 rows = (
                     f"(SELECT * REPLACE ({', '.join(_exact_double(c, schema[c]) for c in huge)}) FROM {rows})"
                 )
@@ -291,12 +292,16 @@ class IngestData(Stage):
         return schema
 
 
+_HUGE = dict.fromkeys(("HUGEINT", "UHUGEINT"), "DOUBLE")
+
+
 def _exact_double(column: str, kind: str) -> str:
     """SQL of a HUGEINT, such as a sum of BIGINT, as the DOUBLE that Parquet holds; an error where that would round it."""
-    name, nearest = quote(column), f"{quote(column)}::DOUBLE"
+    name = quote(column)
+    nearest = f"TRY_CAST({name} AS {with_parts(kind, _HUGE)})"
     rounds = f"column {column!r} is {kind}, which Parquet would hold as a DOUBLE, rounded: cast it to BIGINT, DECIMAL(38,0) or VARCHAR"
     return (
-        f"CASE WHEN {name} IS NULL OR TRY_CAST({nearest} AS {kind}) = {name} THEN {nearest} "
+        f"CASE WHEN TRY_CAST({nearest} AS {kind}) IS NOT DISTINCT FROM {name} THEN {nearest} "
         f"ELSE error({literal(rounds)}) END AS {name}"
     )
 

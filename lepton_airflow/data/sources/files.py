@@ -241,7 +241,7 @@ class ParquetFiles(Reader):
                     "it may still be being written, or is damaged; bring it again. Of another format, state format."
                 ) from None
             check_no_doubles(self.source, uri, schemas[path].names)
-            check_digits(self.source, uri, schemas[path])
+            check_schema(self.source, uri, schemas[path])
         self.check_same_columns({path: schema.names for path, schema in schemas.items()})
         self._check_durations(schemas)
         for path, uri in self.files.items():  # a damaged page is noticed only when it is read
@@ -270,9 +270,9 @@ class ParquetFiles(Reader):
             )
 
     def _rounded(self) -> dict[str, str]:
-        """The columns that one file holds in whole numbers or decimals, and another in floats that would round these.
+        """The columns that one file holds in numbers, and another in numbers that would round these.
 
-        :raises BadInput: nobody has stated the type of one.
+        :raises BadInput: nobody has stated the type of one, or it is within a struct or a map, whose type nobody can state.
         """
 
         def types(paths: Sequence[Path]) -> dict[str, str]:
@@ -286,15 +286,14 @@ class ParquetFiles(Reader):
         for path, uri in self.files.items():
             for column, own in types([path]).items():
                 kind, name = together[column], quote(column)
-                if own == kind or column in rounded or not re.fullmatch(r"(DOUBLE|FLOAT)(\[\])*", kind):
+                if own == kind or column in rounded or not re.search(r"DOUBLE|FLOAT|DECIMAL", kind):
                     continue
                 again = f"TRY_CAST(TRY_CAST({name} AS {kind}) AS {own})"
                 ((count,),) = self.query(
                     uri,
-                    f"SELECT count(*) FROM {parquet_scan([path], union=False)} WHERE {name} IS NOT NULL "
-                    f"AND NOT coalesce({again} = {name}, false)",
+                    f"SELECT count(*) FROM {parquet_scan([path], union=False)} WHERE {again} IS DISTINCT FROM {name}",
                 )
-                if count and column not in self.source.types:
+                if count and (column not in self.source.types or kind.startswith(("STRUCT", "MAP"))):
                     raise BadInput(
                         f"source {self.source.name!r}: column {column!r} is {own} in {uri} and {kind} in others, which would round "
                         f"{count} of its values: state its type in types, such as BIGINT or VARCHAR, or write the files alike."
@@ -311,7 +310,7 @@ class ParquetFiles(Reader):
         texts = (
             f"CASE WHEN TRY_CAST(TRY_CAST({c} AS DECIMAL(38,0)) AS DOUBLE) = TRY_CAST({c} AS DOUBLE) AND typeof({c}) IN ('DOUBLE', 'FLOAT') "
             f"THEN CAST(TRY_CAST({c} AS DECIMAL(38,0)) AS VARCHAR) ELSE CAST({c} AS VARCHAR) END AS {c}"
-            if kind in ("DOUBLE", "FLOAT")
+            if not kind.endswith("]")
             else f"CAST({c} AS VARCHAR[]) AS {c}"
             for c, kind in ((quote(column), kind) for column, kind in columns.items())
         )
@@ -322,8 +321,8 @@ class ParquetFiles(Reader):
         return target
 
 
-def check_digits(source: Source, where: str, schema: pa.Schema) -> None:
-    """Raise for decimals of so many digits that DuckDB reads them as DOUBLE, which rounds them."""
+def check_schema(source: Source, where: str, schema: pa.Schema) -> None:
+    """Raise for a column without a name, and for decimals of so many digits that DuckDB reads them as DOUBLE, which rounds them."""
     import pyarrow as pa
 
     def within(kind: pa.DataType) -> Iterator[pa.DataType]:
@@ -331,7 +330,9 @@ def check_digits(source: Source, where: str, schema: pa.Schema) -> None:
         for place in range(kind.num_fields):
             yield from within(kind.field(place).type)
 
-    for column in schema:
+    for number, column in enumerate(schema, 1):
+        if not column.name:  # DuckDB would give it one
+            raise BadInput(f"source {source.name!r}: {where} has no name for column {number}: name it.")
         for kind in within(column.type):
             if pa.types.is_decimal(kind) and kind.precision > _MOST_DIGITS:
                 raise BadInput(

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lepton_airflow.contract import digest_of
+from lepton_airflow.data.duckdb_types import parts_of, with_parts
 from lepton_airflow.data.sources.files import Reader, Rejected, Unreadable, check_no_doubles, read_blocks
 from lepton_airflow.data.sources.text_types import TIMES_ONLY
-from lepton_airflow.data.sql import SCRATCH, literal, quote
+from lepton_airflow.data.sql import SCRATCH, literal
 from lepton_airflow.errors import BadInput
 
 _NEAREST = ("DOUBLE", "FLOAT", "REAL", "FLOAT4", "FLOAT8", "BOOLEAN")  # types that lose nothing in a DOUBLE
@@ -23,14 +24,16 @@ _TEXTS = ("VARCHAR", "DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "U
 _UNLIKE_TEXTS = dict.fromkeys(("HUGEINT", "UHUGEINT", "UUID"), "VARCHAR")
 _LISTS_OF_TIMES = re.compile(r"(DATE|TIME[ A-Z]*)((\[\])+)")
 _NUMBERS_AS_TEXTS = dict.fromkeys(("DOUBLE", "BIGINT", "UBIGINT"), "VARCHAR")
+_MIXED_AS_TEXTS = {"JSON": "VARCHAR"}
+_TIMES_AS_TEXTS = dict.fromkeys(("DATE", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"), "VARCHAR")
+_WORD = re.compile(r"\s*[-+]?(epoch|inf|infinity)\s*", re.IGNORECASE)  # which DuckDB takes for a time
 _LONGEST_BYTES = 16_000_000  # of an object: DuckDB reads 16 MiB
 _BEGIN = re.compile(r"[ \t\r\n]*+\[[ \t\r\n]*+(?=[^ \t\r\n])")  # of an array
 _BETWEEN = re.compile(r"[ \t\r\n]*+,?[ \t\r\n]*+(?=[^ \t\r\n])")
 _EXACT = 2**53  # whole numbers up to it are exact in a DOUBLE
 _DEEPEST = 20  # lists and objects within each other: DuckDB's time doubles with each, and 30 take minutes
-_DIGITS = 15  # of any number with a point, which a DOUBLE keeps
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-_LONG_NUMBER = re.compile(rb"[0-9.]{16}")
+_LONG_NUMBER_OR_WORD = re.compile(rb'[0-9]{16}|"\s*[-+]?(epoch|inf)', re.IGNORECASE)
 # Marks a number with a point, kept as it is written: Python and DuckDB would round it to a double. No text can begin so by chance.
 _MARK = f"\ue000{secrets.token_hex(8)}:"
 _MARKED = re.compile(rf'"{_MARK}([-+.0-9eE]+)"')
@@ -52,6 +55,8 @@ class JsonFiles(Reader):
     """One JSON object a line, or one array of objects."""
 
     def land(self) -> list[Path]:
+        import duckdb
+
         name = digest_of(list(self.files.values()))[:16]  # no key of anybody's objects
         self.place = (f"file {name}", f"row {name}")
         self._keys: dict[str, None] = {}
@@ -65,7 +70,8 @@ class JsonFiles(Reader):
             )
         types = self._types(paths)
         if texts := self._texts(types, paths):
-            paths = [self._with_texts(path, texts) for path in paths]
+            kinds = {column: duckdb.sqltype(types[column]) for column in texts}
+            paths = [self._with_texts(path, kinds) for path in paths]
         target = self.folder / f"{self.source.name}.parquet"
         self.query(
             uris,
@@ -116,12 +122,12 @@ class JsonFiles(Reader):
             f"DESCRIBE FROM read_ndjson({literal(paths)}, records=true, sample_size=-1, maximum_sample_files=1000000, "
             "map_inference_threshold=-1, field_appearance_threshold=0)",
         )
-        return {str(name): _with(str(kind), _UNLIKE_TEXTS) for name, kind, *_ in found}
+        return {str(name): with_parts(str(kind), _UNLIKE_TEXTS) for name, kind, *_ in found}
 
-    def _texts(self, types: dict[str, str], paths: list[Path]) -> dict[str, bool]:
-        """Change the types of columns that must be read as text, and say which: whether as a whole, or number by number."""
+    def _texts(self, types: dict[str, str], paths: list[Path]) -> set[str]:
+        """Change the types of columns that must be read as text, or partly so, and say whose numbers must be made texts for it."""
         stated = self.source.types
-        texts: dict[str, bool] = {}
+        texts: set[str] = set()
         deep: list[str] = []
         for column, kind in types.items():
             exact = column in stated and stated[column].upper().removesuffix("[]") not in _NEAREST
@@ -130,75 +136,63 @@ class JsonFiles(Reader):
             if kind == '"NULL"':  # no value at all: as in CSV
                 types[column], self.texts[column] = "VARCHAR", ()
             elif kind == "JSON":  # numbers beside texts
-                texts[column], types[column] = True, "VARCHAR"
+                texts.add(column)
+                types[column] = "VARCHAR"
                 if column not in stated:
                     self.texts[column] = ()
             elif kind == "DOUBLE[]" and exact:
-                texts[column], types[column] = False, "VARCHAR[]"
+                texts.add(column)
+                types[column] = "VARCHAR[]"
             elif column in stated and (lists := _LISTS_OF_TIMES.fullmatch(kind)):
                 types[column] = f"VARCHAR{lists[2]}"
             elif kind.endswith((")", "]")):
-                deep += [column] * ("DOUBLE" in kind or "JSON" in kind)
+                deep.append(column)
             elif column in stated:
                 if kind == "DOUBLE" and exact:
-                    texts[column] = False
+                    texts.add(column)
                 types[column] = "VARCHAR"
             elif kind == "DOUBLE":  # whole numbers that no DOUBLE holds may be among them
                 types[column], self.texts[column] = "VARCHAR", ("DOUBLE",)
             elif kind in _TEXTS:
                 types[column], self.texts[column] = "VARCHAR", TIMES_ONLY
-        whole, long = self._numbers_within(deep, paths) if deep else (set(), set())
+        whole, words = self._within(deep, paths) if deep else (set(), set())
         for column in deep:
             kind = types[column]
-            if "JSON" in kind and column in long:
-                texts[column], types[column] = True, "VARCHAR"
-            elif column in whole:
-                texts[column], types[column] = False, _with(kind, _NUMBERS_AS_TEXTS)
+            changed = _MIXED_AS_TEXTS if "JSON" in parts_of(kind) else {}
+            if column in whole and "DOUBLE" in parts_of(kind):
+                changed = changed | _NUMBERS_AS_TEXTS
+            if changed:
+                texts.add(column)
+            types[column] = with_parts(kind, changed | (_TIMES_AS_TEXTS if column in words else {}))
         return texts
 
-    def _numbers_within(self, columns: list[str], paths: list[Path]) -> tuple[set[str], set[str]]:
-        """The columns with whole numbers that no DOUBLE holds within lists or objects, and those with any number that it rounds."""
-        whole, long = set[str](), set[str]()
+    def _within(self, columns: list[str], paths: list[Path]) -> tuple[set[str], set[str]]:
+        """The columns with whole numbers that no DOUBLE holds within lists or objects, and those with words that are no times."""
+        whole, words = set[str](), set[str]()
         for path in paths:
             with path.open("rb") as lines:
-                for line in filter(_LONG_NUMBER.search, lines):
+                for line in filter(_LONG_NUMBER_OR_WORD.search, lines):
                     row = _DECODER.decode(line.decode())
                     for column in columns:
-                        for number in _numbers(row.get(column)):
-                            if isinstance(number, int) and abs(number) > _EXACT:
+                        for value in _scalars(row.get(column)):
+                            if isinstance(value, int) and abs(value) > _EXACT:
                                 whole.add(column)
-                            if len(str(number).removeprefix(_MARK)) > _DIGITS:
-                                long.add(column)
+                            if isinstance(value, str) and _WORD.fullmatch(value):
+                                words.add(column)
             self.check_stop()
-        return whole, long
+        return whole, words
 
-    def _with_texts(self, path: Path, columns: dict[str, bool]) -> Path:
-        """A copy in which some fields, or the numbers in them, are texts with all their digits."""
+    def _with_texts(self, path: Path, columns: Mapping[str, Any]) -> Path:
+        """A copy in which what is read as text is one, with all digits of numbers."""
         target = path.with_suffix(".texts")
         with path.open("rb") as lines, target.open("w", encoding="utf-8") as out:
             for number, line in enumerate(lines):
                 row = _DECODER.decode(line.decode())
-                row |= {c: _as_text(row[c], whole) for c, whole in columns.items() if row.get(c) is not None}
+                row |= {c: _as_text(row[c], kind) for c, kind in columns.items() if c in row}
                 out.write(_MARKED.sub(r"\1", _dumped(row)) + "\n")
                 if not number % 10_000:
                     self.check_stop()
         return target
-
-
-def _with(kind: str, changed: Mapping[str, str]) -> str:
-    """The name of a type with some of those in it changed; a key may have the name of a type."""
-    import duckdb
-
-    def name(of: Any) -> str:
-        if of.id in ("list", "struct", "map"):
-            parts = {part: name(inner) for part, inner in of.children}
-            if of.id == "list":
-                return f"{parts['child']}[]"
-            fields = parts.values() if of.id == "map" else (f"{quote(k)} {v}" for k, v in parts.items())
-            return f"{of.id.upper()}({', '.join(fields)})"
-        return changed.get(str(of), str(of))
-
-    return name(duckdb.sqltype(kind)) if kind.endswith((")", "]")) else changed.get(kind, kind)
 
 
 def _values(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any], str]]:
@@ -285,12 +279,12 @@ def _reason(error: Exception) -> str:
     return "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else str(error)
 
 
-def _numbers(value: Any) -> Iterator[int | str]:
-    """The numbers in a value of JSON, at any depth; those with a point as they are written, with their mark."""
+def _scalars(value: Any) -> Iterator[Any]:
+    """The texts, numbers and other values in a value of JSON, at any depth."""
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-    elif (isinstance(value, int) and not isinstance(value, bool)) or _is_marked(value):
+            yield from _scalars(part)
+    else:
         yield value
 
 
@@ -298,20 +292,14 @@ def _dumped(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _is_marked(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(_MARK)
-
-
-def _as_text(value: Any, whole: bool) -> Any:
-    """A value of JSON as one text (``whole``), or with each number in it as a text."""
-    if _is_marked(value):
-        return value.removeprefix(_MARK)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, dict | list) and whole:
-        return _MARKED.sub(r"\1", _dumped(value))
-    if isinstance(value, list):
-        return [_as_text(part, whole) for part in value]
-    if isinstance(value, dict):
-        return {key: _as_text(part, whole) for key, part in value.items()}
-    return value
+def _as_text(value: Any, kind: Any) -> Any:
+    """A value of JSON in which all that a type of DuckDB's has as text is one."""
+    parts = dict(kind.children) if kind.id in ("list", "struct", "map") else {}
+    if isinstance(value, list) and kind.id == "list":
+        return [_as_text(part, parts["child"]) for part in value]
+    if isinstance(value, dict) and parts:
+        of = parts if kind.id == "struct" else dict.fromkeys(value, parts["value"])
+        return {key: _as_text(part, of[key]) for key, part in value.items()}
+    if value is None or str(kind) != "VARCHAR" or (isinstance(value, str) and not value.startswith(_MARK)):
+        return value
+    return value.removeprefix(_MARK) if isinstance(value, str) else _MARKED.sub(r"\1", _dumped(value))

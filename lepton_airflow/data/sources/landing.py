@@ -21,8 +21,8 @@ from lepton_airflow.data.sources.files import (
     ParquetFiles,
     Reader,
     begin_of,
-    check_digits,
     check_no_doubles,
+    check_schema,
     find_files,
     parquet_scan,
     query,
@@ -165,7 +165,7 @@ class Landing:
         target = self.folder / f"{source.name}.parquet"
         schema = next(batches).schema
         check_no_doubles(source, "its table", schema.names)
-        check_digits(source, "its table", schema)
+        check_schema(source, "its table", schema)
         rows, waiting, told = 0, list[pa.RecordBatch](), time.monotonic()
         try:
             opened = pq.ParquetWriter(target, schema)

@@ -88,10 +88,21 @@ class Notation:
         )
 
     @property
-    def counts_days(self) -> bool:
-        """Whether a date may be the 366th day or the 53rd week of a year without one, which DuckDB takes for the next year's."""
-        counted = re.search("%-?[jUVW]", self._directives) is not None
-        return counted and not re.search("%[zZfgn]", self._directives)
+    def counted(self) -> tuple[str, str] | None:
+        """Of a format with a day or week of a year, the part before fractions of a second and a zone, and a pattern of these.
+
+        DuckDB takes the 366th day and the 53rd week of a year without one for the next year's.
+        """
+        if not re.search("%-?[jUVW]", self._directives):
+            return None
+        head, fraction, zone = re.fullmatch(
+            r"(.*?)([.,]?%[fgn])?( *%[zZ])?", self.date_format, re.DOTALL
+        ).groups()  # type: ignore[union-attr]
+        if re.search("%[zZfgn]", head):
+            return None
+        return head, (r"[.,]?[0-9]{1,9}" if fraction else "") + (
+            r" *([+-][0-9:]+|[A-Za-z_/]+)" if zone else ""
+        )
 
     @property
     def _directives(self) -> str:
@@ -124,10 +135,18 @@ def fits(value: str, kind: str, notation: Notation = PLAIN) -> str:
         # Cast back it is the same, nothing rounded or left out. A year of two digits read by %Y is one of antiquity, and
         # DuckDB reads "epoch" and "infinity" in any format as the year 1900.
         read, done = _read(value, notation), cast(value, kind, notation)
-        there = f"AND {_bare_zeros(f'strftime({read}, {literal(notation.date_format)})')} = {_bare_zeros(f'trim({value})')}"
+        there = ""
+        if counted := notation.counted:
+            head = (
+                f"regexp_replace(trim({value}), {literal(f'{counted[1]}$')}, '')"
+                if counted[1]
+                else f"trim({value})"
+            )
+            again = f"strftime(try_strptime({head}, {literal(counted[0])}), {literal(counted[0])})"
+            there = f"AND {_bare_zeros(again)} = {_bare_zeros(head)}"
         return (
             f"coalesce({done} = {read} AND year({done}) >= 1000 AND regexp_matches({value}, '[0-9]') "
-            f"{there if notation.counts_days else ''}, false)"
+            f"{there}, false)"
         )
     number = notation.number(value) if _is_number(kind) else value
     return f"coalesce({cast(value, kind, notation)} IS NOT NULL AND {_as_written(number, kind)}, false)"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 import re
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -203,7 +205,7 @@ NESTED: Any = [[[[[[[[[]]]]]]]]]
         ('{"a": [9007199254740993, 1.50]}\n', {}, [["9007199254740993", "1.50"]], []),
         ('{"a": [9007199254740992, 1.50]}\n', {}, [[9007199254740992.0, 1.5]], []),
         ('{"a": {"x": [9007199254740993, 0.5], "n": 1}}\n', {}, [{"x": ["9007199254740993", "0.5"], "n": "1"}], []),
-        ('{"a": {"x": "t"}}\n{"a": {"x": 0.1234567890123456789}}\n', {}, ['{"x":"t"}', '{"x":0.1234567890123456789}'], []),
+        ('{"a": {"x": "t"}}\n{"a": {"x": 0.1234567890123456789}}\n', {}, [{"x": "t"}, {"x": "0.1234567890123456789"}], []),
         ('{"a": "t"}\n{"a": {"x": [0.1234567890123456789, 1]}}\n', {}, ["t", '{"x":[0.1234567890123456789,1]}'], []),
     ],
 )  # fmt: skip
@@ -405,11 +407,15 @@ def test_a_fraction_is_no_number_in_groups(tmp_path: Path) -> None:
         ("%Y %j", "2024 366", "2023 366"),
         ("%G-%V-%u", "2020-53-1", "2023-53-1"),
         ("%Y%j", "2023060", "2023366"),
+        ("%Y-%jT%H:%M:%S%z", "2023-365T23:30:00-0700", "2023-366T10:00:00+0000"),
+        ("%Y-%jT%H:%M:%S.%f", "2024-366T10:00:00.25", "2023-366T10:00:00.25"),
+        ("%Y-%jT%H:%M:%S.%f %z", "2024-366T10:00:00.25 +00:00", "2023-366T10:00:00.25 +00:00"),
     ],
 )
 def test_a_day_that_a_year_lacks_is_rejected(tmp_path: Path, date_format: str, good: str, bad: str) -> None:
     files: dict[str, str | bytes] = {"s.csv": f"a,b\n{good},1\n{bad},2\n"}
-    rows, rejected, _ = ingest(tmp_path, files, types={"a": "DATE"}, date_format=date_format)
+    kind = "TIMESTAMPTZ" if "z" in date_format else "TIMESTAMP" if "H" in date_format else "DATE"
+    rows, rejected, _ = ingest(tmp_path, files, types={"a": kind}, date_format=date_format)
     assert ([row["b"] for row in rows], [r["line"] for r in rejected]) == ([1], [3])
 
 
@@ -427,6 +433,40 @@ def test_parquet_files_that_disagree_round_nothing(tmp_path: Path) -> None:
     assert sorted(row["id"] for row in rows) == [8, large, 10**17]
     assert {type(row["x"]) for row in rows} == {float}
     assert len(rejected) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([{"id": 2**53 + 1}], [{"id": 1.5}]),
+        ([{"id": 2**53 + 1}], [{"id": 1.5, "more": 1}]),
+        (pa.array([Decimal("1.234")], pa.decimal128(38, 3)), pa.array([Decimal(1)], pa.decimal128(38, 0))),
+    ],
+)
+def test_parquet_files_that_disagree_within_or_in_digits_are_refused(
+    tmp_path: Path, one: Any, other: Any
+) -> None:
+    files: dict[str, str | bytes] = {}
+    for name, values in {"1.parquet": one, "2.parquet": other}.items():
+        pq.write_table(pa.table({"a": values}), tmp_path / name)
+        files[name] = (tmp_path / name).read_bytes()
+    with pytest.raises(BadInput, match=r"column 'a' is .* in others, which would round 1 of its values"):
+        ingest(tmp_path, files)
+
+
+def test_decimals_that_disagree_become_the_type_that_is_stated(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {}
+    for name, value, scale in ("1.parquet", "1.234", 3), ("2.parquet", "1", 0):
+        pq.write_table(pa.table({"a": pa.array([Decimal(value)], pa.decimal128(38, scale))}), tmp_path / name)
+        files[name] = (tmp_path / name).read_bytes()
+    rows, *_ = ingest(tmp_path, files, types={"a": "DECIMAL(9,3)"})
+    assert sorted(row["a"] for row in rows) == [1, Decimal("1.234")]
+
+
+def test_a_column_of_parquet_without_a_name_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1], "": [2]}), tmp_path / "s.parquet")
+    with pytest.raises(BadInput, match=r"s.parquet has no name for column 2: name it"):
+        ingest(tmp_path, {"s.parquet": (tmp_path / "s.parquet").read_bytes()})
 
 
 def test_what_parquet_holds_and_duckdb_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -447,9 +487,9 @@ def test_what_parquet_holds_and_duckdb_does_not(tmp_path: Path, caplog: pytest.L
 def test_a_sum_that_parquet_would_round_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(f"a,b\n{2**53 + 1},1\n5,2\n")
 
-    def total(condition: str) -> Any:
+    def total(condition: str, within: str = "sum(a)") -> Any:
         stage = IngestData(
-            sources={"s": str(tmp_path / "s.csv")}, query=f'SELECT sum(a) AS "t\'" FROM s WHERE {condition}'
+            sources={"s": str(tmp_path / "s.csv")}, query=f'SELECT {within} AS "t\'" FROM s WHERE {condition}'
         )
         run = RunInfo.local(tmp_path)
         return pq.read_table(run.fetch(stage.run(run).artifacts["snapshot"].uri)).to_pylist()
@@ -457,6 +497,10 @@ def test_a_sum_that_parquet_would_round_is_refused(tmp_path: Path) -> None:
     assert total("b = 2") == [{"t'": 5.0}]
     with pytest.raises(BadInput, match="is HUGEINT, which Parquet would hold as a DOUBLE, rounded: cast it"):
         total("b = 1")
+    for within in ("[sum(a)]", "{'k': sum(a), 'n': 1}", "MAP{'k': [sum(a)]}"):
+        assert total("b = 2", within)
+        with pytest.raises(BadInput, match="which Parquet would hold as a DOUBLE, rounded: cast it"):
+            total("b = 1", within)
 
 
 @pytest.mark.parametrize(
@@ -471,3 +515,31 @@ def test_a_row_in_the_place_of_the_header_is_cut_in_messages(tmp_path: Path, fil
     with pytest.raises(BadInput) as caught:
         ingest(tmp_path, {name: content.format("Dear Ann " * 300) for name, content in files.items()})
     assert str(caught.value).count("Ann") < 10
+
+
+@pytest.mark.parametrize(
+    ("texts", "read"),
+    [
+        (["infinity", "epoch"], ["infinity", "epoch"]),
+        ([" EPOCH "], [" EPOCH "]),
+        (["-inf", "2024-01-01"], ["-inf", "2024-01-01"]),
+        (["2024-01-01"], [date(2024, 1, 1)]),
+    ],
+)
+def test_words_in_lists_of_json_are_no_times(tmp_path: Path, texts: list[str], read: list[Any]) -> None:
+    files: dict[str, str | bytes] = {"s.jsonl": json.dumps({"a": texts, "in": {"b": texts[0]}}) + "\n"}
+    rows, *_ = ingest(tmp_path, files)
+    assert rows == [{"a": read, "in": {"b": read[0]}}]
+
+
+def test_values_of_mixed_types_in_json_are_texts_as_they_are_written(tmp_path: Path) -> None:
+    long = 12345678901234567890
+    lines = [
+        f'{{"a": ["x", 1.50, true, null, {{"k": [1.50]}}, {long}], "in": {{"b": "x", "c": 1.5}}, "n": [1.50]}}',
+        '{"a": [], "in": {"b": [1.50, "y"], "c": 2}, "n": [2]}',
+    ]
+    rows, *_ = ingest(tmp_path, {"s.jsonl": "\n".join(lines) + "\n"})
+    assert sorted(rows, key=lambda row: not row["a"]) == [
+        {"a": ["x", "1.50", "true", None, '{"k":[1.50]}', str(long)], "in": {"b": "x", "c": 1.5}, "n": [1.5]},
+        {"a": [], "in": {"b": '[1.50,"y"]', "c": 2.0}, "n": [2.0]},
+    ]
