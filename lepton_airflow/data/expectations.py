@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +43,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.sql.compiler import GenericTypeCompiler, IdentifierPreparer, SQLCompiler
 
+from lepton_airflow.data.held_values import as_float, whole
 from lepton_airflow.data.sql import quote
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class _Cursor:
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
         """Run a query. DuckDB compares nanoseconds with no time that has a zone; its own is UTC, so none is needed."""
         self._owner.tell()
-        self._owner.connection.execute(sql, [_without_zone(value) for value in parameters])
+        self._owner.connection.execute(sql, [_without_zone(whole(value)) for value in parameters])
 
     def fetchall(self) -> list[Any]:
         return [_as_floats(row) for row in self._owner.connection.fetchall()]
@@ -189,11 +189,7 @@ def _without_zone(value: Any) -> Any:
 
 
 def _as_floats(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row with decimals as the floats that say the same: the numbers of a suite are floats, and to Python 0.3 is not Decimal("0.3")."""
-    return tuple(
-        float(value) if isinstance(value, Decimal) and Decimal(repr(float(value))) == value else value
-        for value in row
-    )
+    return tuple(map(as_float, row))
 
 
 # -- the engine -------------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def _expectations(
             )
         asks = f"{where}: {kind}"
         kwargs = filled(item.get("kwargs", {}), parameters, asks)
-        kwargs = as_held(whole_condition(kwargs, asks), columns, asks)
+        kwargs = as_held(whole_condition(kwargs, asks), columns, asks, str(kind))
         try:
             config = ExpectationConfiguration(
                 type=kind,

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import time
+from datetime import UTC, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -989,3 +989,144 @@ def test_floats_times_and_booleans_equal_what_a_suite_says(engine: Any, tmp_path
     asked.append(expect("column_values_to_be_in_set", column="flag", value_set=[True], **only("float", 0.1)))
     found = counted(asked, str(tmp_path / "s.parquet"), run, engine)
     assert found == [0, 1, 0, 1, 0, 1, 0]
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> str:
+    """Three rows of what floats, zones and texts do not hold."""
+    ten, kind = datetime(2024, 1, 1, 10, tzinfo=UTC), pa.timestamp("us", "UTC")
+    columns = {
+        "n": [1, 2, 3],
+        "plain": pa.array([ten.replace(tzinfo=None)] * 3, pa.timestamp("us")),
+        "zoned": pa.array([ten] * 3, kind),
+        "later": pa.array([ten.replace(hour=11), ten, None], kind),
+        "midnight": pa.array([ten.replace(hour=0, tzinfo=None)] * 3, pa.timestamp("ns")),
+        "day": [ten.date()] * 3,
+        "big": [2**53 + 1, 2**53 + 3, 5],
+        "float": pa.array([0.1, 0.2, 0.7], pa.float32()),
+        "bytes": [b"abc", b"abc", b"\xff"],
+        "price": pa.array([Decimal("1.10"), Decimal("0.30"), None], pa.decimal128(10, 2)),
+        "fee": pa.array([Decimal("0.300")] * 3, pa.decimal128(10, 3)),
+        "long": pa.array([Decimal("12345678901234567890.12"), Decimal("0.30"), None], pa.decimal128(38, 2)),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "odd.parquet")
+    return str(tmp_path / "odd.parquet")
+
+
+def pair(kind: str, a: str, b: str, **more: Any) -> dict[str, Any]:
+    return expect(f"column_pair_values_{kind}", column_A=a, column_B=b, **more)
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_moments_with_and_without_a_zone_compare(engine: Any, odd: str, run: RunInfo) -> None:
+    asked = [
+        pair("to_be_equal", "plain", "zoned"),
+        pair("to_be_equal", "day", "midnight"),
+        pair("to_be_equal", "day", "plain"),
+        pair("a_to_be_greater_than_b", "later", "plain"),
+        pair("a_to_be_greater_than_b", "later", "plain", or_equal=True),
+        expect("select_column_values_to_be_unique_within_record", column_list=["plain", "zoned"]),
+        expect("select_column_values_to_be_unique_within_record", column_list=["day", "plain"]),
+    ]
+    assert counted(asked, odd, run, engine) == [0, 0, 3, 2, 1, 3, 0]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_numbers_beyond_2_to_the_53_and_of_4_bytes_are_told_apart(
+    engine: Any, odd: str, run: RunInfo
+) -> None:
+    values, big = "column_values_to_be_between", f'col("big") <= {2**53}.0'
+    asked = [
+        expect(values, column="big", max_value=2**53),
+        expect(values, column="big", min_value=2**53 + 2),
+        expect("column_values_to_be_in_set", column="big", value_set=[float(2**53), float(2**53 + 2), 5]),
+        expect(values, column="n", max_value=0, row_condition=big, condition_parser="great_expectations"),
+        expect(values, column="float", min_value=0.1, max_value=0.2),
+        expect(values, column="float", min_value=0.1, strict_min=True),
+        expect("column_max_to_be_between", column="float", min_value=0.7, max_value=0.7),
+        expect("column_median_to_be_between", column="float", min_value=0.2, max_value=0.2),
+        expect("column_proportion_of_unique_values_to_be_between", column="float", min_value=1.0),
+    ]
+    results = full_result(run, ValidateData(dataset=odd, suite=suite(*asked), engine=engine))
+    assert [r["result"].get("unexpected_count", r["success"]) for r in results] == [
+        *(2, 2, 2, 1, 1, 1),
+        *(True, True, True),
+    ]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_bytes_compare_with_texts(engine: Any, odd: str, run: RunInfo) -> None:
+    asked = [
+        expect("column_values_to_be_in_set", column="bytes", value_set=["abc"]),
+        expect("column_values_to_not_be_in_set", column="bytes", value_set=["abc"]),
+        expect("column_values_to_match_regex", column="bytes", regex="^a"),
+        expect(
+            "column_values_to_be_between", column="n", max_value=1,
+            row_condition='col("bytes") == "abc"', condition_parser="great_expectations",
+        ),
+    ]  # fmt: skip
+    assert counted(asked, odd, run, engine) == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_sums_of_decimals_are_exact(engine: Any, odd: str, run: RunInfo) -> None:
+    total, price = "multicolumn_sum_to_equal", ["price", "fee"]
+    asked = [
+        expect(total, column_list=price, sum_total=1.4, **only("n", 1)),
+        expect(total, column_list=price, sum_total=1.4, ignore_row_if="any_value_is_missing"),
+        expect(total, column_list=[*price, "n"], sum_total=2.4),
+        expect(total, column_list=["long", "fee"], sum_total=0.6, **only("n", 2)),
+        expect("column_sum_to_be_between", column="price", min_value=1.4, max_value=1.4),
+        expect("column_sum_to_be_between", column="price", min_value=1.1, max_value=1.1, **only("n", 1)),
+        expect("column_sum_to_be_between", column="long", min_value=1, max_value=2),
+    ]
+    results = full_result(run, ValidateData(dataset=odd, suite=suite(*asked), engine=engine))
+    assert [r["result"].get("unexpected_count", r["success"]) for r in results] == [
+        *(0, 1, 2, 0),
+        *(True, True, False),
+    ]
+    assert not any(r["exception_info"].get("raised_exception") for r in results)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (
+            expect("column_values_to_be_between", column="big", min_value=2**53 + 1),
+            f"would round min_value={2**53 + 1} to {2**53}: write that number",
+        ),
+        (
+            expect("column_max_to_be_between", column="big", max_value=f"-{2**53 + 1}"),
+            "would round max_value=-",
+        ),
+        (
+            expect("multicolumn_sum_to_equal", column_list=["big", "n"], sum_total=2**60 + 1),
+            "would round sum_total",
+        ),
+        (
+            expect("column_values_to_be_in_set", column="n", value_set=[[1]]),
+            "value_set holds a list or an object",
+        ),
+    ],
+)
+def test_what_great_expectations_would_take_otherwise_is_refused(
+    asked: dict[str, Any], sentence: str, odd: str, run: RunInfo
+) -> None:
+    with pytest.raises(BadConfiguration, match=sentence):
+        ValidateData(dataset=odd, suite=suite(asked)).run(run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "sentence"),
+    [
+        ("in_set", {"value_set": ["10:00+02:00"]}, "is no time such as 14:30:00"),
+        ("between", {"min_value": "10:30"}, "holds TIME, for which Great Expectations has no bounds"),
+    ],
+)
+def test_times_of_day_have_no_zone_and_no_bounds(
+    kind: str, arguments: dict[str, Any], sentence: str, tmp_path: Path, run: RunInfo
+) -> None:
+    pq.write_table(pa.table({"at": [time(10), time(14, 30)]}), tmp_path / "s.parquet")
+    asked = expect(f"column_values_to_be_{kind}", column="at", **arguments)
+    with pytest.raises(BadConfiguration, match=sentence):
+        ValidateData(dataset=str(tmp_path / "s.parquet"), suite=suite(asked)).run(run)
