@@ -74,11 +74,13 @@ def in_microseconds(column: str, duckdb_type: str) -> str:
 def portable(column: str, duckdb_type: str, *, exact: bool = False) -> str:
     """SQL that casts a column to one of the few types that every framework and ONNX know.
 
-    :param exact: keep all digits, of which a DOUBLE has 15, as text: two ids stay two.
+    :param exact: keep all digits, of which a DOUBLE has 15, as text: two ids stay two. The text has no zeros at its end, so that an id is
+        the same text whatever its scale.
     """
-    digits = re.match(r"DECIMAL\((\d+)", duckdb_type)
+    digits = re.match(r"DECIMAL\((\d+),(\d+)\)", duckdb_type)
     if exact and ("HUGEINT" in duckdb_type or (digits and int(digits[1]) > _DIGITS)):
-        return f"CAST({column} AS VARCHAR)"
+        text = f"CAST({column} AS VARCHAR)"
+        return f"regexp_replace({text}, '\\.?0+$', '')" if digits and int(digits[2]) else text
     if duckdb_type == "BOOLEAN":
         return f"CAST({column} AS TINYINT)"
     if duckdb_type.startswith("DECIMAL") or duckdb_type in (

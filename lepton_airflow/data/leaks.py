@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 ROWS_TO_ACCUSE = 20  # with fewer, a feature may follow the target by chance: two points lie on a line
 _LAST_ROWS = 1000
+_FIRST_ROWS = 1000
 
 
 def copies_of_target(con: duckdb.DuckDBPyConnection, table: str, info: DatasetInfo) -> list[str]:
@@ -85,7 +86,7 @@ def in_order_of_target(con: duckdb.DuckDBPyConnection, table: str, info: Dataset
         return []
     target = quote(str(info.target))
 
-    def ordered(name: str, rows: str) -> bool:
+    def ordered(name: str, rows: str, least: int = ROWS_TO_ACCUSE, values: int = 3) -> bool:
         value = nan_as_null(f"{quote(name)}::DOUBLE")
         count, different, up, down = fetch_row(
             con,
@@ -93,11 +94,11 @@ def in_order_of_target(con: duckdb.DuckDBPyConnection, table: str, info: Dataset
             "(SELECT v, rank() OVER (ORDER BY v) AS up, rank() OVER (ORDER BY v DESC) AS down, rank() OVER (ORDER BY t) AS place "
             f"FROM (SELECT {value} AS v, {target}::DOUBLE AS t FROM {rows}) WHERE v IS NOT NULL)",
         )
-        return count >= ROWS_TO_ACCUSE and different > 2 and not (up and down)
+        return count >= least and different >= values and not (up and down)
 
-    # The first rows rule most features out; only the others are sorted whole.
-    some = f"(SELECT * FROM {table} LIMIT {_LAST_ROWS})"
-    return [name for name in _numbers(info) if ordered(name, some) and ordered(name, table)]
+    # The first rows rule most features out; only the others are sorted whole. A feature may be missing or constant in these.
+    some = f"(SELECT * FROM {table} LIMIT {_FIRST_ROWS})"
+    return [name for name in _numbers(info) if ordered(name, some, 0, 0) and ordered(name, table)]
 
 
 def look_ahead(

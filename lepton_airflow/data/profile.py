@@ -190,7 +190,8 @@ def _number(con: duckdb.DuckDBPyConnection, table: str, name: str) -> dict[str, 
     fills_decile = {
         one for one, next_ in itertools.pairwise(by_rank[rank] for rank in sorted(by_rank)) if one == next_
     }
-    edges = sorted({*quantiles[1:-1], *(math.nextafter(value, -math.inf) for value in fills_decile)})
+    just_below = {math.nextafter(value, -math.inf) for value in fills_decile} - {-math.inf}
+    edges = sorted({*quantiles[1:-1], *just_below})
     below = fetch_row(
         con,
         f"SELECT {', '.join(f'count(*) FILTER (x <= {edge!r}::DOUBLE)' for edge in edges)} FROM (SELECT {value} AS x FROM {table})",

@@ -22,8 +22,8 @@ _T = TypeVar("_T")
 PARQUET = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 24576"
 # For files that are read once and deleted. DuckDB can limit the bytes of a row group only where the order is free.
 SCRATCH = "FORMAT parquet, ROW_GROUP_SIZE 24576, ROW_GROUP_SIZE_BYTES '8MB'"
-# DuckDB advises at least this much; with less, sorts and Parquet writers fail instead of spilling.
 _LONGEST = 200  # characters of a sentence about a value
+# DuckDB advises at least this much; with less, sorts and Parquet writers fail instead of spilling.
 _MB_PER_THREAD = 125
 
 

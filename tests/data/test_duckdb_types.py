@@ -51,6 +51,20 @@ def test_every_framework_can_read_a_portable_column(sql: str, wanted: str) -> No
     assert type_of(portable(f"({sql})", type_of(sql))) == wanted
 
 
+@pytest.mark.parametrize(
+    ("sql", "text"),
+    [
+        ("12345678901234567::HUGEINT", "12345678901234567"),
+        ("12::DECIMAL(18, 3)", "12"),
+        ("100::DECIMAL(18, 3)", "100"),
+        ("-12.50::DECIMAL(38, 2)", "-12.5"),
+        ("100::DECIMAL(38, 0)", "100"),
+    ],
+)
+def test_an_id_is_one_text_whatever_its_type(sql: str, text: str) -> None:
+    assert duckdb.execute(f"SELECT {portable(f'({sql})', type_of(sql), exact=True)}").fetchone() == (text,)
+
+
 def test_only_nanoseconds_are_cast() -> None:
     column = "(TIMESTAMP_NS '2024-01-01')"
     assert type_of(in_microseconds(column, type_of(column))) == "TIMESTAMP"

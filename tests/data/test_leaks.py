@@ -95,6 +95,7 @@ def test_a_text_that_is_there_in_one_class_alone_is_found() -> None:
         ("CASE WHEN i % 9 > 0 THEN sqrt(y) END", ["f"]),
         ("ln(y) + CASE WHEN i = 1500 THEN -1 ELSE 0 END", []),  # beyond the rows that are looked at first
         ("round(ln(y), 1)", []),
+        ("CASE WHEN i >= 1500 THEN ln(y) END", ["f"]),  # missing in these
         ("CASE WHEN i < 19 THEN ln(y) END", []),
         ("7", []),
     ],

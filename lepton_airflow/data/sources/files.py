@@ -293,10 +293,12 @@ class ParquetFiles(Reader):
                     uri,
                     f"SELECT count(*) FROM {parquet_scan([path], union=False)} WHERE {again} IS DISTINCT FROM {name}",
                 )
-                if count and (column not in self.source.types or kind.startswith(("STRUCT", "MAP"))):
+                deep = kind.startswith(("STRUCT", "MAP"))
+                state = "" if deep else "state its type in types, such as BIGINT or VARCHAR, or "
+                if count and (deep or column not in self.source.types):
                     raise BadInput(
                         f"source {self.source.name!r}: column {column!r} is {own} in {uri} and {kind} in others, which would round "
-                        f"{count} of its values: state its type in types, such as BIGINT or VARCHAR, or write the files alike."
+                        f"{count} of its values: {state}write the files alike."
                     )
                 if count:
                     rounded[column] = kind
