@@ -6,6 +6,7 @@ Import it only where ``great_expectations`` is installed.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from decimal import Decimal
 from fractions import Fraction
@@ -71,7 +72,7 @@ def frame_of(table: pa.Table) -> pd.DataFrame:
     """The rows as a frame.
 
     Whole numbers keep their digits where some are missing and floats would round them. Decimals are floats, as the numbers of a suite
-    are, unless these would round them: to Python, 0.3 is not ``Decimal("0.3")``. Their scales stay in ``attrs``. Bytes are the text that
+    are, but for those that a float would round. Their scales stay in ``attrs``. Bytes are the text that
     they say in UTF-8, with what is none as ``\\xff``.
     """
     import pyarrow as pa
@@ -89,6 +90,8 @@ def frame_of(table: pa.Table) -> pd.DataFrame:
             largest = max((abs(value) for value in frame[name].dropna()), default=0)
             if largest * 10**column.type.scale < _EXACT_IN_FLOAT:
                 frame[name] = frame[name].astype(float)
+            else:
+                frame[name] = [math.nan if value is None else as_float(value) for value in frame[name]]
         if (
             pa.types.is_binary(column.type)
             or pa.types.is_large_binary(column.type)
@@ -169,18 +172,18 @@ def _without_zone(column: pd.Series[Any]) -> pd.Series[Any]:
 def _units(column: pd.Series[Any], scale: int, digits: int) -> list[int | None]:
     """Decimals of this scale, or whole numbers, as whole numbers of 10^-digits; None where one is missing."""
     if column.dtype == object:
-        return [None if pd.isna(value) else int(Fraction(value) * 10**digits) for value in column]
+        return [None if pd.isna(value) else int(Fraction(str(value)) * 10**digits) for value in column]
     scaled = (column * 10**scale).round() if scale else column
     return [None if pd.isna(value) else int(value) * 10 ** (digits - scale) for value in scaled.tolist()]
 
 
 def _scales(columns: pd.DataFrame) -> list[int] | None:
-    """The scale of each column; None where one is neither a decimal nor a whole number, or none is a decimal."""
+    """The scale of each column; None where one is neither a decimal nor a whole number."""
     known = columns.attrs.get(_SCALES, {})
     scales = [
         known.get(name, 0 if pd.api.types.is_integer_dtype(columns[name]) else None) for name in columns
     ]
-    return None if None in scales or not known.keys() & set(columns) else scales
+    return None if None in scales else scales
 
 
 class _Between(ColumnMapMetricProvider):
@@ -263,6 +266,7 @@ class _ColumnSum(ColumnAggregateMetricProvider):
     def _pandas(cls, column: Any, **kwargs: Any) -> Any:
         scale = column.attrs.get(_SCALES, {}).get(column.name)
         if scale is None:
-            return _original(ColumnSum, column, **kwargs)
+            whole_numbers = pd.api.types.is_integer_dtype(column)  # whose sum numpy would take modulo 2^64
+            return sum(column.tolist()) if whole_numbers else _original(ColumnSum, column, **kwargs)
         units = sum(value for value in _units(column, scale, scale) if value is not None)
         return as_float(Decimal(f"{units}e-{scale}"))

@@ -134,9 +134,10 @@ def _held(value: Any, kind: str, sign: str, where: str) -> Any:
         value = _number(value, kind, where)
     if is_number(kind) and kind not in ("FLOAT", "DOUBLE", "BOOLEAN"):
         value = whole(value)
-    if isinstance(value, float) and kind == "FLOAT":
+    if isinstance(value, (int, float)) and kind == "FLOAT":
         with suppress(OverflowError):  # beyond its range there is no such value
-            return struct.unpack("f", struct.pack("f", value))[0]
+            nearest = struct.unpack("f", struct.pack("f", value))[0]
+            return value if nearest == value else nearest
     if kind == "VARCHAR" and isinstance(value, (int, float)):
         raise BadConfiguration(f'{where} holds text, and {value!r} is none: write it as a text, "{value}".')
     if not is_time(kind) or not isinstance(value, (str, date)):

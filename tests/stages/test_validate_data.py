@@ -913,6 +913,24 @@ def test_decimals_equal_the_numbers_of_a_suite(engine: Any, few: str, run: RunIn
 
 
 @pytest.mark.parametrize("engine", ["duckdb", "pandas"])
+def test_long_decimals_equal_the_numbers_of_a_suite(engine: Any, odd: str, run: RunInfo) -> None:
+    asked = [
+        (expect("column_values_to_be_in_set", column="long", value_set=[0.3], mostly=0.5), 1),
+        (expect("column_values_to_not_be_in_set", column="long", value_set=[0.3]), 1),
+        (expect("column_values_to_be_between", column="long", max_value=0.3), 1),
+        (expect("column_values_to_be_between", column="n", max_value=0, **only("long", 0.3)), 1),
+        (expect("column_min_to_be_between", column="long", min_value=0.3, max_value=0.3), True),
+        (expect("column_mean_to_be_between", column="long", min_value=6e18, max_value=7e18), True),
+        (expect("column_unique_value_count_to_be_between", column="long", min_value=2, max_value=2), True),
+        (expect("column_values_to_not_be_null", column="long"), 1),
+        (pair("to_be_equal", "long", "price", ignore_row_if="either_value_is_missing"), 1),
+    ]
+    stage = ValidateData(dataset=odd, suite=suite(*(e for e, _ in asked)), engine=engine)
+    found = [r["result"].get("unexpected_count", r["success"]) for r in full_result(run, stage)]
+    assert found == [wanted for _, wanted in asked]
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "pandas"])
 def test_a_value_twice_in_a_set_is_there_once(engine: Any, few: str, run: RunInfo) -> None:
     asked = expect("column_distinct_values_to_contain_set", column="a", value_set=[1, "1", 2, 2])
     (result,) = full_result(run, ValidateData(dataset=few, suite=suite(asked), engine=engine))
@@ -1003,6 +1021,7 @@ def odd(tmp_path: Path) -> str:
         "midnight": pa.array([ten.replace(hour=0, tzinfo=None)] * 3, pa.timestamp("ns")),
         "day": [ten.date()] * 3,
         "big": [2**53 + 1, 2**53 + 3, 5],
+        "huge": [2**62, 2**62, 1],
         "float": pa.array([0.1, 0.2, 0.7], pa.float32()),
         "bytes": [b"abc", b"abc", b"\xff"],
         "price": pa.array([Decimal("1.10"), Decimal("0.30"), None], pa.decimal128(10, 2)),
@@ -1069,7 +1088,7 @@ def test_bytes_compare_with_texts(engine: Any, odd: str, run: RunInfo) -> None:
 
 
 @pytest.mark.parametrize("engine", ["duckdb", "pandas"])
-def test_sums_of_decimals_are_exact(engine: Any, odd: str, run: RunInfo) -> None:
+def test_sums_of_decimals_and_whole_numbers_are_exact(engine: Any, odd: str, run: RunInfo) -> None:
     total, price = "multicolumn_sum_to_equal", ["price", "fee"]
     asked = [
         expect(total, column_list=price, sum_total=1.4, **only("n", 1)),
@@ -1079,11 +1098,15 @@ def test_sums_of_decimals_are_exact(engine: Any, odd: str, run: RunInfo) -> None
         expect("column_sum_to_be_between", column="price", min_value=1.4, max_value=1.4),
         expect("column_sum_to_be_between", column="price", min_value=1.1, max_value=1.1, **only("n", 1)),
         expect("column_sum_to_be_between", column="long", min_value=1, max_value=2),
+        expect(total, column_list=["n", "big"], sum_total=2**53 + 4, ignore_row_if="never"),
+        expect("column_sum_to_be_between", column="huge", min_value=2.0**63),
+        expect("column_values_to_be_in_set", column="float", value_set=[0.1, 0.2, "0.7", 2**24 + 1]),
     ]
     results = full_result(run, ValidateData(dataset=odd, suite=suite(*asked), engine=engine))
     assert [r["result"].get("unexpected_count", r["success"]) for r in results] == [
         *(0, 1, 2, 0),
         *(True, True, False),
+        *(3, True, 0),
     ]
     assert not any(r["exception_info"].get("raised_exception") for r in results)
 
