@@ -84,7 +84,9 @@ def as_held(
 
 def whole(value: Any) -> Any:
     """A whole number beyond 2^53 that came as a float, as an integer: compared as floats, other integers would equal it."""
-    large = isinstance(value, float) and value.is_integer() and _EXACT <= abs(value) < 2**63
+    large = (
+        isinstance(value, float) and value.is_integer() and _EXACT <= abs(value) < 2**64
+    )  # of the integers of a column
     return int(value) if large else value
 
 
