@@ -28,7 +28,6 @@ SAID_AS = {
     "lepton-airflow": "",  # another extra: the file is enough
     "mkdocs-material": "material",
     "mlflow-skinny": "mlflow",
-    "protobuf": "skl2onnx",
     "psycopg2-binary": "psycopg2",
     "pytest-cov": "__cov",
     "pytest-timeout": "mark.timeout",

@@ -12,7 +12,9 @@ service, and a server that starts again finds it by the same rule. Of several se
 
 from __future__ import annotations
 
+import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +23,8 @@ from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import BadConfiguration, IntegrityError, LeptonError, from_record
 from lepton_airflow.store.files import Store
 from lepton_airflow.store.records import ROOT, Log, parse, to_json
+
+log = logging.getLogger(__name__)
 
 BEAT_S = 3.0  # between two writes of a server's status
 DEAD_S = 20.0  # a server whose status is older than this has ended
@@ -100,6 +104,8 @@ class Status:
     :ivar reason: why it is not serving, in one sentence.
     :ivar serving: sequence of the desired version in service, whose version, digest and numbers these are.
     :ivar errors: why this server does not serve a version, by its sequence; see :attr:`LoadVerdict.error`.
+    :ivar problems: what is damaged in the store, in sentences, though something is served.
+    :ivar tries: how often the server was ended while it loaded the newest desired version.
     :ivar beat: when this was written, ISO 8601, by the server's clock.
     """
 
@@ -113,6 +119,8 @@ class Status:
     sha256: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    tries: int = 0
     beat: str = ""
 
     @property
@@ -122,8 +130,8 @@ class Status:
 
     @property
     def alive(self) -> bool:
-        """Whether the server has written its status lately."""
-        return self.age_s < DEAD_S
+        """Whether the server has written its status lately. One from the future says as little as an old one."""
+        return abs(self.age_s) < DEAD_S
 
 
 def check_endpoint_name(endpoint: str) -> None:
@@ -158,6 +166,27 @@ class DesiredLog(Log[Desired]):
             moves[desired.name] = move
         desired = replace(desired, sequence=newest.sequence + 1 if newest else 1, moves=moves)
         return desired if self.append(desired) else None
+
+    def whole(self, sequence: int) -> Desired | None:
+        """The record of that number, or None where there is none or it is damaged."""
+        with suppress(IntegrityError):
+            return self.record(sequence)
+        return None
+
+    def newest_whole(self) -> tuple[Desired | None, list[str]]:
+        """The newest record that can be read, for a server, which has to serve something; and what is wrong with the log."""
+        damaged: list[str] = []
+        try:
+            return self.newest(), damaged
+        except LeptonError as error:
+            damaged.append(str(error))
+        for number in range(self.highest(), 0, -1):
+            try:
+                if (record := self.record(number)) is not None:
+                    return record, damaged
+            except LeptonError as error:
+                damaged.append(str(error))
+        return None, damaged
 
 
 def read_verdict(store: Store, endpoint: str, sequence: int) -> LoadVerdict | None:
@@ -194,8 +223,17 @@ def not_rejected(store: Store, endpoint: str, sequence: int) -> int:
 
 def read_statuses(store: Store, endpoint: str) -> list[Status]:
     """The status of every server of an endpoint, also of those that have ended."""
-    keys = store.keys(f"{ROOT}/endpoints/{endpoint}/status")
-    return [parse(key, text, Status) for key in keys if (text := store.read(key)) is not None]
+    found = []
+    for key in store.keys(f"{ROOT}/endpoints/{endpoint}/status"):
+        try:
+            text = store.read(key)
+            if text is not None:
+                status = parse(key, text, Status)
+                datetime.fromisoformat(status.beat)
+                found.append(status)
+        except (LeptonError, TypeError, ValueError) as error:  # a report decides nothing, so it stops nobody
+            log.warning("a server's report was passed over: %s", error)
+    return found
 
 
 def write_status(store: Store, endpoint: str, status: Status) -> None:
@@ -211,7 +249,7 @@ def remove_status(store: Store, endpoint: str, server: str) -> None:
 def forget_the_dead(store: Store, endpoint: str) -> None:
     """Remove the statuses of servers that ended long ago: a container that starts again has another name."""
     for status in read_statuses(store, endpoint):
-        if status.age_s > _FORGET_S:
+        if abs(status.age_s) > _FORGET_S:
             remove_status(store, endpoint, status.server)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -19,8 +19,7 @@ from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import BadInput, LeptonError
 from lepton_airflow.packaging.card import ModelCard
 from lepton_airflow.packaging.session import open_session
-from lepton_airflow.serving.protocol import Output, RequestError, parse, render, request_body
-from lepton_airflow.store.files import Store
+from lepton_airflow.serving.protocol import Answer, Output, RequestError, parse, render, request_body
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,6 +28,8 @@ _WARM_UP = 20  # requests of one row before any is timed
 _TIMED = 200  # requests of one row, or as many as fit into the time
 _TIMED_S = 10.0
 _MIB = 2**20
+# Bytes of a value in a request, low rather than high.
+_JSON_VALUE, _BINARY_VALUE = 60, 4
 
 # The protocol's name for each type of output that ONNX Runtime may give.
 _DATATYPES = {
@@ -48,21 +49,32 @@ class ServedModel:
     desired: Desired
     card: ModelCard
     session: onnxruntime.InferenceSession
+    numbers: dict[str, float] = field(default_factory=dict)
+    profile: bytes = b""  # of the rows that it was trained on, where its package has one
 
     @classmethod
-    def load(cls, store: Store, desired: Desired) -> ServedModel:
-        """Read a version's package from the store, each byte once, and build its session from the verified bytes.
+    def of(
+        cls, desired: Desired, files: Mapping[str, bytes], numbers: dict[str, float] | None = None
+    ) -> ServedModel:
+        """Build a version's session from the verified bytes of its package.
 
-        :raises IntegrityError: the bytes do not have the digest asked for.
+        :param numbers: what :func:`measure` has found.
         :raises BadInput: they are no package, or no model that ONNX Runtime runs.
         """
-        files = store.load(desired.package)
         for name in ("model.json", "model.onnx"):
             if name not in files:
                 raise BadInput(f"{split_pin(desired.package)[0]} has no {name}: expected a model package.")
-        model = cls(desired, ModelCard.from_json(files["model.json"]), _session(files["model.onnx"]))
+        card = ModelCard.from_json(files["model.json"])
+        session = _session(files["model.onnx"])
+        model = cls(desired, card, session, numbers or {}, files.get("profile.json", b""))
         model._check_signature()
         return model
+
+    def seconds(self, size: int, *, is_binary: bool) -> float:
+        """How long an answer to a body of so many bytes should take, from what was measured [seconds]."""
+        rows = size / (len(self.card.features) * (_BINARY_VALUE if is_binary else _JSON_VALUE))
+        numbers = self.numbers
+        return (numbers.get("latency_p50_ms", 1.0) + rows * numbers.get("latency_row_ms", 1.0)) / 1000
 
     @cached_property
     def outputs(self) -> dict[str, Output]:
@@ -75,19 +87,17 @@ class ServedModel:
             found[node.name] = Output(node.name, _DATATYPES.get(node.type, ""), [-1, *shape[1:]], told)
         return {name: found[name] for name in self.card.outputs if name in found}
 
-    def answer(self, body: bytes, max_rows: int) -> tuple[bytes, int]:
-        """The body of the answer to an inference request, and its number of rows.
+    def answer(self, body: bytes, max_rows: int, header_length: int | None = None) -> Answer:
+        """The answer to an inference request; see :func:`lepton_airflow.serving.protocol.parse`.
 
         :raises RequestError: the request is wrong.
         """
-        inference = parse(body, self.card.features, list(self.outputs), max_rows)
+        inference = parse(body, self.card.features, list(self.outputs), max_rows, header_length)
         try:
-            values = self.session.run(inference.outputs, inference.feed)
+            values = self.session.run(list(inference.outputs), inference.feed)
         except Exception as error:  # noqa: BLE001 - as in _session
             raise RequestError(422, f"the model cannot compute these rows: {str(error)[:300]}") from None
-        return render(
-            self.desired.endpoint, self.desired.version, inference, self.outputs, values
-        ), inference.rows
+        return render(self.desired.endpoint, self.desired.version, inference, self.outputs, values)
 
     def _check_signature(self) -> None:
         """Raise BadInput unless the graph takes and gives what the card says."""
@@ -116,16 +126,15 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
         ) from None
 
 
-def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -> dict[str, float]:
+def measure(model: ServedModel, golden: Mapping[str, Any]) -> dict[str, float]:
     """Answer the golden requests as clients' requests are answered, and measure how exactly and how fast.
 
     Answers are compared for each row alone and for all rows in one request. Latency is that of requests of one row, from
     their bytes to the bytes of the answer.
 
-    :raises IntegrityError: the golden requests do not have the digest asked for.
+    :param golden: ``rows``, ``{column: value}`` each, and their ``answers``.
     :raises BadInput: an answer differs from the golden one by more than the limit.
     """
-    golden = json.loads(store.load(model.desired.golden)[""])
     rows, answers = golden["rows"], golden["answers"]
     bodies = [request_body(model.card.features, [row]) for row in rows]
     differences = [
@@ -141,11 +150,13 @@ def measure(model: ServedModel, store: Store, should_stop: Callable[[], bool]) -
             f"max_difference={model.desired.max_difference:g}: it does not compute here what it computed for "
             "DeployModel. Serve it on the same kind of CPU, or raise the limit."
         )
-    times = sorted(_times(model, bodies, should_stop))
+    times = sorted(_times(model, bodies, _WARM_UP, _TIMED))
+    together = min(_times(model, [request_body(model.card.features, rows)], 1, 5))
     return {
         "difference": difference,
         "latency_p50_ms": 1000 * times[len(times) // 2],
         "latency_p95_ms": 1000 * times[math.ceil(0.95 * len(times)) - 1],
+        "latency_row_ms": 1000 * max(0.0, together - times[0]) / max(1, len(rows) - 1),
         "memory_mib": psutil.Process().memory_info().rss / _MIB,
     }
 
@@ -159,7 +170,7 @@ def over_budget(desired: Desired, numbers: dict[str, float]) -> LeptonError | No
             desired.max_latency_ms,
             "latency_p95_ms",
         ),
-        ("max_memory_mb", "the server's memory with it [MiB]", desired.max_memory_mb, "memory_mib"),
+        ("max_memory_mb", "the memory of a process with it [MiB]", desired.max_memory_mb, "memory_mib"),
     ):
         if numbers[value] > limit:
             return LeptonError(
@@ -171,12 +182,12 @@ def over_budget(desired: Desired, numbers: dict[str, float]) -> LeptonError | No
 def _values(model: ServedModel, body: bytes) -> list[list[float | None]]:
     """The main output of an answer, read back from its JSON, row by row."""
     try:
-        content, rows = model.answer(body, max_rows=10**6)
+        answer = model.answer(body, max_rows=10**6)
     except RequestError as error:
         raise BadInput(f"it does not answer the golden requests: {error}") from None
-    tensor = next(o for o in json.loads(content)["outputs"] if o["name"] == model.card.schema.output)
-    width = len(tensor["data"]) // rows
-    return [tensor["data"][i * width : (i + 1) * width] for i in range(rows)]
+    tensor = next(o for o in json.loads(answer.content)["outputs"] if o["name"] == model.card.schema.output)
+    width = len(tensor["data"]) // answer.rows
+    return [tensor["data"][i * width : (i + 1) * width] for i in range(answer.rows)]
 
 
 def _difference(found: list[list[float | None]], wanted: list[list[float | None]]) -> float:
@@ -195,14 +206,14 @@ def scale_of(answers: list[list[float | None]]) -> float:
     return max((abs(v) for answer in answers for v in answer if v is not None), default=0.0) or 1.0
 
 
-def _times(model: ServedModel, bodies: list[bytes], should_stop: Callable[[], bool]) -> Iterator[float]:
-    """Time requests of one row [seconds], after some that are not timed."""
+def _times(model: ServedModel, bodies: list[bytes], warm_up: int, count: int) -> Iterator[float]:
+    """Time requests [seconds], after some that are not timed; at least one, and as many as fit into the time."""
     until = time.perf_counter() + _TIMED_S
     for number, body in enumerate(cycle(bodies)):
         before = time.perf_counter()
-        model.answer(body, max_rows=1)
+        model.answer(body, max_rows=10**6)
         after = time.perf_counter()
-        if number >= _WARM_UP:
+        if number >= warm_up:
             yield after - before
-        if number >= _WARM_UP and (number >= _WARM_UP + _TIMED or after > until or should_stop()):
-            return
+            if number >= warm_up + count - 1 or after > until:
+                return

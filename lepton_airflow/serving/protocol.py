@@ -1,45 +1,53 @@
-"""Requests and answers of the Open Inference Protocol, version 2, in JSON.
+"""Requests and answers of the Open Inference Protocol, version 2, in JSON and in its binary extension.
 
-The specification: https://github.com/kserve/open-inference-protocol (REST). What it leaves open is settled here:
+The specifications: https://github.com/kserve/open-inference-protocol (REST) and, of binary tensors,
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md. What they leave open is
+settled here:
 
 - a missing value is ``null`` (or the token ``NaN``, which many clients write), for a category also ``""``;
 - the values of an input mean what they mean in a column of a dataset (:mod:`lepton_airflow.data.features`), so a category may
   come as text or as a number, and infinite numbers are refused;
 - an answer that is no number is ``null``, so that answers are strict JSON;
-- every input has shape ``[N, 1]`` or ``[N]`` with the same N, its data flat or nested as the shape says;
-- binary tensor data, an extension, is refused by name.
+- every input has shape ``[N, 1]`` or ``[N]`` with the same N, its data flat or nested as the shape says.
+
+A body is read by msgspec against the types below, in two steps: first all but the data of the tensors, then each tensor's
+data as values of its datatype. So what does not belong into a request is never made into Python objects, and 8 MB of
+``[[],[],…`` cost milliseconds. All numbers of a request become one array and are checked as one.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Raw, Struct
 
 from lepton_airflow.data.features import KINDS, Feature, UnfitValues
 from lepton_airflow.errors import did_you_mean
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-_INTEGERS = {f"{sign}INT{bits}": (sign, bits) for sign in ("", "U") for bits in (8, 16, 32, 64)}
-_FLOATS = ("FP16", "FP32", "FP64")
-DATATYPES = ("BOOL", *_INTEGERS, *_FLOATS, "BYTES")
-# The types of Python's JSON values that a datatype admits. A bool is no int here.
-_VALUES: dict[str, frozenset[type]] = {
-    "BOOL": frozenset({bool, type(None)}),
-    "BYTES": frozenset({str, type(None)}),
-    **dict.fromkeys(_INTEGERS, frozenset({int, type(None)})),
-    **dict.fromkeys(_FLOATS, frozenset({float, int, type(None)})),
+HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON before binary tensors, both ways
+
+_BITS = {f"{sign}INT{bits}": (sign, bits) for sign in ("", "U") for bits in (8, 16, 32, 64)}
+_FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+_NUMPY = {
+    "BOOL": "|b1",
+    **{name: f"<{'u' if sign else 'i'}{bits // 8}" for name, (sign, bits) in _BITS.items()},
+    **_FLOATS,
 }
-_EXAMPLE = {
-    "BOOL": "true",
-    "BYTES": '"text"',
-    **dict.fromkeys(_INTEGERS, "7"),
-    **dict.fromkeys(_FLOATS, "0.5"),
-}
+DATATYPES = (*_NUMPY, "BYTES")
+_EXAMPLE = {"BOOL": "true", "BYTES": '"text"', **dict.fromkeys(_BITS, "7"), **dict.fromkeys(_FLOATS, "0.5")}
+_SHORT = 1000  # characters of a name or an id
+_PARAMETERS = 16 * 1024  # bytes of an object of parameters
+_TENSORS = 2000  # beyond the model's own inputs, where more of them are not worth reading
 
 
 class RequestError(Exception):
@@ -48,7 +56,35 @@ class RequestError(Exception):
     def __init__(self, status: int, message: str, **headers: str) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = headers
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+_Name = Annotated[str, Meta(max_length=_SHORT)]
+_Parameters = dict[_Name, str | int | float | bool | None]
+_NOTHING = Raw()
+
+
+class _Tensor(Struct):
+    name: _Name
+    datatype: _Name
+    shape: list[Annotated[int, Meta(ge=0)]]
+    data: Raw = _NOTHING
+    parameters: Raw = _NOTHING
+
+
+class _Asked(Struct):
+    name: _Name
+    parameters: Raw = _NOTHING
+
+
+class _Rest(Struct, kw_only=True):
+    outputs: Annotated[list[_Asked], Meta(max_length=_TENSORS)] | None = None
+    id: Annotated[str, Meta(max_length=_SHORT)] | None = None
+    parameters: Raw = _NOTHING
+
+
+class _Request(_Rest, kw_only=True):
+    inputs: Annotated[list[_Tensor], Meta(min_length=1, max_length=_TENSORS)]
 
 
 @dataclass(frozen=True)
@@ -56,12 +92,12 @@ class Inference:
     """A request in the form that the model takes.
 
     :ivar feed: by ONNX input, ``[N, 1]``: float32, or text.
-    :ivar outputs: names of the outputs asked for, in that order.
+    :ivar outputs: the outputs asked for, in that order, and whether each is to come as binary data.
     """
 
     feed: dict[str, NDArray[Any]]
     rows: int
-    outputs: list[str]
+    outputs: dict[str, bool]
     id: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -79,39 +115,45 @@ class Output:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def parse(body: bytes, features: Sequence[Feature], outputs: Sequence[str], max_rows: int) -> Inference:
-    """Read the body of an inference request; raises :class:`RequestError` with one sentence about what is wrong."""
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the request is not JSON: {error}.") from None
-    if not isinstance(request, dict):
-        raise RequestError(400, f"the request is a JSON {_kind(request)}, expected an object with 'inputs'.")
-    identifier, parameters = request.get("id"), request.get("parameters")
-    if identifier is not None and not isinstance(identifier, str):
-        raise RequestError(400, f"id={_short(identifier)} is not a string.")
-    _check_parameters(parameters, "the request")
-    tensors = _named(request.get("inputs"), "inputs")
-    known = {f.name: f for f in features}
-    for name in tensors:
-        if name not in known:
-            raise RequestError(400, f"the model has no input {name!r}; {did_you_mean(name, known)}")
-    absent = [name for name in known if name not in tensors]
-    if absent:
-        raise RequestError(
-            400,
-            f"input {', '.join(map(repr, absent))} missing: send a tensor of every feature, with null where unknown.",
-        )
-    columns = {name: _column(name, tensor, max_rows) for name, tensor in tensors.items()}
-    rows = {name: len(values) for name, (_, values) in columns.items()}
-    first, count = next(iter(rows.items()))
-    for name, number in rows.items():
-        if number != count:
-            raise RequestError(
-                400, f"input {name!r} has {number} rows, input {first!r} has {count}: expected the same."
-            )
-    feed = {f.input: _array(f, *columns[f.name]) for f in features}
-    return Inference(feed, count, _outputs_asked(request, outputs), identifier, parameters)
+@dataclass(frozen=True)
+class Answer:
+    """The body of an answer.
+
+    :ivar header_length: the length of its JSON where binary tensors follow.
+    :ivar encoding: how it is compressed.
+    """
+
+    content: bytes
+    rows: int
+    header_length: int | None = None
+    encoding: str | None = None
+
+
+def parse(
+    body: bytes,
+    features: Sequence[Feature],
+    outputs: Sequence[str],
+    max_rows: int,
+    header_length: int | None = None,
+) -> Inference:
+    """Read the body of an inference request; raises :class:`RequestError` with one sentence about what is wrong.
+
+    :param header_length: of the JSON at the start of the body, where binary tensors follow it.
+    """
+    head, binary = body, memoryview(b"")
+    if header_length is not None:
+        if not 0 <= header_length <= len(body):
+            raise RequestError(400, f"{HEADER_LENGTH} is {header_length}, the body has {len(body)} bytes.")
+        head, binary = body[:header_length], memoryview(body)[header_length:]
+    request: Any
+    usual = _read_usual(head, features, max_rows) if header_length is None else None
+    if usual is not None:
+        request, feed, rows = usual
+    else:
+        request = _read(head)
+        feed, rows = _read_tensors(request.inputs, features, max_rows, binary)
+    parameters = _parameters(request.parameters, "the request")
+    return Inference(feed, rows, _asked(request, outputs, parameters), request.id, parameters)
 
 
 def render(
@@ -120,25 +162,34 @@ def render(
     inference: Inference,
     outputs: Mapping[str, Output],
     values: Sequence[NDArray[Any]],
-) -> bytes:
-    """The JSON of an answer; the values come in the order of ``inference.outputs``."""
+) -> Answer:
+    """An answer; the values come in the order of ``inference.outputs``."""
     answer: dict[str, Any] = {"model_name": endpoint, "model_version": version}
     if inference.id is not None:
         answer["id"] = inference.id
     if inference.parameters is not None:
         answer["parameters"] = inference.parameters
-    answer["outputs"] = [
-        {
+    blobs: list[bytes] = []
+    answer["outputs"] = []
+    for (name, binary), array in zip(inference.outputs.items(), values, strict=True):
+        told = dict(outputs[name].parameters)
+        if binary:
+            blobs.append(_to_binary(array))
+            told["binary_data_size"] = len(blobs[-1])
+        tensor: dict[str, Any] = {
             "name": name,
             "datatype": outputs[name].datatype,
             "shape": list(array.shape),
-            **_with_parameters(outputs[name]),
-            "data": _json_values(array),
         }
-        for name, array in zip(inference.outputs, values, strict=True)
-    ]
-    # As ASCII, because a client's id may hold text that cannot be written as UTF-8.
-    return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
+        if told:
+            tensor["parameters"] = told
+        if not binary:
+            tensor["data"] = array.ravel().tolist()  # what is no finite number becomes null
+        answer["outputs"].append(tensor)
+    head = msgspec.json.encode(answer)
+    if not blobs:
+        return Answer(head, inference.rows)
+    return Answer(b"".join([head, *blobs]), inference.rows, len(head))
 
 
 def request_body(features: Sequence[Feature], rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -152,7 +203,7 @@ def request_body(features: Sequence[Feature], rows: Sequence[Mapping[str, Any]])
         }
         for f in features
     ]
-    return json.dumps({"inputs": inputs}, allow_nan=False).encode()
+    return msgspec.json.encode({"inputs": inputs})
 
 
 def metadata(
@@ -167,151 +218,451 @@ def metadata(
             {"name": f.name, "datatype": KINDS[f.kind].datatypes[0], "shape": [-1, 1]} for f in features
         ],
         "outputs": [
-            {"name": o.name, "datatype": o.datatype, "shape": o.shape, **_with_parameters(o)}
+            {"name": o.name, "datatype": o.datatype, "shape": o.shape}
+            | ({"parameters": o.parameters} if o.parameters else {})
             for o in outputs.values()
         ],
     }
 
 
-def _with_parameters(output: Output) -> dict[str, Any]:
-    return {"parameters": output.parameters} if output.parameters else {}
+def configuration(
+    endpoint: str, features: Sequence[Feature], outputs: Mapping[str, Output], max_rows: int
+) -> dict[str, Any]:
+    """A model as Triton describes its configuration, where the shapes are those of one row."""
+
+    def tensor(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
+        found = {"name": name, "data_type": "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"}
+        # It has no shape without sizes: what clients see of one is that after "reshape".
+        return found | ({"dims": shape} if shape else {"dims": [1], "reshape": {"shape": []}})
+
+    return {
+        "name": endpoint,
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "max_batch_size": max_rows,
+        "input": [tensor(f.name, KINDS[f.kind].datatypes[0], [1]) for f in features],
+        "output": [tensor(o.name, o.datatype, o.shape[1:]) for o in outputs.values()],
+    }
 
 
-def _named(tensors: Any, what: str) -> dict[str, dict[str, Any]]:
-    """The tensors of a request by name; raises RequestError for what is no list of tensors, or names one twice."""
-    if not isinstance(tensors, list) or not tensors:
-        raise RequestError(400, f"{what} is {_short(tensors)}, expected a list of at least one tensor.")
-    found: dict[str, dict[str, Any]] = {}
-    for tensor in tensors:
-        if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
-            raise RequestError(400, f"{what} holds {_short(tensor)}, expected objects with a 'name'.")
-        if tensor["name"] in found:
-            raise RequestError(400, f"{what} names {tensor['name']!r} twice.")
-        parameters = tensor.get("parameters")
-        _check_parameters(parameters, f"tensor {tensor['name']!r}")
-        if parameters and any(key.startswith("binary_data") for key in parameters):
-            raise RequestError(
-                400, f"tensor {tensor['name']!r} asks for binary data, an extension not offered: send 'data'."
-            )
-        found[tensor["name"]] = tensor
+class _UsualNumbers(Struct):
+    name: _Name
+    datatype: Literal["FP32", "FP64"]
+    shape: list[Annotated[int, Meta(ge=0)]]
+    data: list[float | None]
+    parameters: Raw = _NOTHING
+
+
+class _UsualTexts(Struct):
+    name: _Name
+    datatype: Literal["BYTES"]
+    shape: list[Annotated[int, Meta(ge=0)]]
+    data: list[str | None]
+    parameters: Raw = _NOTHING
+
+
+@lru_cache(maxsize=64)
+def _usual(kinds: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
+    """Of a request that sends floats and texts as JSON in the model's order, as most do: it is decoded in one pass."""
+    inputs = tuple(_UsualNumbers if kind == "number" else _UsualTexts for kind in kinds)
+    made = msgspec.defstruct("_UsualRequest", [("inputs", tuple[inputs])], bases=(_Rest,))  # type: ignore[valid-type]
+    return msgspec.json.Decoder(made)
+
+
+def _read_usual(
+    body: bytes, features: Sequence[Feature], max_rows: int
+) -> tuple[Any, dict[str, NDArray[Any]], int] | None:
+    """A request of the usual form, its feed and its rows; None for all others, and for those in which anything is wrong."""
+    import numpy as np
+
+    try:
+        request = _usual(tuple([f.kind for f in features])).decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    inputs = request.inputs
+    shape = inputs[0].shape
+    if shape[1:] not in ([], [1]) or not shape or not 0 < shape[0] <= max_rows:
+        return None
+    rows = shape[0]
+    for tensor, feature in zip(inputs, features, strict=True):
+        if (
+            tensor.name != feature.name
+            or tensor.shape != shape
+            or len(tensor.data) != rows
+            or tensor.parameters is not _NOTHING
+        ):
+            return None
+    numbers = [tensor.data for tensor in inputs if type(tensor) is _UsualNumbers]
+    feed: dict[str, NDArray[Any]] = {}
+    try:
+        if numbers:
+            columns = iter(KINDS["number"].read(np.array(numbers, dtype=np.float64)))
+        for tensor, feature in zip(inputs, features, strict=True):
+            column = next(columns) if type(tensor) is _UsualNumbers else KINDS[feature.kind].read(tensor.data)
+            feed[feature.input] = column.reshape(-1, 1)
+    except UnfitValues:
+        return None
+    return request, feed, rows
+
+
+_REQUEST = msgspec.json.Decoder(_Request)
+_OF_MLSERVER = ("content_type", "headers")  # which its client writes as null where they are not set
+_PARAMETERS_OF = msgspec.json.Decoder(_Parameters)
+
+
+def _read(body: bytes) -> _Request:
+    """The frame of a request: all but the values of its tensors."""
+    try:
+        return _REQUEST.decode(body)
+    except msgspec.ValidationError as error:
+        raise RequestError(400, f"the request does not fit the protocol: {_told(error)}.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if b"NaN" in body and (mended := _without_nan(body)) != body:
+            return _read(mended)
+        hint = ", or text holds half of a surrogate pair" if re.search(rb"\\u[dD][89a-fA-F]", body) else ""
+        raise RequestError(400, f"the request is not JSON: {_told(error)}{hint}.") from None
+
+
+def _without_nan(body: bytes) -> bytes:
+    """The tokens NaN that are no part of a string as null."""
+    return re.sub(rb'"(?:[^"\\]|\\.)*+"|NaN', lambda found: b"null" if found[0] == b"NaN" else found[0], body)
+
+
+def _told(error: Exception) -> str:
+    """What a decoder says, which holds no values."""
+    return str(error).replace("`", "").rstrip(".")
+
+
+def _parameters(raw: Raw, where: str) -> dict[str, Any] | None:
+    size = memoryview(raw).nbytes
+    if size in (0, 4) and bytes(raw) in (b"", b"null"):
+        return None
+    if size > _PARAMETERS:
+        raise RequestError(400, f"parameters of {where} have more than {_PARAMETERS} bytes, the limit.")
+    expected = f"parameters of {where}: expected an object of strings, numbers and booleans"
+    try:
+        found = _PARAMETERS_OF.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(400, f"{expected} ({_told(error)}).") from None
+    unset = [name for name, value in found.items() if value is None]
+    if wrong := [name for name in unset if name not in _OF_MLSERVER]:
+        raise RequestError(400, f"{expected}, {_short(wrong[0])} is null.")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _by_name(tensors: Sequence[_Tensor], known: Sequence[str]) -> dict[str, _Tensor]:
+    """The tensors by their names; each input of the model once, and nothing else."""
+    found = {tensor.name: tensor for tensor in tensors}
+    if len(found) < len(tensors):
+        names = [tensor.name for tensor in tensors]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise RequestError(400, f"inputs names {_short(twice)} twice.")
+    if unknown := found.keys() - set(known):
+        name = next(name for name in found if name in unknown)
+        raise RequestError(400, f"the model has no input {_short(name)}; {did_you_mean(name[:100], known)}")
+    if absent := [name for name in known if name not in found]:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise RequestError(
+            400,
+            f"input {', '.join(map(repr, absent[:5]))}{more} missing: send a tensor of every feature, with null where unknown.",
+        )
     return found
 
 
-def _check_parameters(parameters: Any, where: str) -> None:
-    if parameters is None:
-        return
-    plain = isinstance(parameters, dict) and all(
-        isinstance(v, str | bool | int) or (isinstance(v, float) and math.isfinite(v))
-        for v in parameters.values()
-    )
-    if not plain:
-        raise RequestError(
-            400, f"parameters of {where}: expected an object of strings, numbers and booleans."
-        )
-
-
-def _column(name: str, tensor: Mapping[str, Any], max_rows: int) -> tuple[str, list[Any]]:
-    """The datatype and values of an input, checked against its own shape and datatype."""
-    datatype, shape, data = tensor.get("datatype"), tensor.get("shape"), tensor.get("data")
-    if not isinstance(datatype, str) or datatype not in DATATYPES:
-        raise RequestError(
-            400,
-            f"input {name!r}: datatype {_short(datatype)} is unknown; {did_you_mean(str(datatype), DATATYPES)}",
-        )
-    whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if not whole or not isinstance(shape, list) or len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
-        raise RequestError(400, f"input {name!r}: shape {_short(shape)} should be [N, 1] or [N].")
-    rows = shape[0]
-    if rows > max_rows:
-        raise RequestError(
-            413, f"input {name!r} has {rows} rows, the limit is {max_rows}: send them in several requests."
-        )
-    if rows == 0:
-        raise RequestError(400, f"input {name!r} has no rows: expected at least one.")
-    if not isinstance(data, list):
-        raise RequestError(400, f"input {name!r}: data is {_short(data)}, expected a list.")
-    if any(isinstance(item, list) for item in data):
-        if len(shape) == 1 or not all(isinstance(item, list) and len(item) == 1 for item in data):
+def _read_tensors(
+    inputs: Sequence[_Tensor], features: Sequence[Feature], max_rows: int, binary: memoryview
+) -> tuple[dict[str, NDArray[Any]], int]:
+    """The feed and the number of rows of tensors in any form that the protocol allows."""
+    tensors = _by_name(inputs, [f.name for f in features])
+    first = inputs[0]
+    rows = _rows(first, max_rows)
+    data: dict[str, Any] = {}
+    for tensor in inputs:  # in the order of their binary data
+        if tensor is not first and (count := _rows(tensor, max_rows)) != rows:
             raise RequestError(
-                400, f"input {name!r}: the nesting of its data does not follow its shape {shape}."
+                400,
+                f"input {tensor.name!r} has {count} rows, input {first.name!r} has {rows}: expected the same.",
             )
-        data = [item[0] for item in data]
-    if len(data) != rows:
-        raise RequestError(400, f"input {name!r} has {len(data)} values, its shape {shape} says {rows}.")
-    return datatype, _checked(name, datatype, data)
+        data[tensor.name], binary = _data(tensor, rows, binary)
+    if binary:
+        raise RequestError(400, f"{len(binary)} bytes follow the last binary tensor: expected none.")
+    return _feed(features, tensors, data, rows), rows
 
 
-def _checked(name: str, datatype: str, data: list[Any]) -> list[Any]:
-    wrong = set(map(type, data)) - _VALUES[datatype]
-    if wrong:
-        row = next(i for i, value in enumerate(data) if type(value) in wrong)
+def _rows(tensor: _Tensor, max_rows: int) -> int:
+    """How many rows the shape of an input says, checked with its datatype."""
+    name, shape = tensor.name, tensor.shape
+    if tensor.datatype not in DATATYPES:
         raise RequestError(
             400,
-            f"input {name!r}: row {row} is {_short(data[row])}, which is no {datatype} such as {_EXAMPLE[datatype]}.",
+            f"input {name!r}: datatype {_short(tensor.datatype)} is unknown; {did_you_mean(tensor.datatype[:100], DATATYPES)}",
         )
-    if datatype in _INTEGERS:
-        sign, bits = _INTEGERS[datatype]
+    if len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
+        raise RequestError(400, f"input {name!r}: shape {_short(shape)} should be [N, 1] or [N].")
+    if shape[0] > max_rows:
+        raise RequestError(
+            413,
+            f"input {name!r} has {_short(shape[0])} rows, the limit is {max_rows}: send them in several requests.",
+        )
+    if shape[0] == 0:
+        raise RequestError(400, f"input {name!r} has no rows: expected at least one.")
+    return shape[0]
+
+
+def _data(tensor: _Tensor, rows: int, binary: memoryview) -> tuple[Any, memoryview]:
+    """The values of an input, ``rows`` of them, a list or an array; and the binary data of the tensors after it."""
+    parameters = _parameters(tensor.parameters, f"tensor {tensor.name!r}")
+    size = parameters.get("binary_data_size") if parameters else None
+    if size is None:
+        if tensor.data is _NOTHING:
+            raise RequestError(
+                400, f"input {tensor.name!r} has neither data nor the parameter binary_data_size."
+            )
+        values = _from_json(tensor, rows)
+        if parameters and tensor.datatype == "BYTES":
+            values = _as_meant(tensor.name, values, parameters.get("content_type"))
+        return values, binary
+    if tensor.data is not _NOTHING:
+        raise RequestError(
+            400, f"input {tensor.name!r} has both data and binary_data_size: expected one of them."
+        )
+    if type(size) is not int or not 0 <= size <= len(binary):
+        raise RequestError(
+            400,
+            f"input {tensor.name!r}: binary_data_size is {_short(size)}, {len(binary)} bytes are left in the body.",
+        )
+    return _from_binary(tensor, rows, binary[:size]), binary[size:]
+
+
+@cache
+def _decoders(datatype: str) -> tuple[msgspec.json.Decoder[Any], ...]:
+    """Of data without missing values, with them, and nested."""
+    value: Any = {"BOOL": bool, "BYTES": str}.get(datatype, float)
+    if datatype in _BITS:
+        sign, bits = _BITS[datatype]
+        # The decoder knows no limit above that of INT64; numpy refuses what UINT64 cannot hold.
         low, high = (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        for row, value in enumerate(data):
-            if value is not None and not low <= value <= high:
-                raise RequestError(400, f"input {name!r}: row {row} is {_short(value)}, beyond {datatype}.")
-    return data
+        value = Annotated[int, Meta(ge=low) if bits == 64 and sign else Meta(ge=low, le=high)]
+    types = (list[value], list[value | None], list[tuple[value | None]])
+    return tuple(msgspec.json.Decoder(t) for t in types)
 
 
-def _array(feature: Feature, datatype: str, data: list[Any]) -> NDArray[Any]:
-    """The values of a feature as the model takes them, ``[N, 1]``."""
-    kind = KINDS[feature.kind]
-    if datatype not in kind.datatypes:
+def _from_json(tensor: _Tensor, rows: int) -> list[Any]:
+    plain, with_missing, nested = _decoders(tensor.datatype)
+    raw: Any = tensor.data
+    is_nested = len(tensor.shape) == 2 and _NESTED.match(raw) is not None
+    try:
+        if is_nested:
+            values = [row[0] for row in nested.decode(raw)]
+        else:
+            try:
+                values = plain.decode(raw)
+            except msgspec.ValidationError:
+                values = with_missing.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(
+            400, f"input {tensor.name!r}: {_told_of_values(error, tensor.datatype)}."
+        ) from None
+    _check_count(tensor, rows, len(values))
+    if tensor.datatype == "UINT64" and any(value is not None and value >= 2**64 for value in values):
+        row = next(i for i, value in enumerate(values) if value is not None and value >= 2**64)
+        raise RequestError(400, f"input {tensor.name!r}: row {row} is beyond UINT64.")
+    return values
+
+
+def _as_meant(name: str, texts: list[Any], content_type: Any) -> list[Any]:
+    """Texts in which MLServer's client has written something else, and says so."""
+    if content_type == "base64":
+        raise RequestError(400, f"input {name!r} is base64: expected plain text.")
+    if content_type != "pd_json":  # a column that is not all text, one with missing values for example
+        return texts
+    values: list[Any] = []
+    for text in texts:
+        try:
+            values.append(None if text is None else _VALUE.decode(text))
+        except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+            raise RequestError(
+                400, f"input {name!r} is pd_json, but row {len(values)} is no JSON of one value."
+            ) from None
+    return values
+
+
+_VALUE = msgspec.json.Decoder(str | int | float | bool | None)
+_NESTED = re.compile(rb"\s*\[\s*\[")
+
+
+def check_count(name: str, datatype: str, shape: list[int], count: int, max_rows: int) -> None:
+    """Refuse an input that has ``count`` values where its shape says another number, or where its shape is wrong."""
+    tensor = _Tensor(name, datatype, shape)
+    _check_count(tensor, _rows(tensor, max_rows), count)
+
+
+def _check_count(tensor: _Tensor, rows: int, count: int) -> None:
+    if count != rows:
+        raise RequestError(
+            400, f"input {tensor.name!r} has {count} values, its shape {tensor.shape} says {rows}."
+        )
+
+
+def _told_of_values(error: Exception, datatype: str) -> str:
+    """What a decoder says of a tensor's data, with the row where it names one."""
+    row = re.search(r" - at `\$\[(\d+)\]", str(error))
+    said = _told(error).partition(" - at ")[0]
+    if row is None:
+        return f"its data is no list of {datatype} values: {said}"
+    return f"row {row[1]} is no {datatype} such as {_EXAMPLE[datatype]}: {said}"
+
+
+def _from_binary(tensor: _Tensor, rows: int, data: memoryview) -> Any:
+    import numpy as np
+
+    name, datatype = tensor.name, tensor.datatype
+    if datatype == "BYTES":
+        return _texts(name, rows, bytes(data))
+    dtype = np.dtype(_NUMPY[datatype])
+    if len(data) != rows * dtype.itemsize:
         raise RequestError(
             400,
-            f"input {feature.name!r} is a {feature.kind}: expected one of {', '.join(kind.datatypes)}, not {datatype}.",
+            f"input {name!r}: its binary data has {len(data)} bytes, {rows} values of {datatype} have {rows * dtype.itemsize}.",
         )
+    if datatype == "BOOL":
+        values = np.frombuffer(data, dtype=np.uint8)
+        if (values > 1).any():
+            raise RequestError(400, f"input {name!r}: row {int((values > 1).argmax())} is no BOOL such as 1.")
+        return values.astype(bool)
+    return np.frombuffer(data, dtype=dtype)
+
+
+def _texts(name: str, rows: int, data: bytes) -> list[str]:
+    """Texts, each behind its length in four bytes, least significant first."""
+    import numpy as np
+
+    width = len(data) // rows - 4
+    # Codes of one length, as many categories are: ASCII without zeros, which numpy takes for the end of a text.
+    if 0 < width < 256 and len(data) == rows * (4 + width) and data.count(0) == 3 * rows and data.isascii():
+        records = np.frombuffer(data, dtype=[("length", "<u4"), ("text", f"S{width}")])
+        if (records["length"] == width).all():
+            return records["text"].astype(f"U{width}").tolist()
+    found, at, end = [], 0, len(data)
+    length = struct.Struct("<I").unpack_from
     try:
-        return kind.read(_rounded(feature, datatype, data)).reshape(-1, 1)
+        for _ in range(rows):
+            start = at + 4
+            at = start + length(data, at)[0]
+            found.append(data[start:at].decode())
+    except struct.error:
+        at = end + 1
+    except UnicodeDecodeError:
+        raise RequestError(400, f"input {name!r}: row {len(found)} is text that is no UTF-8.") from None
+    if at > end:
+        raise RequestError(400, f"input {name!r}: its binary data ends before its {rows} texts do.")
+    if at < end:
+        raise RequestError(400, f"input {name!r}: {end - at} bytes follow its {rows} binary texts.")
+    return found
+
+
+def _feed(
+    features: Sequence[Feature], tensors: Mapping[str, _Tensor], data: Mapping[str, Any], rows: int
+) -> dict[str, NDArray[Any]]:
+    """The values of all features as the model takes them, ``[N, 1]`` each."""
+    for f in features:
+        datatype = tensors[f.name].datatype
+        if datatype not in KINDS[f.kind].datatypes:
+            raise RequestError(
+                400,
+                f"input {f.name!r} is a {f.kind}: expected one of {', '.join(KINDS[f.kind].datatypes)}, not {datatype}.",
+            )
+    feed = {}
+    numbers = [f for f in features if f.kind == "number"]
+    if numbers:
+        columns = _read_kind(
+            "number", _block([(tensors[f.name], data[f.name]) for f in numbers], rows), numbers
+        )
+        for f, column in zip(numbers, columns, strict=True):
+            feed[f.input] = column.reshape(-1, 1)
+    for f in features:
+        if f.kind != "number":
+            if tensors[f.name].datatype == "FP64":
+                _check_whole(f.name, data[f.name])
+            feed[f.input] = _read_kind(f.kind, data[f.name], [f]).reshape(-1, 1)
+    return feed
+
+
+def _check_whole(name: str, values: Any) -> None:
+    """Refuse categories that as doubles cannot be told from their neighbours."""
+    for row, value in enumerate(values):
+        if value is not None and abs(value) >= 2**53:
+            raise RequestError(
+                400,
+                f"input {name!r}: row {row} is beyond 2^53, where FP64 is not exact: send INT64 or BYTES.",
+            )
+
+
+def _read_kind(kind: str, values: Any, features: Sequence[Feature]) -> NDArray[Any]:
+    """The values as :attr:`Kind.read` gives them, ``[N]`` of one feature or ``[features, N]``."""
+    try:
+        return KINDS[kind].read(values)
     except UnfitValues as error:
+        column, row = divmod(error.row, error.wrong.shape[-1])
         raise RequestError(
-            400, f"input {feature.name!r}: row {error.row} is {error.why}; send null for a missing value."
+            400, f"input {features[column].name!r}: row {row} is {error.why}; send null for a missing value."
         ) from None
 
 
-def _rounded(feature: Feature, datatype: str, data: list[Any]) -> Any:
-    """The values as FP16 holds them, where that is their datatype. The model takes float32, so FP32 needs no rounding here."""
+def _block(columns: Sequence[tuple[_Tensor, Any]], rows: int) -> NDArray[np.float64]:
+    """The numbers of several inputs, ``[inputs, N]``."""
     import numpy as np
 
-    if datatype != "FP16":
-        return data
-    try:
-        with np.errstate(over="ignore"):
-            numbers = [math.nan if value is None else float(value) for value in data]
-            return np.array(numbers, dtype=np.float64).astype(np.float16)
-    except OverflowError:
-        row = next(i for i, value in enumerate(data) if value is not None and abs(value) > 1e308)
-        raise RequestError(400, f"input {feature.name!r}: row {row} is beyond {datatype}.") from None
+    if all(type(values) is list for _, values in columns):
+        block = np.array([values for _, values in columns], dtype=np.float64)  # None becomes NaN
+    else:
+        block = np.empty((len(columns), rows))
+        for place, (_, values) in enumerate(columns):
+            block[place] = values
+    for place, (tensor, _) in enumerate(columns):
+        # The model takes float32, so that FP32 needs no rounding of its own.
+        if tensor.datatype == "FP16":
+            with np.errstate(over="ignore"):
+                block[place] = block[place].astype(np.float16)
+    return block
 
 
-def _outputs_asked(request: Mapping[str, Any], outputs: Sequence[str]) -> list[str]:
-    if not request.get("outputs"):
-        return list(outputs)
-    asked = _named(request["outputs"], "outputs")
-    for name in asked:
-        if name not in outputs:
-            raise RequestError(400, f"the model has no output {name!r}; {did_you_mean(name, outputs)}")
-    return list(asked)
+def _asked(
+    request: _Request, outputs: Sequence[str], parameters: Mapping[str, Any] | None
+) -> dict[str, bool]:
+    """The outputs asked for, and whether each is to come as binary data."""
+    all_binary = _flag(parameters, "binary_data_output", "the request", default=False)
+    if not request.outputs:
+        return dict.fromkeys(outputs, all_binary)
+    asked: dict[str, bool] = {}
+    for output in request.outputs:
+        if output.name not in outputs:
+            raise RequestError(
+                400,
+                f"the model has no output {_short(output.name)}; {did_you_mean(output.name[:100], outputs)}",
+            )
+        if output.name in asked:
+            raise RequestError(400, f"outputs names {output.name!r} twice.")
+        where = f"output {output.name!r}"
+        own = _parameters(output.parameters, where)
+        if own and own.get("classification", 0) != 0:
+            raise RequestError(400, f"{where} asks for the classification extension, which is not offered.")
+        asked[output.name] = _flag(own, "binary_data", where, default=all_binary)
+    return asked
 
 
-def _json_values(array: NDArray[Any]) -> list[Any]:
-    """The values of an output row by row; what is no finite number is null."""
-    import numpy as np
-
-    flat: list[Any] = array.ravel().tolist()
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return [value if math.isfinite(value) else None for value in flat]
-    return flat
+def _flag(parameters: Mapping[str, Any] | None, name: str, where: str, *, default: bool) -> bool:
+    value = parameters.get(name, default) if parameters else default
+    if not isinstance(value, bool):
+        raise RequestError(400, f"parameter {name} of {where} is {_short(value)}, expected true or false.")
+    return value
 
 
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+def _to_binary(array: NDArray[Any]) -> bytes:
+    if array.dtype.kind in "OUS":
+        texts = [str(text).encode() for text in array.ravel().tolist()]
+        return b"".join(part for text in texts for part in (len(text).to_bytes(4, "little"), text))
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def _short(value: Any) -> str:

@@ -1,46 +1,74 @@
-"""Follows what the store asks an endpoint to serve: loads a version, checks it, and puts it into service or rejects it."""
+"""Follows what the store asks an endpoint to serve: has a version checked, and puts it into service or rejects it.
+
+A store that is damaged in places takes nothing out of service: of the versions that were not rejected the newest whole one is
+served, and the status says what is wrong with those after it.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any, Protocol
 
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, Status
-from lepton_airflow.errors import LeptonError, StoreError
-from lepton_airflow.serving.model import ServedModel, measure, over_budget
+from lepton_airflow.errors import BadInput, LeptonError, StoreError
+from lepton_airflow.serving.model import over_budget
 from lepton_airflow.store.files import Store, now
 
 log = logging.getLogger(__name__)
 
 _LATEST = 20  # errors that a status tells of
+_TRIES = 3  # of a version whose loading ends the process that tries it
+_AGAIN_S = 30.0  # between two looks at what could not be read, and whether the log is the same
+
+
+class Died(LeptonError):
+    """Raised when the process that tried a version ended without a word."""
+
+
+class Fleet(Protocol):
+    """What loads versions and answers requests with them."""
+
+    def try_out(
+        self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Load and measure a version where its failure harms nobody; raises LeptonError, :class:`Died` when it ends the process."""
+        ...
+
+    def put(self, desired: Desired, files: Mapping[str, bytes], numbers: dict[str, float]) -> None:
+        """Have requests answered by a version that was tried."""
+        ...
 
 
 class Reconciler:
     """Keeps one server at the newest desired version that was not rejected.
 
     :param status: who this server is; its ``server`` and ``url`` stay.
-    :param swap: called with each version that is put into service; from then on it answers new requests.
     :param poll_s: how often to look for a newer desired version [seconds].
     """
 
-    def __init__(
-        self, store: Store, endpoint: str, status: Status, swap: Callable[[ServedModel], None], poll_s: float
-    ) -> None:
+    def __init__(self, store: Store, endpoint: str, status: Status, fleet: Fleet, poll_s: float) -> None:
         self.store = store
         self.endpoint = endpoint
         self.status = status
         self.failures = 0  # looks at the store that failed
-        self._swap = swap
+        self.beat_failures = 0  # reports that could not be written
+        self.beaten = 0.0  # when the last one was written, time.time()
+        self._fleet = fleet
         self._poll_s = poll_s
         self._log = DesiredLog(store, endpoint)
         self._newest: Desired | None = None
+        self._in_service: Desired | None = None
         self._errors: dict[int, LeptonError] = {}
+        self._problems: list[str] = []
         self._looked = False
         self._settled = False
+        self._look_again = 0.0
         self._left = False
         self._stop = threading.Event()
         self._writing = threading.Lock()
@@ -55,9 +83,12 @@ class Reconciler:
                 if self.status.reason != str(error):  # log it once, not at every look
                     log.warning("endpoint %s: %s", self.endpoint, error)
                 self._set_status(reason=str(error))
-            except Exception:
+            except Exception as error:
                 self.failures += 1
-                log.exception("endpoint %s: the reconciler tries again", self.endpoint)
+                reason = f"{type(error).__name__}: {error}"
+                if self.status.reason != reason:
+                    log.exception("endpoint %s: the reconciler tries again", self.endpoint)
+                self._set_status(reason=reason)
             if self._stop.wait(self._poll_s):
                 return
 
@@ -66,23 +97,30 @@ class Reconciler:
         self._stop.set()
 
     def recover(self) -> None:
-        """Reject the version whose loading has killed this server's former process, so that it is not loaded again and again.
+        """Count how often this server was ended while it loaded a version, and reject that one when it was often.
 
-        A crash of ONNX Runtime or a lack of memory leaves no exception and no verdict, only a status that says "loading".
+        A lack of memory may end a whole container, without an exception and a verdict. Once may have another cause.
         """
         statuses = endpoints.read_statuses(self.store, self.endpoint)
         former = next((s for s in statuses if s.server == self.status.server), None)
         if former is None or former.state != "loading" or not former.desired:
             return
-        if endpoints.read_verdict(self.store, self.endpoint, former.desired) is None:
-            error = LeptonError(
-                "the server was killed while it loaded this version; its log and the kernel's say why, such as too little "
-                "memory. Deploy a lighter model, or this one again."
-            )
-            self._decide(former.desired, error=endpoints.error_record(error))
+        if self._verdict_of(former.desired) is not None:
+            return
+        tries = former.tries + 1
+        if tries < _TRIES:
+            self.status = replace(self.status, tries=tries)
+            return
+        error = LeptonError(
+            f"the server was killed {tries} times while it loaded this version; its log and the kernel's say why, such as too "
+            "little memory. Deploy a lighter model, or this one again."
+        )
+        self._decide(former.desired, error=endpoints.error_record(error))
 
     def step(self) -> None:
         """Serve what should be served now, if that is not what is served already."""
+        if self._look_again and time.monotonic() > self._look_again:
+            self._check_log()
         fresh = self._look()
         if fresh is not None:
             self._newest = fresh
@@ -91,41 +129,94 @@ class Reconciler:
                 state="loading", desired=fresh.sequence, reason=f"version {fresh.version} is being loaded."
             )
         if self._newest is None:
-            self._set_status(reason="")
+            self._set_status(reason="", problems=self._problems)
             return
         if not self._settled:
+            self._problems = [p for p in self._problems if p.startswith(_OF_LOG)]
             self._settle(self._newest)
             self._settled = True
+        self._look_again = self._look_again or time.monotonic() + _AGAIN_S
         newest = self._newest.sequence
         if newest in self._errors:
-            self._set_status(state="rejected", reason=str(self._errors[newest]))
-        elif self.status.serving == newest:
-            self._set_status(state="serving", reason="")
+            self._set_status(state="rejected", reason=str(self._errors[newest]), problems=self._problems)
+        elif self._in_service == self._newest:
+            self._set_status(state="serving", reason="", problems=self._problems, tries=0)
+        else:
+            self._set_status(reason=" ".join(self._problems), problems=self._problems)
 
     def _look(self) -> Desired | None:
         """The newest desired version when it is not the one known: one request to the store, after the first look."""
         if not self._looked:
-            newest = self._log.newest()
+            newest, damaged = self._log.newest_whole()
+            self._problems = [f"{_OF_LOG}{sentence}" for sentence in damaged]
             self._looked = True
             return newest
         fresh = self._log.after(self._newest.sequence if self._newest else 0)
         return fresh[-1] if fresh else None
 
+    def _check_log(self) -> None:
+        """Look from the start where the log is not the one that was read, and at what could not be read before."""
+        self._look_again = 0.0
+        known = self._newest
+        if known is not None and self._log.whole(known.sequence) != known:
+            log.warning(
+                "endpoint %s: record %d is another one than before, or is gone, as after the restoration of a backup: the log "
+                "is read anew",
+                self.endpoint,
+                known.sequence,
+            )
+            self._newest, self._looked, self._errors = None, False, {}
+            self._set_status(errors={})
+        elif self._problems or self.status.state == "rejected":
+            # What was accepted and could not be loaded here may be mended by now; a verdict stays.
+            self._looked = not any(p.startswith(_OF_LOG) for p in self._problems)
+            self._newest = known if self._looked else None
+            self._errors = {}
+            self._settled = False
+
     def _settle(self, newest: Desired) -> None:
         """Put the newest version into service that was not rejected and that this server can serve, unless it is there."""
-        desired: Desired | None = newest
-        while desired is not None and desired.sequence != self.status.serving and not self._stop.is_set():
-            if desired.sequence not in self._errors and self._put_into_service(desired):
+        failed: Exception | None = None
+        for desired in self._candidates(newest):
+            if desired == self._in_service or self._stop.is_set():
                 return
-            before = endpoints.not_rejected(self.store, self.endpoint, desired.sequence - 1)
-            desired = self._log.existing(before) if before else None
+            try:
+                if self._put_into_service(desired):
+                    return
+            except _UNREADABLE as error:  # which says nothing about the version
+                failed = failed or error
+                self._problems.append(f"version {desired.version} cannot be read: {error}")
+                if self._in_service is not None:
+                    return
+        if failed and self._in_service is None:
+            raise failed
+
+    def _candidates(self, newest: Desired) -> Iterator[Desired]:
+        """The newest version, and those before it that were not rejected and whose records are whole."""
+        yield newest
+        number = newest.sequence - 1
+        while number > 0:
+            try:
+                verdict = self._verdict_of(number)
+                if verdict is not None and verdict.error:
+                    number = verdict.instead
+                    continue
+                yield self._log.existing(number)
+            except _UNREADABLE as error:
+                self._problems.append(str(error))
+            number -= 1
 
     def report(self) -> None:
         """Write this server's status to the store, with the time."""
         with self._writing:  # one writer at a time, so that an older status never replaces a newer one
             if not self._left:
                 status = replace(self.status, beat=endpoints.precise_now())
-                endpoints.write_status(self.store, self.endpoint, status)
+                try:
+                    endpoints.write_status(self.store, self.endpoint, status)
+                except Exception:
+                    self.beat_failures += 1
+                    raise
+                self.beaten = time.time()
 
     def leave(self) -> None:
         """Remove this server's status from the store: it has ended."""
@@ -133,32 +224,27 @@ class Reconciler:
             self._left = True  # a heartbeat that waits for the lock must not write the status again
             endpoints.remove_status(self.store, self.endpoint, self.status.server)
 
+    def _verdict_of(self, sequence: int) -> LoadVerdict | None:
+        return endpoints.read_verdict(self.store, self.endpoint, sequence)
+
     def _put_into_service(self, desired: Desired) -> bool:
-        """Load and check a version and put it into service; False when a check or an earlier verdict rejects it."""
-        verdict = endpoints.read_verdict(self.store, self.endpoint, desired.sequence)
+        """Have a version checked and put it into service; False when a check or an earlier verdict rejects it."""
+        verdict = self._verdict_of(desired.sequence)
         if verdict and verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
-        started = time.monotonic()
         log.info("endpoint %s: loading version %s (%s)", self.endpoint, desired.version, desired.package)
         try:
-            model = ServedModel.load(self.store, desired)
-            numbers = measure(model, self.store, self._stop.is_set)
-        except StoreError:  # which says nothing about the version
+            files = self.store.load(self.store.here(desired.package))
+            golden = self._golden(desired)
+            numbers = self._tried(desired, files, golden)
+        except StoreError:
             raise
-        except Exception as failure:
-            error = (
-                failure
-                if isinstance(failure, LeptonError)
-                else LeptonError(f"it cannot be loaded: {failure!r}.")
-            )
-            if error is not failure:
-                log.exception("endpoint %s: version %s", self.endpoint, desired.version)
+        except LeptonError as error:
+            if self._stop.is_set():
+                return False
             if verdict is None:
                 self._decide(desired.sequence, error=endpoints.error_record(error))
             return self._reject(desired, error)
-        if self._stop.is_set():  # the measurement was cut short
-            return False
-        numbers = {"load_s": time.monotonic() - started} | numbers
         over = over_budget(desired, numbers)
         if verdict is None:
             verdict = self._decide(desired.sequence, numbers, endpoints.error_record(over) if over else None)
@@ -169,12 +255,41 @@ class Reconciler:
             log.warning(
                 "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
             )
-        self._swap(model)
+        self._fleet.put(desired, files, numbers)
+        self._in_service = desired
         log.info("endpoint %s: version %s is in service", self.endpoint, desired.version)
         self._set_status(
             serving=desired.sequence, version=desired.version, sha256=desired.sha256, numbers=numbers
         )
         return True
+
+    def _golden(self, desired: Desired) -> dict[str, Any]:
+        content = self.store.load(self.store.here(desired.golden))
+        try:
+            golden: dict[str, Any] = json.loads(content[""])
+            if len(golden["rows"]) == len(golden["answers"]):
+                return golden
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise BadInput(f"{desired.golden} holds no golden requests: deploy the version again.")
+
+    def _tried(
+        self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """What a trial measured. A trial that is killed is made again: the kernel, or anybody, may have ended it."""
+        for last in range(_TRIES):
+            try:
+                return self._fleet.try_out(desired, files, golden)
+            except Died as error:
+                if self._stop.is_set():
+                    raise
+                log.warning("endpoint %s: version %s: %s", self.endpoint, desired.version, error)
+                if last == _TRIES - 1:
+                    raise LeptonError(
+                        f"{error} So it was {_TRIES} times; its log and the kernel's say why, such as too little memory. "
+                        "Deploy a lighter model, or this one again."
+                    ) from None
+        raise AssertionError  # pragma: no cover
 
     def _decide(
         self,
@@ -209,3 +324,8 @@ class Reconciler:
             self.report()
         except StoreError as error:  # the next heartbeat writes it
             log.warning("endpoint %s: %s", self.endpoint, error)
+
+
+# What a damaged store raises. A record of the wrong types shows when it is used.
+_UNREADABLE = (LeptonError, TypeError, ValueError, AttributeError)
+_OF_LOG = "the log of the endpoint is damaged: "

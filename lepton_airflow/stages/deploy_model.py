@@ -192,11 +192,12 @@ class DeployModel(Stage):
         within = f"within timeout_s={self.timeout_s:g}"
         if not statuses:
             return f"no server reported for endpoint {self.endpoint!r} {within}: start one with: {start}"
-        latest = min(statuses, key=lambda status: status.age_s)
+        latest = min(statuses, key=lambda status: abs(status.age_s))
         if not latest.alive:
+            when = f"{latest.age_s:.0f} s old" if latest.age_s > 0 else f"{-latest.age_s:.0f} s in the future"
             return (
                 f"no server of endpoint {self.endpoint!r} is alive: the last heartbeat, of {latest.server}, is "
-                f"{latest.age_s:.0f} s old. Start it again ({start}), or set the clocks of both machines."
+                f"{when}. Start it again ({start}), or set the clocks of both machines."
             )
         late = next((s for s in statuses if s.alive and (s.serving or 0) < sequence), latest)
         return (

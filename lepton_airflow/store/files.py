@@ -28,6 +28,7 @@ import hashlib
 import inspect
 import logging
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -194,6 +195,16 @@ class Store:
             raise IntegrityError(_altered(plain, found, wanted))
         return files
 
+    def here(self, uri: str) -> str:
+        """The URI of an artifact of this store, also where it was written while the store was mounted elsewhere."""
+        plain, sha256 = split_pin(uri)
+        key = re.search(r"artifacts/[0-9a-f]{32}/[^/]+$", plain)
+        if key is None or sha256 is None or plain.startswith(f"{self.root}/"):
+            return uri
+        with self._errors(f"reading {key[0]}"):
+            is_here = self.fs.exists(self._path(key[0]))
+        return pin(self.uri(key[0]), sha256) if is_here else uri
+
     def digest(self, uri: str) -> str:
         """The sha256 of what a URI names now, whatever its pin says; of a directory that of its manifest."""
         plain, _ = split_pin(uri)
@@ -274,6 +285,13 @@ class Store:
         """Write bytes, or the bytes of a file, to a key; readers see the old ones or the new ones, never a part."""
         with self._errors(f"writing {key}"):
             self._write(key, content)
+
+    def check_there(self) -> None:
+        """Raise BadConfiguration when a local store is not there, as where it is not mounted; writing would make a new one."""
+        if self.is_local and not Path(self._root).is_dir():
+            raise BadConfiguration(
+                f"store {self.root} is not there: mount it, or make the directory where a new store is meant."
+            )
 
     def check_writable(self) -> None:
         """Raise StoreError unless the store can be written: to be called before hours of work, not after them."""

@@ -79,6 +79,14 @@ class Log(Generic[_R]):
             return later[-1]
         return self.existing(number) if number else None
 
+    def highest(self) -> int:
+        """The highest number of which there is a record, whatever is missing before it; 0 where there is none."""
+        names = self.store.children(f"{ROOT}/{self.name}")
+        for segment in sorted((int(n[:-1]) for n in names if re.fullmatch(r"\d{3,}/", n)), reverse=True):
+            if numbers := self._numbers(segment):
+                return numbers[-1]
+        return 0
+
     def record(self, sequence: int) -> _R | None:
         """The record of that number, or None where there is none."""
         text = self.store.read(self._key(sequence))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from lepton_airflow.errors import LeptonError
 from lepton_airflow.testing import processes
 
 
@@ -23,7 +24,9 @@ class LocalEndpoint:
     :param store: URI of the store that it follows.
     :param home: its log lives there.
     :param port: 0: a free one.
+    :param more: names of further endpoints of the same server.
     :param options: further options of ``python -m lepton_airflow serve``.
+    :param more: further endpoints, each a model of the same server.
     """
 
     endpoint: str
@@ -31,6 +34,7 @@ class LocalEndpoint:
     home: Path
     port: int = 0
     options: Sequence[str] = ()
+    more: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.home = self.home.absolute()
@@ -61,9 +65,14 @@ class LocalEndpoint:
         """Start the server and wait until it answers; it may have nothing to serve yet."""
         processes.refuse_used_port(self.port, "choose another port for the endpoint")
         self.home.mkdir(parents=True, exist_ok=True)
+        if self.store.startswith(
+            ("/", "file://")
+        ):  # a store that is not there is refused, and here it may be new
+            Path(self.store.removeprefix("file://")).mkdir(parents=True, exist_ok=True)
         command = [
-            *(sys.executable, "-m", "lepton_airflow", "serve", self.endpoint, "--store", self.store),
-            *("--port", str(self.port), *self.options),
+            *(sys.executable, "-m", "lepton_airflow", "serve", self.endpoint, *self.more),
+            *("--store", self.store),
+            *("--port", str(self.port), "--drain-s", "0", *self.options),
         ]
         processes.start(self._process, command, self.home)
         processes.until(self._answers, "the model server to answer", wait_s, str(self.log))
@@ -75,6 +84,7 @@ class LocalEndpoint:
     def kill(self) -> None:
         """End the server at once, as a crash does."""
         processes.stop(self._process, self.home, signal.SIGKILL)
+        processes.until(self._is_port_free, "the killed server's workers to be gone", 30, str(self.log))
 
     def wait_ready(self, wait_s: float = 180) -> None:
         """Wait until it has a version in service."""
@@ -105,6 +115,13 @@ class LocalEndpoint:
     @property
     def _process(self) -> str:
         return f"endpoint-{self.endpoint}"
+
+    def _is_port_free(self) -> bool:
+        try:
+            processes.refuse_used_port(self.port, "wait")
+        except LeptonError:
+            return False
+        return True
 
     def _answers(self) -> bool:
         processes.check_alive(self._process, self.home)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +17,36 @@ import pytest
 from lepton_airflow.contract import canonical_json, split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, Status
+from lepton_airflow.errors import StoreError
 from lepton_airflow.serving import reconcile
-from lepton_airflow.serving.model import scale_of
-from lepton_airflow.serving.reconcile import Reconciler
+from lepton_airflow.serving.model import ServedModel, measure, scale_of
+from lepton_airflow.serving.reconcile import Died, Reconciler
 from lepton_airflow.store import Store
 
 if TYPE_CHECKING:
-    from lepton_airflow.serving.model import ServedModel
+    from collections.abc import Mapping
+
     from lepton_airflow.stages import RunInfo
 
 ENDPOINT = "wine"
+
+
+class Here:
+    """A fleet without processes: it loads a version, and remembers what was put into service."""
+
+    def __init__(self) -> None:
+        self.served: list[ServedModel] = []
+        self.dies: list[bool] = []  # of the next trials
+
+    def try_out(
+        self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
+    ) -> dict[str, float]:
+        if self.dies and self.dies.pop(0):
+            raise Died("the process that tried it ended by SIGSEGV.")
+        return measure(ServedModel.of(desired, files), golden)
+
+    def put(self, desired: Desired, files: Mapping[str, bytes], numbers: dict[str, float]) -> None:
+        self.served.append(ServedModel.of(desired, files, numbers))
 
 
 class Bench:
@@ -71,11 +94,9 @@ class Bench:
     def ask_other(self, **changes: Any) -> Desired:
         return self.ask(self.other, self.golden["other_wine"], **changes)
 
-    def server(self, name: str = "a") -> Reconciler:
-        served: list[ServedModel] = []
-        return Reconciler(
-            self.store, ENDPOINT, Status(server=name, url=f"http://{name}"), served.append, 0.05
-        )
+    def server(self, name: str = "a", fleet: Here | None = None) -> Reconciler:
+        status = Status(server=name, url=f"http://{name}")
+        return Reconciler(self.store, ENDPOINT, status, fleet or Here(), 0.05)
 
     def alter(self, uri: str, name: str = "") -> None:
         path = Path(split_pin(uri)[0].removeprefix("file://")) / name
@@ -252,10 +273,9 @@ def test_a_bad_version_is_kept_out_and_the_former_one_stays(
 
 
 def test_what_is_in_service_does_not_depend_on_the_files_any_more(bench: Bench) -> None:
-    served: list[ServedModel] = []
+    fleet = Here()
     bench.ask_good()
-    server = Reconciler(bench.store, ENDPOINT, Status(server="a", url=""), served.append, 0.05)
-    server.step()
+    bench.server(fleet=fleet).step()
     bench.alter(bench.good, "model.onnx")
     inputs = [
         {
@@ -264,11 +284,11 @@ def test_what_is_in_service_does_not_depend_on_the_files_any_more(bench: Bench) 
             "shape": [1],
             "data": [None],
         }
-        for f in served[0].card.features
+        for f in fleet.served[0].card.features
     ]
-    content, rows = served[0].answer(json.dumps({"inputs": inputs}).encode(), 1)
-    assert rows == 1
-    assert json.loads(content)["model_version"] == "v1"
+    answer = fleet.served[0].answer(json.dumps({"inputs": inputs}).encode(), 1)
+    assert answer.rows == 1
+    assert json.loads(answer.content)["model_version"] == "v1"
 
 
 def test_a_server_that_starts_again_falls_back_when_the_newest_is_damaged(bench: Bench) -> None:
@@ -284,28 +304,58 @@ def test_a_server_that_starts_again_falls_back_when_the_newest_is_damaged(bench:
     assert bench.verdict(2).accepted  # it was good when it was judged; this server cannot serve it
 
 
-def test_a_version_that_kills_the_server_is_tried_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_that_ends_the_process_that_tries_it_is_rejected_after_three_times(bench: Bench) -> None:
+    fleet = Here()
+    fleet.dies = [True, True, False]  # somebody killed it, twice
+    bench.ask_good()
+    server = bench.server(fleet=fleet)
+    server.step()
+    assert (server.status.state, server.status.serving) == ("serving", 1)
+    fleet.dies = [True] * 3
+    bench.ask_other()
+    server.step()
+    assert (server.status.state, server.status.serving) == ("rejected", 1)
+    assert "ended by SIGSEGV. So it was 3 times" in server.status.reason
+    assert bench.verdict(2).error
+
+
+def test_a_server_that_is_killed_while_it_loads_rejects_the_version_the_third_time(bench: Bench) -> None:
     class Killed(BaseException):
         """Like a signal: nothing of this process comes after it."""
 
-    def killed(*_: Any) -> None:
-        raise Killed
+    class KilledHere(Here):
+        def try_out(self, *_: Any) -> dict[str, float]:
+            raise Killed
 
     bench.ask_good()
     bench.server().step()
     bench.ask_other()
-    monkeypatch.setattr(reconcile, "measure", killed)
-    for _ in range(2):  # the second one as a new server would: it is killed too
+    for _ in range(3):
+        server = bench.server("elsewhere", KilledHere())
+        server.recover()
         with pytest.raises(Killed):
-            bench.server("elsewhere").step()
-    monkeypatch.undo()
+            server.step()
     again = bench.server("elsewhere")
     again.recover()
     again.step()
     assert (again.status.state, again.status.serving) == ("rejected", 1)
-    assert "was killed while it loaded this version" in again.status.reason
+    assert "killed 3 times while it loaded this version" in again.status.reason
     again.recover()
     assert bench.verdict(1).accepted
+
+
+def test_a_good_version_survives_the_death_of_a_server_that_loads_it(bench: Bench) -> None:
+    bench.ask_good()
+    endpoints.write_status(
+        bench.store,
+        ENDPOINT,
+        Status(server="a", url="", state="loading", desired=1, beat=endpoints.precise_now()),
+    )
+    again = bench.server()
+    again.recover()
+    assert again.status.tries == 1
+    again.step()
+    assert (again.status.state, again.status.serving, again.status.tries) == ("serving", 1, 0)
 
 
 def test_a_server_that_was_killed_on_its_way_back_rejects_nothing(bench: Bench) -> None:
@@ -431,3 +481,138 @@ def test_a_difference_counts_in_shares_of_the_largest_answer(
     answers: list[float | None], scale: float
 ) -> None:
     assert scale_of([[a] for a in answers]) == scale
+
+
+def _path(bench: Bench, *parts: str) -> Path:
+    return Path(bench.store.root.removeprefix("file://"), "records", "endpoints", ENDPOINT, *parts)
+
+
+def two_versions(bench: Bench) -> Bench:
+    """Both accepted."""
+    bench.ask_good()
+    bench.server().step()
+    bench.ask_other()
+    bench.server().step()
+    return bench
+
+
+def no_longer_json(path: Path) -> None:
+    path.write_bytes(b"{")
+
+
+def a_folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def other_types(path: Path) -> None:
+    path.write_bytes(b'{"sequence": "x", "accepted": 7}')
+
+
+@pytest.mark.parametrize("damage", [no_longer_json, a_folder_in_its_place, other_types])
+@pytest.mark.parametrize("record", ["desired/000/000002.json", "verdicts/000002.json"])
+def test_a_damaged_newest_record_takes_nothing_out_of_service(bench: Bench, damage: Any, record: str) -> None:
+    two_versions(bench)
+    damage(_path(bench, *record.split("/")))
+    server = bench.server()
+    try:
+        server.step()
+    except endpoints.LeptonError as error:  # as run() goes on
+        pytest.fail(str(error))
+    assert server.status.serving == 1
+    assert server.status.problems
+    assert all(len(problem) < 1000 for problem in server.status.problems)
+
+
+def test_a_package_that_cannot_be_read_takes_nothing_out_of_service(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_versions(bench)
+    load = Store.load
+
+    def failing(self: Store, uri: str) -> dict[str, bytes]:
+        if uri == bench.other:
+            raise StoreError("reading model.onnx: Input/output error.")
+        return load(self, uri)
+
+    monkeypatch.setattr(Store, "load", failing)
+    server = bench.server()
+    server.step()
+    assert (server.status.serving, server.status.version) == (1, "v1")
+    assert "Input/output error" in server.status.reason
+    monkeypatch.undo()  # the disk is mended
+    monkeypatch.setattr(reconcile, "_AGAIN_S", 0.0)
+    server._look_again = 1e-9
+    server.step()
+    assert (server.status.state, server.status.serving, server.status.problems) == ("serving", 2, [])
+
+
+def test_a_package_whose_file_is_gone_is_served_again_when_it_is_back(bench: Bench) -> None:
+    two_versions(bench)
+    model = Path(split_pin(bench.other)[0].removeprefix("file://")) / "model.onnx"
+    model.rename(model.with_suffix(".away"))
+    server = bench.server()
+    server.step()
+    assert server.status.serving == 1
+    model.with_suffix(".away").rename(model)
+    server._look_again = 1e-9
+    server.step()
+    assert (server.status.state, server.status.serving) == ("serving", 2)
+
+
+def test_a_log_that_was_restored_from_a_backup_is_followed_again(bench: Bench, tmp_path: Path) -> None:
+    fleet = Here()
+    bench.ask_good()
+    server = bench.server(fleet=fleet)
+    server.step()
+    backup = tmp_path / "backup"
+    shutil.copytree(_path(bench), backup)
+    bench.ask_other()
+    server.step()
+    assert server.status.serving == 2
+    shutil.rmtree(_path(bench))
+    shutil.copytree(backup, _path(bench))
+    server._look_again = 1e-9
+    server.step()
+    assert (server.status.state, server.status.version) == ("serving", "v1")
+    bench.ask_other(version="another 2")
+    server.step()
+    assert (server.status.state, server.status.version) == ("serving", "another 2")
+    assert [model.desired.version for model in fleet.served] == ["v1", "v2", "v1", "another 2"]
+
+
+def test_a_store_that_is_mounted_elsewhere_serves(bench: Bench, tmp_path: Path) -> None:
+    bench.ask_good()
+    moved = tmp_path / "elsewhere"
+    Path(bench.store.root.removeprefix("file://")).rename(moved)
+    server = Reconciler(Store(str(moved)), ENDPOINT, Status(server="a", url=""), Here(), 0.05)
+    server.step()
+    assert (server.status.state, server.status.serving) == ("serving", 1)
+
+
+def test_a_damaged_report_of_another_server_stops_nobody(bench: Bench) -> None:
+    bench.server("b").report()
+    for name, content in (("c", b"{"), ("d", b'{"server": "d", "url": "", "beat": 7}'), ("e", b"[]")):
+        (_path(bench, "status") / f"{name}.json").write_bytes(content)
+    assert [status.server for status in endpoints.read_statuses(bench.store, ENDPOINT)] == ["b"]
+    endpoints.forget_the_dead(bench.store, ENDPOINT)
+    server = bench.server()
+    server.recover()
+
+
+def test_a_server_whose_clock_is_an_hour_ahead_does_not_live_an_hour_longer() -> None:
+    ahead = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    assert not Status(server="a", url="", beat=ahead).alive
+    assert Status(server="a", url="", beat=endpoints.precise_now()).alive
+
+
+def test_heartbeats_that_fail_are_counted(bench: Bench) -> None:
+    server = bench.server()
+    server.report()
+    shutil.rmtree(_path(bench, "status"))
+    _path(bench, "status").write_text("a file where a folder should be")
+    for _ in range(2):
+        with pytest.raises(endpoints.LeptonError):
+            server.report()
+    assert server.beat_failures == 2
+    assert time.time() - server.beaten < 60

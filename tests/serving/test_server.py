@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -23,16 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
-from starlette.requests import Request
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
-from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status
+from lepton_airflow.delivery.endpoints import Desired, DesiredLog
 from lepton_airflow.errors import BadConfiguration
-from lepton_airflow.serving import server as server_module
-from lepton_airflow.serving.model import ServedModel
-from lepton_airflow.serving.protocol import RequestError
-from lepton_airflow.serving.server import Endpoint, Limits, Metrics, serve
+from lepton_airflow.serving.supervisor import Settings, serve
+from lepton_airflow.serving.worker import Limits
 from lepton_airflow.stages.deploy_model import DeployModel
 from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalEndpoint, processes
@@ -156,14 +152,14 @@ def test_what_is_wrong_is_refused_and_counted_and_the_server_goes_on(wine: Local
     many = json.dumps({"inputs": tensors(pd.concat([shelf.wine.rows] * 2), shelf.wine.package)}).encode()
     cases: list[tuple[str, bytes | None, int, str]] = [
         (f"{base}/infer", b"{", 400, "not JSON"),
-        (f"{base}/infer", b"{}", 400, "inputs is None"),
+        (f"{base}/infer", b"{}", 400, "missing required field inputs"),
         (f"{base}/versions/9/infer", b"{}", 404, "version '9' of 'wine' is not in service"),
         (f"{wine.url}/v2/models/vine/infer", b"{}", 404, "no model 'vine' here; did you mean 'wine'?"),
         (f"{base}/infer", b" " * 20_001, 413, "more than 20000 bytes"),
         (f"{base}/infer", many, 413, "356 rows, the limit is 200"),
-        (f"{base}/infer", None, 405, "Method Not Allowed"),
-        (f"{wine.url}/v2/modells", None, 404, "Not Found"),
-        (f"{wine.url}/docs", None, 404, "Not Found"),
+        (f"{base}/infer", None, 405, "GET /v2/models/wine/infer is not allowed: expected POST"),
+        (f"{wine.url}/v2/modells", None, 404, "there is nothing at"),
+        (f"{wine.url}/redoc", None, 404, "there is nothing at"),
     ]
     before = metrics(wine)
     for url, body, status, words in cases:
@@ -171,16 +167,19 @@ def test_what_is_wrong_is_refused_and_counted_and_the_server_goes_on(wine: Local
         assert found == status
         assert list(answer) == ["error"]
         assert words in answer["error"]
-    found, answer, _ = call(f"{base}/infer", b"abcd", **{"Inference-Header-Content-Length": "2"})
-    assert (found, "binary data" in answer["error"]) == (400, True)
+    found, answer, _ = call(f"{base}/infer", b"abcd", **{"Inference-Header-Content-Length": "x"})
+    assert (found, "expected a number of bytes" in answer["error"]) == (400, True)
+    found, answer, _ = call(f"{base}/infer", b"abcd", **{"Content-Encoding": "br"})
+    assert (found, "send gzip, deflate or identity" in answer["error"]) == (415, True)
     after = metrics(wine)
     counted = {
         k: int(v - before.get(k, 0)) for k, v in after.items() if k.startswith("lepton_serve_requests_total")
     }
     assert {k: v for k, v in counted.items() if v} == {
-        'lepton_serve_requests_total{status="400"}': 3,
-        'lepton_serve_requests_total{status="404"}': 2,
-        'lepton_serve_requests_total{status="413"}': 2,
+        'lepton_serve_requests_total{endpoint="wine",status="400"}': 3,
+        'lepton_serve_requests_total{endpoint="wine",status="404"}': 1,
+        'lepton_serve_requests_total{endpoint="wine",status="413"}': 2,
+        'lepton_serve_requests_total{endpoint="wine",status="415"}': 1,
     }
     assert wine.infer({"inputs": tensors(shelf.wine.rows[:1], shelf.wine.package)})["outputs"]
 
@@ -197,39 +196,47 @@ def test_metrics_tell_rows_version_and_state(wine: LocalEndpoint, shelf: Any) ->
     wine.infer({"inputs": tensors(shelf.wine.rows[:7], shelf.wine.package)})
     after = metrics(wine)
     sha256 = split_pin(shelf.wine.uri)[1] or ""
-    assert after[f'lepton_serve_model_info{{sha256="{sha256}",version="{sha256[:12]}"}}'] == 1
-    assert after["lepton_serve_rows_total"] - before["lepton_serve_rows_total"] == 7
-    assert after["lepton_serve_request_seconds_count"] - before["lepton_serve_request_seconds_count"] == 1
-    assert after['lepton_serve_state{state="serving"}'] == 1
-    assert after['lepton_serve_state{state="rejected"}'] == 0
+    assert after[f'lepton_serve_model_info{{endpoint="wine",sha256="{sha256}",version="{sha256[:12]}"}}'] == 1
+    assert (
+        after['lepton_serve_rows_total{endpoint="wine"}'] - before['lepton_serve_rows_total{endpoint="wine"}']
+        == 7
+    )
+    assert (
+        after['lepton_serve_request_seconds_count{endpoint="wine"}']
+        - before['lepton_serve_request_seconds_count{endpoint="wine"}']
+        == 1
+    )
+    assert after['lepton_serve_state{endpoint="wine",state="serving"}'] == 1
+    assert after['lepton_serve_state{endpoint="wine",state="rejected"}'] == 0
 
 
 def test_a_server_needs_no_more_than_its_extra_brings(shelf: Any, tmp_path: Path) -> None:
     """Its image holds no Airflow, no pandas and no training library."""
     desired = asdict(_desired(shelf.wine.uri))
     script = (
-        "import json, sys; import lepton_airflow.serving.server; from lepton_airflow.delivery.endpoints import Desired\n"
+        "import json, sys; import lepton_airflow.serving.supervisor; from lepton_airflow.delivery.endpoints import Desired\n"
         "from lepton_airflow.serving.model import ServedModel; from lepton_airflow.store import Store\n"
         "store, desired = Store(sys.argv[1]), Desired(**json.loads(sys.argv[2]))\n"
-        "model = ServedModel.load(store, desired)\n"
+        "model = ServedModel.of(desired, store.load(desired.package))\n"
         "inputs = [{'name': f.name, 'datatype': 'INT64', 'shape': [1], 'data': [1]} for f in model.card.features]\n"
-        "print(model.answer(json.dumps({'inputs': inputs}).encode(), 1)[1], *sorted({m.split('.')[0] for m in sys.modules}))"
+        "print(model.answer(json.dumps({'inputs': inputs}).encode(), 1).rows, *sorted({m.split('.')[0] for m in sys.modules}))"
     )
     command = [sys.executable, "-c", script, shelf.run.store.root, json.dumps(desired)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     rows, *modules = done.stdout.split()
     assert rows == "1"
-    assert {"fastapi", "onnxruntime", "numpy"} <= set(modules)
+    assert {"httptools", "onnxruntime", "numpy"} <= set(modules)
     assert {"airflow", "duckdb", "onnx", "pandas", "pyarrow", "scipy", "sklearn", "torch"} & set(
         modules
     ) == set()
 
 
-def test_every_metric_is_described() -> None:
+def test_every_metric_is_described(wine: LocalEndpoint) -> None:
     page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
-    kinds = {"counter": "_total", "gauge": "", "histogram": ""}
-    names = [family.name + kinds[family.type] for family in Metrics().registry.collect()]
-    assert len(names) == 8
+    with urllib.request.urlopen(f"{wine.url}/metrics", timeout=30) as found:
+        lines = found.read().decode().splitlines()
+    names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(names) == 13
     assert [name for name in names if f"`{name}" not in page] == []
 
 
@@ -248,7 +255,7 @@ def _desired(package: str) -> Desired:
 
 
 class HalfSent:
-    """A request whose body is on its way: admitted, and not yet answered."""
+    """A request whose body is on its way."""
 
     def __init__(self, server: LocalEndpoint, inputs: list[dict[str, Any]]) -> None:
         body = json.dumps({"inputs": inputs}).encode()
@@ -256,9 +263,7 @@ class HalfSent:
         head = f"POST /v2/models/{server.endpoint}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
         self.socket.sendall(head.encode() + body[:10])
-        processes.until(
-            lambda: metrics(server)["lepton_serve_in_flight"] == 1, "the request to be admitted", 30
-        )
+        assert call(f"{server.url}/v2/health/live")[0] == 200  # by now the server has read it
 
     def finish(self) -> int:
         self.socket.sendall(self.rest)
@@ -267,24 +272,6 @@ class HalfSent:
         answer.read()
         self.socket.close()
         return answer.status
-
-
-def test_more_requests_than_the_limit_are_told_to_come_back(
-    shelf: Any, run_at: RunInfo, tmp_path: Path
-) -> None:
-    inputs = tensors(shelf.wine.rows[:1], shelf.wine.package)
-    with LocalEndpoint(
-        "busy", shelf.run.store.root, tmp_path, options=(*QUICK, "--max-in-flight", "1")
-    ) as server:
-        deploy(run_at, "busy", shelf.wine.uri)
-        first = HalfSent(server, inputs)
-        status, answer, headers = call(f"{server.url}/v2/models/busy/infer", b"{}")
-        assert status == 503
-        assert "1 requests are in flight" in answer["error"]
-        assert headers["Retry-After"] == "1"
-        assert call(f"{server.url}/v2/health/live")[0] == 200
-        assert first.finish() == 200
-        assert server.infer({"inputs": inputs})["outputs"]
 
 
 def test_sigterm_answers_what_was_admitted_and_ends_well(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
@@ -385,30 +372,6 @@ def _until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_client_that_stalls_or_leaves_gives_its_place_back(
-    shelf: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_module, "_BODY_S", 0.05)
-    endpoint = Endpoint("wine", Limits(), Metrics())
-    endpoint.swap(ServedModel.load(shelf.run.store, _desired(shelf.wine.uri)))
-
-    async def ask(*messages: dict[str, Any]) -> int:
-        left = list(messages)
-
-        async def receive() -> dict[str, Any]:
-            return left.pop(0) if left else await asyncio.Future()
-
-        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
-        with pytest.raises(RequestError) as refused:
-            await endpoint.infer(request, "wine", None)
-        return refused.value.status
-
-    half = {"type": "http.request", "body": b"{", "more_body": True}
-    assert asyncio.run(ask(half)) == 408
-    assert asyncio.run(ask(half, {"type": "http.disconnect"})) == 400
-    assert "lepton_serve_in_flight 0.0" in endpoint.metrics.show(Status(server="", url=""), 0).decode()
-
-
 def test_a_store_on_s3_serves_too(
     shelf: Any, run_at: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,18 +390,41 @@ def test_a_store_on_s3_serves_too(
     np.testing.assert_allclose(answer["probabilities"], wanted, rtol=0, atol=1e-7)
 
 
-def test_a_port_that_is_taken_and_a_wrong_name_are_refused(wine: LocalEndpoint, tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    ways: dict[str, Any] = {"host": "127.0.0.1", "url": None, "limits": Limits(), "poll_s": 1}
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"names": ("../wine",)}, "cannot name an endpoint"),
+        ({"names": ("wine", "wine")}, "expected each once"),
+        ({"port": 99999}, r"cannot listen on 127\.0\.0\.1:99999"),
+        ({"poll_s": 0}, "poll_s=0: expected"),
+        ({"workers": 0}, "workers=0: expected"),
+        ({"limits": Limits(in_flight=0)}, "max_in_flight=0: expected"),
+        ({"limits": Limits(threads=-1)}, "threads=-1: expected"),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(BadConfiguration, match=words):
+        serve(Store(str(tmp_path)), Settings(**_SETTINGS | settings))
+
+
+_SETTINGS: dict[str, Any] = {
+    "names": ("wine",),
+    "host": "127.0.0.1",
+    "port": 0,
+    "health_port": None,
+    "url": None,
+    "workers": 1,
+    "limits": Limits(),
+    "poll_s": 1,
+    "drain_s": 0,
+}
+
+
+def test_a_port_that_is_taken_and_a_store_that_is_not_there_are_refused(
+    wine: LocalEndpoint, tmp_path: Path
+) -> None:
     with pytest.raises(BadConfiguration, match=f"cannot listen on 127.0.0.1:{wine.port}"):
-        serve("wine", store, port=wine.port, **ways)
-    with pytest.raises(BadConfiguration, match="cannot name an endpoint"):
-        serve("../wine", store, port=0, **ways)
-    with pytest.raises(BadConfiguration, match=r"cannot listen on 127\.0\.0\.1:99999"):
-        serve("wine", store, port=99999, **ways)
-    with pytest.raises(BadConfiguration, match="poll_s=0: expected"):
-        serve("wine", store, port=0, **ways | {"poll_s": 0})
-    with pytest.raises(BadConfiguration, match="in_flight is 0"):
-        Limits(in_flight=0)
-    with pytest.raises(BadConfiguration, match="threads=-1: expected"):
-        Limits(threads=-1)
+        serve(Store(str(tmp_path)), Settings(**_SETTINGS | {"port": wine.port}))
+    with pytest.raises(BadConfiguration, match="mount it"):
+        serve(Store(str(tmp_path / "not-mounted")), Settings(**_SETTINGS))
+    assert list(tmp_path.iterdir()) == []

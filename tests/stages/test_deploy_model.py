@@ -20,13 +20,14 @@ from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Preempted, Skipped
 from lepton_airflow.packaging.package import ModelPackage
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry
+from lepton_airflow.serving.model import ServedModel, measure
 from lepton_airflow.serving.reconcile import Reconciler
 from lepton_airflow.stages import RunInfo
 from lepton_airflow.stages.deploy_model import DeployModel, _Wanted
 from lepton_airflow.testing import LocalEndpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from lepton_airflow.contract import Artifact
     from lepton_airflow.stages import Result
@@ -79,8 +80,20 @@ class Desk:
     def server(self, name: str = "here") -> Reconciler:
         """A server without a process: it acts when ``step`` is called."""
         return Reconciler(
-            self.run.store, self.endpoint, Status(server=name, url=f"http://{name}"), lambda _: None, 0.05
+            self.run.store, self.endpoint, Status(server=name, url=f"http://{name}"), Here(), 0.05
         )
+
+
+class Here:
+    """A fleet without processes, which accepts what loads."""
+
+    def try_out(
+        self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
+    ) -> dict[str, float]:
+        return measure(ServedModel.of(desired, files), golden)
+
+    def put(self, *_: Any) -> None:
+        pass
 
 
 @pytest.fixture

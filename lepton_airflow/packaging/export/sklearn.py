@@ -1,4 +1,4 @@
-"""A scikit-learn estimator as ONNX, by skl2onnx."""
+"""A scikit-learn estimator as ONNX, which is protobuf, by skl2onnx."""
 
 from __future__ import annotations
 

@@ -1,0 +1,573 @@
+"""A worker process: it answers the requests that come to the server's port.
+
+The supervisor (:mod:`lepton_airflow.serving.supervisor`) starts it, hands it versions that have passed their checks, and
+says by a byte in shared memory which of them answers. So all workers change at the same moment. A small request is
+computed where it was read; a larger one in a thread, those first that arrived long ago or are small.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from multiprocessing.connection import Connection as Pipe
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import msgspec
+
+from lepton_airflow import __version__
+from lepton_airflow.delivery.endpoints import Desired
+from lepton_airflow.errors import LeptonError, did_you_mean
+from lepton_airflow.serving import describe
+from lepton_airflow.serving.counters import Counters
+from lepton_airflow.serving.http import ConnectionLimits, Listener, Request, Response, refusal
+from lepton_airflow.serving.model import ServedModel, measure
+from lepton_airflow.serving.protocol import HEADER_LENGTH, Answer, RequestError, configuration, metadata
+
+if TYPE_CHECKING:
+    from lepton_airflow.serving.grpc import Service
+
+log = logging.getLogger(__name__)
+
+NONE = 255  # in the place of the number of a version: none is in service
+BEAT_S = 1.0  # between two signs of life to the supervisor
+_INLINE_S = 0.003  # a request that should take no longer is computed in the thread that reads and writes
+_FAIR = 5.0  # how many times the time that a request takes it may be overtaken by smaller ones
+_PACKED = 16 * 1024  # bytes of an answer from which on it is compressed for clients that accept that
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one server takes at a time.
+
+    :ivar rows: of one request.
+    :ivar in_flight: whole requests that wait or are computed, of one worker; further ones get 503 with Retry-After.
+    :ivar threads: of one worker, that compute large requests side by side.
+    """
+
+    rows: int = 10_000
+    in_flight: int = 64
+    threads: int = 1
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+
+
+@dataclass(kw_only=True)
+class Post:
+    """What a worker gets from the supervisor when it starts.
+
+    :ivar slots: for each endpoint which of its two places holds the version in service, or ``NONE``; then, whether the server
+        is draining.
+    :ivar grpc: the address on which each worker listens for gRPC.
+    """
+
+    number: int
+    names: tuple[str, ...]
+    limits: Limits
+    listener: socket.socket
+    pipe: Pipe
+    slots: Any
+    counters: Counters
+    grpc: str | None = None
+
+
+def run(post: Post) -> None:
+    """Answer requests until the supervisor says to end, or is gone."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # which a terminal sends to all; the supervisor says when
+        signal.signal(number, signal.SIG_IGN)
+    asyncio.run(_Worker(post).life())
+
+
+class _Worker:
+    def __init__(self, post: Post) -> None:
+        self.post = post
+        self.endpoints = [Endpoint(name, number, post) for number, name in enumerate(post.names)]
+        self.by_name = {endpoint.name: endpoint for endpoint in self.endpoints}
+        self.ended = asyncio.Event()
+        self._pages: dict[int, Callable[[Response], None]] = {}
+        self._page = itertools.count()
+        self._sending = threading.Lock()
+        self._queue = Queue(post.limits.threads)
+        self.grpc: Service | None = None
+
+    async def life(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.listener = Listener(self.post.limits.connections, self.answer, self._refused)
+        threading.Thread(target=self._obey, name="control", daemon=True).start()
+        beating = self.loop.create_task(self._beat())
+        await self.ended.wait()
+        beating.cancel()
+        self.listener.close()
+        self._send("ended")
+
+    # -- the supervisor ----------------------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        """Do what the supervisor says; in a thread of its own."""
+        while True:
+            try:
+                what, *rest = self.post.pipe.recv()
+            except (EOFError, OSError):
+                os._exit(1)  # the supervisor is gone
+            if what == "load":
+                self._load(*rest)
+            elif what == "drop":
+                endpoint, slot = rest
+                self.endpoints[endpoint].models[slot] = None
+            elif what == "page":
+                self.loop.call_soon_threadsafe(self._page_there, *rest)
+            elif what == "open":
+                asyncio.run_coroutine_threadsafe(self._open(), self.loop)
+            elif what == "drain":
+                self.loop.call_soon_threadsafe(self._drain)
+            elif what == "close":
+                self.loop.call_soon_threadsafe(self._close)
+            elif what == "end":
+                self.loop.call_soon_threadsafe(self.ended.set)
+
+    def _load(
+        self, endpoint: int, slot: int, desired: Desired, files: dict[str, bytes], numbers: dict[str, float]
+    ) -> None:
+        try:
+            self.endpoints[endpoint].models[slot] = ServedModel.of(desired, files, numbers)
+        except Exception as error:
+            log.exception("worker %d: version %s", self.post.number, desired.version)
+            self._send("loaded", endpoint, slot, f"{type(error).__name__}: {error}")
+        else:
+            self._send("loaded", endpoint, slot, None)
+
+    def _send(self, *message: object) -> None:
+        with self._sending:
+            try:
+                self.post.pipe.send(message)
+            except OSError:
+                os._exit(1)
+
+    async def _beat(self) -> None:
+        """Say again and again that the loop turns."""
+        while True:
+            self._send("beat")
+            await asyncio.sleep(BEAT_S)
+
+    async def _open(self) -> None:
+        """Take requests, with what was in service when this worker started."""
+        self.listener.listen(self.post.listener)
+        if self.post.grpc is not None:
+            # Not before the fork, which gRPC's threads would not survive.
+            from lepton_airflow.serving.grpc import Service
+
+            self.grpc = Service(self.answer, self._refused, self.post.limits)
+            await self.grpc.start(self.post.grpc)
+
+    def _drain(self) -> None:
+        self.listener.draining = True
+
+    def _close(self) -> None:
+        """Accept nothing more; end when what was admitted is answered."""
+        self.listener.draining = True
+        self.listener.stop_accepting()
+        self.loop.create_task(self._finish())
+
+    async def _finish(self) -> None:
+        stopping = self.loop.create_task(self.grpc.stop()) if self.grpc else None
+        self.listener.close_idle()
+        while self.listener.connections or (stopping and not stopping.done()):
+            await asyncio.sleep(0.02)
+            self.listener.close_idle()
+        self.ended.set()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def _refused(self, status: int, name: str = "") -> None:
+        """A request that ended before anybody knew what it asks for; it counts for the first endpoint, or the one named."""
+        endpoint = self.by_name.get(name, self.endpoints[0])
+        self.post.counters.add(self.post.number, endpoint.number, status)
+
+    def answer(self, request: Request, later: Callable[[Response], None]) -> Response | None:
+        """The answer to a request, or None when ``later`` will get it."""
+        try:
+            return self._route(request, later)
+        except RequestError as error:
+            return refusal(error.status, str(error), error.headers)
+        except Exception:
+            log.exception("%s %s", request.method, request.path)
+            return refusal(500, "the server failed on this request; its log says why.")
+
+    def _route(self, request: Request, later: Callable[[Response], None]) -> Response | None:
+        path = request.path.partition("?")[0]
+        parts = tuple(unquote(part) for part in path.strip("/").split("/"))
+        match parts:
+            case ("v2", "models", name, "infer") | ("v2", "models", name, "versions", _, "infer"):
+                if request.method != "POST":
+                    raise _not_allowed(request, "POST")
+                version = parts[4] if len(parts) == 6 else None
+                return self._endpoint(name).infer(request, version, partial(self._compute, later))
+            case ("v2", "repository", "index"):
+                if request.method != "POST":
+                    raise _not_allowed(request, "POST")
+                only_ready = _asks_for_ready(request.body)
+                return _json([e.in_index() for e in self.endpoints if e.current() or not only_ready])
+            case ("metrics",):
+                if request.method not in ("GET", "HEAD"):
+                    raise _not_allowed(request, "GET, HEAD")
+                number = next(self._page)
+                self._pages[number] = later
+                self._send("page", number)
+                return None
+            case _:
+                found = self._look(request, path, parts)
+                if request.method not in ("GET", "HEAD"):
+                    raise _not_allowed(request, "GET, HEAD")
+                return found
+
+    def _look(self, request: Request, path: str, parts: tuple[str, ...]) -> Response:
+        """What there is to read."""
+        match parts:
+            case ("v2",):
+                extensions = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
+                return _json({"name": "lepton_airflow", "version": __version__, "extensions": extensions})
+            case ("v2", "openapi.json") | ("openapi.json",):
+                serving = {e.name: served for e in self.endpoints if (served := e.current())}
+                return _json(describe.openapi(serving, self.post.limits.rows))
+            case ("docs",):
+                port = self.post.listener.getsockname()[1]
+                models = {e.name: e.current() for e in self.endpoints}
+                page = describe.page(models, describe.base_url(request.headers, port))
+                return Response(200, page.encode(), "text/html; charset=utf-8", _NO_SCRIPTS)
+            case ("v2", "health", "live"):
+                return _json({"live": True})
+            case ("v2", "health", "ready"):
+                is_ready = not self.listener.draining and all(e.current() for e in self.endpoints)
+                return _json({"ready": is_ready}, 200 if is_ready else 503)
+            case ("v2", "models", "stats") if "stats" not in self.by_name:
+                return _json({"model_stats": [e.statistics() for e in self.endpoints if e.current()]})
+            case ("v2", "models", name) | ("v2", "models", name, "versions", _):
+                return _json(self._endpoint(name).metadata(parts[4] if len(parts) == 5 else None))
+            case ("v2", "models", name, "ready") | ("v2", "models", name, "versions", _, "ready"):
+                self._endpoint(name).find(parts[4] if len(parts) == 6 else None)
+                return _json({"name": name, "ready": True})
+            case ("v2", "models", name, "config") | ("v2", "models", name, "versions", _, "config"):
+                return _json(self._endpoint(name).configuration(parts[4] if len(parts) == 6 else None))
+            case ("v2", "models", name, "stats") | ("v2", "models", name, "versions", _, "stats"):
+                version = parts[4] if len(parts) == 6 else None
+                return _json({"model_stats": [self._endpoint(name).statistics(version)]})
+            case _:
+                raise _nothing_at(path)
+
+    def _endpoint(self, name: str) -> Endpoint:
+        endpoint = self.by_name.get(name)
+        if endpoint is None:
+            raise RequestError(
+                404, f"there is no model {name[:100]!r} here; {did_you_mean(name[:100], self.by_name)}"
+            )
+        return endpoint
+
+    def _compute(
+        self,
+        later: Callable[[Response], None],
+        endpoint: Endpoint,
+        seconds: float,
+        compute: Callable[[], Answer],
+        answered: Callable[[Answer | RequestError], Response],
+    ) -> Response | None:
+        """Compute an answer here if that is quick, else in a thread."""
+        if seconds <= _INLINE_S:
+            return answered(_attempt(compute))
+        if endpoint.in_flight >= self.post.limits.in_flight:
+            most = self.post.limits.in_flight
+            return answered(
+                RequestError(
+                    503, f"{most} requests are in flight, the limit: come back later.", retry_after="1"
+                )
+            )
+        endpoint.count_in_flight(1)
+
+        def job() -> None:
+            outcome = _attempt(compute)
+            self.loop.call_soon_threadsafe(done, outcome)
+
+        def done(outcome: Answer | RequestError) -> None:
+            endpoint.count_in_flight(-1)
+            later(answered(outcome))
+
+        self._queue.put(seconds, job)
+        return None
+
+    def _page_there(self, number: int, page: bytes, content_type: str) -> None:
+        later = self._pages.pop(number, None)
+        if later:
+            later(Response(200, page, content_type))
+
+
+class Endpoint:
+    """A model of this server: the version in service, and what is asked of it."""
+
+    def __init__(self, name: str, number: int, post: Post) -> None:
+        self.name = name
+        self.number = number
+        self.post = post
+        self.models: list[ServedModel | None] = [None, None]
+        self.in_flight = 0
+
+    def current(self) -> ServedModel | None:
+        """The version in service."""
+        slot = self.post.slots[self.number]
+        return None if slot == NONE else self.models[slot]
+
+    def find(self, version: str | None) -> ServedModel:
+        """The version in service, if it is the one asked for."""
+        current = self.current()
+        if current is None:
+            raise RequestError(
+                503, f"endpoint {self.name!r} has no version in service yet: deploy one.", retry_after="1"
+            )
+        if version not in (None, current.desired.version):
+            serving = current.desired.version
+            raise RequestError(
+                404, f"version {version[:100]!r} of {self.name!r} is not in service, version {serving!r} is."
+            )
+        return current
+
+    def metadata(self, version: str | None) -> dict[str, Any]:
+        """What the model takes and gives."""
+        served = self.find(version)
+        return metadata(self.name, served.desired.version, served.card.features, served.outputs)
+
+    def configuration(self, version: str | None) -> dict[str, Any]:
+        """The model as Triton describes its configuration."""
+        served = self.find(version)
+        return configuration(self.name, served.card.features, served.outputs, self.post.limits.rows)
+
+    def statistics(self, version: str | None = None) -> dict[str, Any]:
+        """What is counted of the endpoint, as Triton writes it; what is not measured has the count 0."""
+        served, counters = self.find(version), self.post.counters
+        by_status = dict(counters.requests(self.number))
+        answered = int(by_status.pop(200, 0))
+        took = {"count": answered, "ns": int(counters.seconds(self.number)[1] * 1e9)}
+        nothing = {"count": 0, "ns": 0}
+        parts = ("queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+        failed = {"count": int(sum(by_status.values())), "ns": 0}
+        return {
+            "name": self.name,
+            "version": served.desired.version,
+            "inference_count": int(counters.rows(self.number)),
+            "execution_count": answered,
+            "inference_stats": {"success": took, "fail": failed} | dict.fromkeys(parts, nothing),
+            "batch_stats": [],
+        }
+
+    def in_index(self) -> dict[str, str]:
+        """Its line in the index of the repository."""
+        current = self.current()
+        if current is None:
+            return {"name": self.name, "state": "UNAVAILABLE", "reason": "no version is in service"}
+        return {"name": self.name, "version": current.desired.version, "state": "READY", "reason": ""}
+
+    def count_in_flight(self, change: int) -> None:
+        """Count requests that are admitted and not answered."""
+        self.in_flight += change
+        self.post.counters.set_in_flight(self.post.number, self.number, self.in_flight)
+
+    def infer(
+        self, request: Request, version: str | None, compute: Callable[..., Response | None]
+    ) -> Response | None:
+        """Have an inference request answered, and count it."""
+        add = partial(self.post.counters.add, self.post.number, self.number)
+
+        def answered(outcome: Answer | RequestError) -> Response:
+            if isinstance(outcome, RequestError):
+                add(outcome.status)
+                return refusal(outcome.status, str(outcome), outcome.headers)
+            add(200, time.perf_counter() - request.started, outcome.rows)
+            headers = {}
+            if outcome.encoding is not None:
+                headers = {"content-encoding": outcome.encoding, "vary": "accept-encoding"}
+            if outcome.header_length is None:
+                return Response(200, outcome.content, headers=headers)
+            headers[HEADER_LENGTH] = str(outcome.header_length)
+            return Response(200, outcome.content, "application/octet-stream", headers)
+
+        try:
+            model = self.find(version)
+            header_length = _header_length(request)
+        except RequestError as error:
+            return answered(error)
+        limits = self.post.limits
+        encoding = request.headers.get("content-encoding", "").lower() or "identity"
+        accepted = request.headers.get("accept-encoding", "")
+        size = len(request.body) * (1 if encoding == "identity" else 10)
+        return compute(
+            self,
+            model.seconds(size, is_binary=header_length is not None),
+            lambda: _packed(
+                model.answer(
+                    _unpacked(request.body, encoding, limits.connections.body_bytes),
+                    limits.rows,
+                    header_length,
+                ),
+                accepted,
+            ),
+            answered,
+        )
+
+
+def _attempt(compute: Callable[[], Answer]) -> Answer | RequestError:
+    try:
+        return compute()
+    except RequestError as error:
+        return error
+    except MemoryError:
+        return RequestError(503, "too little memory for this request: send its rows in several requests.")
+    except Exception:
+        log.exception("an inference request failed")
+        return RequestError(500, "the server failed on this request; its log says why.")
+
+
+def _header_length(request: Request) -> int | None:
+    text = request.headers.get(HEADER_LENGTH.lower())
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise RequestError(400, f"{HEADER_LENGTH} is {text[:40]!r}, expected a number of bytes.")
+    return int(text)
+
+
+def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
+    """The body of a request as it was before it was packed for the way."""
+    if encoding == "identity":
+        return body
+    bits = _BITS.get(encoding)
+    if bits is None:
+        raise RequestError(
+            415, f"content-encoding {encoding[:40]!r} is not known here: send gzip, deflate or identity."
+        )
+    try:
+        unpacker = zlib.decompressobj(bits)
+        found = unpacker.decompress(body, most + 1)
+    except zlib.error:
+        if bits != 15:
+            raise RequestError(400, f"the body is no {encoding}.") from None
+        try:  # deflate without zlib's own head, as some clients send it
+            unpacker = zlib.decompressobj(-15)
+            found = unpacker.decompress(body, most + 1)
+        except zlib.error:
+            raise RequestError(400, "the body is no deflate.") from None
+    if len(found) > most:
+        raise RequestError(
+            413,
+            f"the request has more than {most} bytes unpacked, the limit: send its rows in several requests.",
+        )
+    if not unpacker.eof or unpacker.unused_data:
+        raise RequestError(400, f"the body is not one whole {encoding} stream.")
+    return found
+
+
+def _packed(answer: Answer, accepted: str) -> Answer:
+    """An answer as a client that accepts these encodings gets it."""
+    if len(answer.content) < _PACKED or (encoding := _chosen(accepted)) is None:
+        return answer
+    packer = zlib.compressobj(1, zlib.DEFLATED, _BITS[encoding])
+    return replace(answer, content=packer.compress(answer.content) + packer.flush(), encoding=encoding)
+
+
+@lru_cache(maxsize=256)
+def _chosen(accepted: str) -> str | None:
+    """The encoding of an answer, by the header Accept-Encoding: gzip, unless the client wants it less than deflate."""
+    weights: dict[str, float] = {}
+    for part in accepted.lower().split(","):
+        name, _, parameters = part.partition(";")
+        key, _, weight = parameters.partition("=")
+        try:
+            weights[name.strip()] = float(weight) if key.strip() == "q" else 1.0
+        except ValueError:
+            continue
+    found = max(("gzip", "deflate"), key=lambda name: weights.get(name, 0.0))
+    return found if weights.get(found, 0.0) > 0 else None
+
+
+def _asks_for_ready(body: bytes) -> bool:
+    """Whether an index should hold nothing but what is ready."""
+    if not body.strip():
+        return False
+    try:
+        return bool(_INDEX.decode(body).ready)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise RequestError(400, 'the body should be empty or {"ready": true}.') from None
+
+
+class _Index(msgspec.Struct):
+    ready: bool | None = None
+
+
+class Queue:
+    """Threads that compute; of what waits, first what has waited long for its size."""
+
+    def __init__(self, threads: int) -> None:
+        self._jobs: list[tuple[float, int, Callable[[], None]]] = []
+        self._number = itertools.count()
+        self._change = threading.Condition()
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"inference-{number}", daemon=True).start()
+
+    def put(self, seconds: float, job: Callable[[], None]) -> None:
+        """Have a job done that should take so long."""
+        with self._change:
+            heapq.heappush(self._jobs, (time.monotonic() + _FAIR * seconds, next(self._number), job))
+            self._change.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                while not self._jobs:
+                    self._change.wait()
+                job = heapq.heappop(self._jobs)[2]
+            job()
+            del job  # its request
+
+
+_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+_INDEX = msgspec.json.Decoder(_Index)
+_NO_SCRIPTS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(status, msgspec.json.encode(value))
+
+
+def _nothing_at(path: str) -> RequestError:
+    return RequestError(404, f"there is nothing at {path[:100]}. See GET /v2.")
+
+
+def _not_allowed(request: Request, allowed: str) -> RequestError:
+    return RequestError(
+        405,
+        f"{request.method} {request.path[:100]} is not allowed: expected {allowed}. See GET /v2.",
+        allow=allowed,
+    )
+
+
+def try_out(pipe: Pipe, desired: Desired, files: dict[str, bytes], golden: dict[str, Any]) -> None:
+    """Load a version in a process of its own, check and measure it, and tell the supervisor; it may be the process's end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    started = time.monotonic()
+    try:
+        model = ServedModel.of(desired, files)
+        numbers = measure(model, golden)
+    except LeptonError as error:
+        pipe.send(error)
+    except Exception as error:
+        log.exception("endpoint %s: version %s", desired.endpoint, desired.version)
+        pipe.send(LeptonError(f"it cannot be loaded: {error!r}."))
+    else:
+        pipe.send({"load_s": time.monotonic() - started} | numbers)

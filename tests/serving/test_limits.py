@@ -1,0 +1,264 @@
+"""What clients may take: time for heads and bodies, bytes that wait, connections of one address; and what happens to others."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from lepton_airflow.serving.http import ConnectionLimits, Listener, Request, Response
+from lepton_airflow.serving.worker import Queue
+
+TIGHT = ConnectionLimits(
+    body_bytes=400_000,
+    waiting_bytes=1_600_000,
+    head_bytes=4096,
+    head_s=0.5,
+    body_s=1.0,
+    write_s=1.0,
+    idle_s=1.0,
+)
+
+
+class Server:
+    """A listener in a thread, which answers with what it was sent; ``/later`` when the test says so."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.socket.getsockname()[1]
+        self.limits = limits
+        self.refused: list[int] = []
+        self.later: list[Callable[[], None]] = []
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    async def _run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.end = asyncio.Event()
+        self.listener = Listener(self.limits, self._answer, self.refused.append)
+        self.listener.listen(self.socket)
+        self._ready.set()
+        await self.end.wait()
+        self.listener.close()
+
+    def _answer(self, request: Request, later: Callable[[Response], None]) -> Response | None:
+        response = Response(200, request.body or request.path.encode(), "text/plain")
+        if request.path == "/later":
+            self.later.append(lambda: self.loop.call_soon_threadsafe(later, response))
+            return None
+        if request.path == "/large":
+            return Response(200, b"x" * 20_000_000)
+        return response
+
+    def connect(self, address: str = "127.0.0.1") -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(address, 0))
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.end.set)
+        self._thread.join(10)
+        self.socket.close()
+
+
+@contextmanager
+def serving(**changes: Any) -> Iterator[Server]:
+    from dataclasses import replace
+
+    server = Server(replace(TIGHT, **changes))
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as found:
+        yield found
+
+
+def said(client: socket.socket) -> bytes:
+    """All that the server says until it ends the connection."""
+    found = b""
+    try:
+        while part := client.recv(65536):
+            found += part
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def is_good(server: Server, address: str = "127.0.0.9") -> float:
+    """Ask as a client that does no harm; returns how long it took [seconds]."""
+    started = time.monotonic()
+    with server.connect(address) as client:
+        client.sendall(b"GET /good HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert said(client).endswith(b"\r\n\r\n/good")
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 5000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 1000 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 400_000, 431),  # a header that never ends
+        (b"POST / HTTP/1.1\r\nContent-Length: 400001\r\n\r\n", 413),
+        (b"POST / HTTP/1.1\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"8000\r\n" + b"a" * 0x8000 + b"\r\n" + b"60000\r\n" + b"a" * 0x60000, 413),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"CONNECT a:1 HTTP/1.1\r\n\r\n", 405),
+        (b"\x16\x03\x01\x02\x00\x01", 400),  # TLS
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"\x00" * 100, 400),
+        (b"GET / HTTP/1.1\r\nHost: x", 408),
+        (b"G", 408),
+        (b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc", 408),
+    ],
+    ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else str(value),
+)  # fmt: skip
+def test_what_is_no_request_within_the_limits_is_refused_and_the_connection_ends(
+    server: Server, sent: bytes, status: int
+) -> None:
+    with server.connect() as client:
+        client.sendall(sent)
+        answer = said(client)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"connection: close" in answer
+    assert b'{"error":"' in answer
+    assert server.refused[-1] == status
+    is_good(server)
+
+
+def test_a_silent_connection_is_ended(server: Server) -> None:
+    with server.connect() as client:
+        started = time.monotonic()
+        assert said(client) == b""
+        assert time.monotonic() - started < 2
+
+
+def test_a_connection_that_was_answered_is_kept_and_ended_when_nothing_more_comes(server: Server) -> None:
+    with server.connect() as client:
+        for _ in range(3):
+            client.sendall(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1000).endswith(b"/a")
+            time.sleep(0.3)
+        assert said(client) == b""
+
+
+def test_a_head_byte_by_byte_does_not_buy_time(server: Server) -> None:
+    with server.connect() as client:
+        started = time.monotonic()
+        with pytest.raises(OSError):  # noqa: PT011, PT012 - reset, or a broken pipe
+            for byte in b"GET / HTTP/1.1\r\n" + b"a" * 100:
+                client.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert time.monotonic() - started < 4
+
+
+def test_bodies_on_their_way_of_one_address_leave_room_for_others(server: Server) -> None:
+    clients = [server.connect("127.0.0.2") for _ in range(4)]
+    for client in clients:
+        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 390000\r\n\r\n" + b"a" * 300_000)
+    # Half of 1,600,000 bytes may wait for one address: two of the four are told to come back.
+    answers = [said(client)[:12] for client in clients]
+    assert sorted(answers) == [b"HTTP/1.1 408"] * 2 + [b"HTTP/1.1 503"] * 2
+    assert server.listener.waiting == 0
+    assert not server.listener.waiting_by_address
+    is_good(server)
+
+
+def test_one_address_takes_no_connection_from_others() -> None:
+    with serving(connections=30, per_address=20, head_s=30.0) as server:
+        clients = [server.connect("127.0.0.2") for _ in range(100)]
+        assert is_good(server) < 2
+        assert len(server.listener.connections) <= 21
+        for client in clients:
+            client.close()
+
+
+def test_a_client_that_asks_keeps_its_connection_among_silent_ones_of_its_address() -> None:
+    ways = {"connections": 30, "per_address": 10, "head_s": 30.0, "idle_s": 30.0}
+    with serving(**ways) as server, server.connect() as good:
+        silent = []
+        for _ in range(30):
+            silent.append(server.connect())
+            good.sendall(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert good.recv(1000).endswith(b"/a")
+        for client in silent:
+            client.close()
+
+
+def test_a_client_that_does_not_read_is_ended(server: Server) -> None:
+    with server.connect() as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(2.5)
+        assert len(said(client)) < 20_000_000
+    is_good(server)
+
+
+def test_requests_in_a_row_are_answered_in_their_order_also_when_the_first_takes_long(server: Server) -> None:
+    with server.connect() as client:
+        client.sendall(
+            b"POST /later HTTP/1.1\r\nContent-Length: 5\r\n\r\nfirst"
+            + b"".join(b"GET /%d HTTP/1.1\r\n\r\n" % n for n in range(40))
+            + b"GET /last HTTP/1.1\r\nConnection: close\r\n\r\n"
+        )
+        while not server.later:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        server.later.pop()()
+        bodies = [part.rpartition(b"\r\n\r\n")[2] for part in said(client).split(b"HTTP/1.1 200")]
+    assert bodies == [b"", b"first", *(b"/%d" % n for n in range(40)), b"/last"]
+
+
+def test_a_wrong_request_after_a_good_one_leaves_the_good_one_its_answer(server: Server) -> None:
+    with server.connect() as client:
+        client.sendall(b"POST /later HTTP/1.1\r\nContent-Length: 5\r\n\r\nfirst" + b"nonsense\r\n\r\n")
+        while not server.later:
+            time.sleep(0.01)
+        server.later.pop()()
+        answer = said(client)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"first" in answer
+    assert b"HTTP/1.1 400" in answer
+
+
+def test_a_client_that_leaves_is_forgotten(server: Server) -> None:
+    client = server.connect()
+    client.sendall(b"POST /later HTTP/1.1\r\nContent-Length: 5\r\n\r\nfirst")
+    while not server.later:
+        time.sleep(0.01)
+    client.close()
+    time.sleep(0.2)
+    server.later.pop()()
+    is_good(server)
+    time.sleep(0.1)
+    assert len(server.listener.connections) == 0
+
+
+def test_a_large_job_is_overtaken_by_small_ones_and_not_for_ever() -> None:
+    gate, order = threading.Event(), []
+    queue = Queue(1)
+    queue.put(0.0, lambda: gate.wait(10) and None)
+    time.sleep(0.05)
+    queue.put(1.0, lambda: order.append("large"))
+    queue.put(0.001, lambda: order.append("small"))
+    queue.put(10.0, lambda: order.append("huge"))
+    queue.put(0.001, lambda: order.append("small"))
+    done = threading.Event()
+    queue.put(60.0, done.set)
+    gate.set()
+    assert done.wait(10)
+    assert order == ["small", "small", "large", "huge"]

@@ -1,0 +1,222 @@
+"""Several workers behind one port: one version at a time, a death that costs only what it held, one sum of all counters."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from lepton_airflow.contract import split_pin
+from lepton_airflow.delivery import endpoints
+from lepton_airflow.serving.reconcile import Died
+from lepton_airflow.serving.supervisor import Fleet, Settings
+from lepton_airflow.serving.worker import Limits
+from lepton_airflow.testing import LocalEndpoint, processes
+from tests.serving.test_server import call, deploy, metrics, tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lepton_airflow.stages import RunInfo
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def two_workers(shelf: Any, folder: Path, name: str, *options: str) -> Iterator[LocalEndpoint]:
+    ways = ("--poll-s", "0.1", "--workers", "2", *options)
+    with LocalEndpoint(name, shelf.run.store.root, folder, options=ways) as server:
+        yield server
+
+
+def workers_of(server: LocalEndpoint) -> list[psutil.Process]:
+    """The processes that answer requests: the children of the one that forks them."""
+    pid = processes.pid(f"endpoint-{server.endpoint}", server.home)
+    forkers = [p for p in psutil.Process(pid).children() if "forkserver" in " ".join(p.cmdline())]
+    return [child for forker in forkers for child in forker.children()]
+
+
+def test_a_worker_that_dies_is_replaced_and_costs_only_what_it_held(
+    shelf: Any, run_at: RunInfo, tmp_path: Path
+) -> None:
+    body = json.dumps({"inputs": tensors(shelf.wine.rows[:1], shelf.wine.package)}).encode()
+    stop, answered, lost = threading.Event(), Counter[int](), []
+
+    def client(port: int, number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        while not stop.is_set():
+            try:
+                connection.request("POST", "/v2/models/two/infer", body)
+                answer = connection.getresponse()
+                answer.read()
+                answered[answer.status] += 1
+            except (OSError, http.client.HTTPException):
+                lost.append(number)
+                connection.close()
+
+    with two_workers(shelf, tmp_path, "two") as server:
+        deploy(run_at, "two", shelf.wine.uri)
+        clients = [threading.Thread(target=client, args=(server.port, number)) for number in range(8)]
+        for thread in clients:
+            thread.start()
+        try:
+            for _ in range(3):
+                before = set(workers_of(server))
+                assert len(before) == 2
+                os.kill(min(p.pid for p in before), signal.SIGKILL)
+                _until(lambda old=before: len(set(workers_of(server)) - old) == 1)  # type: ignore[misc]
+                seen = answered[200]
+                _until(lambda n=seen: answered[200] > n + 200)  # type: ignore[misc]
+        finally:
+            stop.set()
+            for thread in clients:
+                thread.join()
+        page = metrics(server)
+    assert set(answered) == {200}
+    assert len(lost) <= 3 * len(clients)  # what a killed worker held: at most one request of each connection
+    # A request that was computed and never sent counts, too.
+    counted = page['lepton_serve_requests_total{endpoint="two",status="200"}']
+    assert answered[200] <= counted <= answered[200] + len(lost)
+    assert page["lepton_serve_worker_restarts_total"] == 3
+    assert page["lepton_serve_workers"] == 2
+    assert page['lepton_serve_in_flight{endpoint="two"}'] == 0
+
+
+def test_all_workers_change_at_one_moment(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
+    """An answer of the new version is never followed by one of the former, whichever workers give them."""
+    body = json.dumps({"inputs": tensors(shelf.wine.rows[:1], shelf.wine.package)}).encode()
+    versions = [(split_pin(m.uri)[1] or "")[:12] for m in (shelf.wine, shelf.other_wine)]
+    stop, spans = threading.Event(), []
+
+    def client(port: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        while not stop.is_set():
+            asked = time.monotonic()
+            connection.request("POST", "/v2/models/swap2/infer", body)
+            version = json.loads(connection.getresponse().read())["model_version"]
+            spans.append((asked, time.monotonic(), version))
+        connection.close()
+
+    with two_workers(shelf, tmp_path, "swap2") as server:
+        deploy(run_at, "swap2", shelf.wine.uri)
+        clients = [threading.Thread(target=client, args=(server.port,)) for _ in range(6)]
+        for thread in clients:
+            thread.start()
+        try:
+            deploy(replace(run_at, run_key=f"{run_at.run_key}-2"), "swap2", shelf.other_wine.uri)
+            time.sleep(0.3)
+        finally:
+            stop.set()
+            for thread in clients:
+                thread.join()
+        cpu = [sum(p.cpu_times()[:2]) for p in workers_of(server)]
+    assert {version for *_, version in spans} == set(versions)
+    first_new = min(end for _, end, version in spans if version == versions[1])
+    assert [s for s in spans if s[0] > first_new and s[2] == versions[0]] == []
+    assert min(cpu) > 0.2 * max(cpu)  # both have worked
+
+
+def test_health_checks_have_a_port_that_no_request_reaches(
+    shelf: Any, run_at: RunInfo, tmp_path: Path
+) -> None:
+    port = processes.free_port()
+    with two_workers(shelf, tmp_path, "health", "--health-port", str(port)) as server:
+        at = f"http://127.0.0.1:{port}"
+        assert call(f"{at}/v2/health/live")[:2] == (200, {"live": True})
+        assert call(f"{at}/v2/health/ready")[:2] == (503, {"ready": False})
+        deploy(run_at, "health", shelf.wine.uri)
+        for worker in workers_of(server):
+            worker.suspend()  # as if requests held them all
+        try:
+            assert call(f"{at}/v2/health/ready")[:2] == (200, {"ready": True})
+        finally:
+            for worker in workers_of(server):
+                worker.resume()
+        assert call(f"{at}/v2/models/health/infer", b"{}")[0] == 405
+        assert "there is nothing at /v2: here are" in call(f"{at}/v2")[1]["error"]
+
+
+def test_several_models_share_a_server(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
+    server = LocalEndpoint(
+        "left", shelf.run.store.root, tmp_path, options=("--poll-s", "0.1"), more=("right",)
+    )
+    with server:
+        deploy(run_at, "left", shelf.wine.uri)
+        assert call(f"{server.url}/v2/health/ready")[0] == 503  # one of two
+        deploy(replace(run_at, run_key=f"{run_at.run_key}-r"), "right", shelf.diabetes.uri)
+        assert call(f"{server.url}/v2/health/ready")[0] == 200
+        for name, trained in (("left", shelf.wine), ("right", shelf.diabetes)):
+            inputs = tensors(trained.rows[:2], trained.package)
+            body = json.dumps({"inputs": inputs}).encode()
+            status, answer, _ = call(f"{server.url}/v2/models/{name}/infer", body)
+            assert (status, answer["model_name"]) == (200, name)
+        found = {s.server for name in ("left", "right") for s in endpoints.read_statuses(run_at.store, name)}
+        assert len(found) == 1
+
+
+def test_workers_end_when_their_supervisor_is_killed(shelf: Any, tmp_path: Path) -> None:
+    with two_workers(shelf, tmp_path, "orphans") as server:
+        workers = workers_of(server)
+        server.kill()
+        _until(lambda: not any(worker.is_running() for worker in workers))
+
+
+def test_a_trial_that_ends_without_a_word_is_said_to_have_died(shelf: Any) -> None:
+    settings = Settings(
+        names=("wine",),
+        host="127.0.0.1",
+        port=0,
+        health_port=None,
+        url=None,
+        workers=1,
+        limits=Limits(),
+        poll_s=1,
+        drain_s=0,
+    )
+    fleet = Fleet(settings, None, bytes)  # type: ignore[arg-type]
+    desired = endpoints.Desired(
+        endpoint="wine",
+        package=shelf.wine.uri,
+        version="1",
+        golden="",
+        run_key="",
+        max_difference=1.0,
+        max_latency_ms=1.0,
+        max_memory_mb=1.0,
+    )
+    rows = [dict.fromkeys((f.name for f in shelf.wine.package.card.features), None)] * 200_000
+    golden = {"rows": rows, "answers": [[0.3, 0.3, 0.4]] * len(rows)}  # which keeps it busy
+    outcome: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            fleet.try_out(desired, shelf.run.store.load(shelf.wine.uri), golden)
+        except BaseException as error:  # noqa: BLE001 - it is looked at below
+            outcome.append(error)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    _until(lambda: bool(fleet._trials))
+    time.sleep(0.5)
+    os.kill(next(iter(fleet._trials)).pid, signal.SIGSEGV)
+    thread.join(30)
+    assert isinstance(outcome[0], Died)
+    assert "SIGSEGV" in str(outcome[0])
+
+
+def _until(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
