@@ -241,7 +241,8 @@ class Fleet:
         self._limits = _within_files(settings)
         self._workers: dict[int, _Worker] = {}
         self._held: dict[tuple[int, int], tuple[Desired, Mapping[str, bytes], dict[str, float]]] = {}
-        self._changing = threading.RLock()
+        self._changing = threading.RLock()  # one version at a time
+        self._members = threading.Lock()  # a worker that starts has what is held, or is told
         self._loaded = threading.Condition()
         self._answers: dict[tuple[int, int, int], str | None] = {}
         self._trials: set[BaseProcess] = set()
@@ -273,19 +274,22 @@ class Fleet:
         with self._changing:
             before = self.slots[endpoint]
             slot = 1 if before == 0 else 0
-            self._held[endpoint, slot] = (desired, files, numbers)
-            workers = list(self._workers.values())
+            with self._members:
+                self._held[endpoint, slot] = (desired, files, numbers)
+                workers = list(self._workers.values())
             for w in workers:
                 self._answers.pop((w.number, endpoint, slot), None)
                 w.send("load", endpoint, slot, desired, files, numbers)
             failure = self._wait_loaded(workers, endpoint, slot)
             if failure is not None:
-                del self._held[endpoint, slot]
+                with self._members:
+                    self._held.pop((endpoint, slot), None)
                 raise LeptonError(f"a worker cannot load version {desired.version}: {failure}")
             self.slots[endpoint] = slot
             if before != NONE:
                 # Requests that were admitted before hold the former version as long as they need it.
-                self._held.pop((endpoint, before), None)
+                with self._members:
+                    self._held.pop((endpoint, before), None)
                 for w in list(self._workers.values()):
                     w.send("drop", endpoint, before)
 
@@ -380,10 +384,11 @@ class Fleet:
         process.start()
         theirs.close()
         w = _Worker(number, process, ours, time.monotonic(), threading.Lock())
-        for (endpoint, slot), (desired, files, numbers) in self._held.items():
-            w.send("load", endpoint, slot, desired, files, numbers)
-        w.send("open")  # when it has what the others have
-        self._workers[number] = w
+        with self._members:
+            for (endpoint, slot), (desired, files, numbers) in self._held.items():
+                w.send("load", endpoint, slot, desired, files, numbers)
+            w.send("open")  # when it has what the others have
+            self._workers[number] = w
 
     def _watch(self) -> None:
         """Hear what the workers say, and replace those that end or give no sign of life."""
@@ -395,6 +400,8 @@ class Fleet:
                     self._hear(w, w.pipe.recv())
                 except (EOFError, OSError):
                     self._replace(w)
+                except Exception:  # whatever it was, the others are to be kept
+                    log.exception("worker %d", w.number)
             for w in list(self._workers.values()):
                 if time.monotonic() - w.heard > _HUNG_S:
                     log.error("worker %d has not answered for %g s", w.number, _HUNG_S)
@@ -420,8 +427,8 @@ class Fleet:
         self.restarts += 1
         self.counters.forget_in_flight(w.number)
         log.error("worker %d ended %s; another one takes its place", w.number, _how(w.process.exitcode))
-        if time.monotonic() - w.heard < 1.0 and self.restarts > 20:
-            time.sleep(0.5)  # one that ends as soon as it starts should not use the machine up
+        if self.restarts > 20:
+            time.sleep(0.5)  # workers that end again and again should not use the machine up
         self._start(w.number)
 
 

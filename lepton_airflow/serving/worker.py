@@ -66,8 +66,7 @@ class Limits:
 class Post:
     """What a worker gets from the supervisor when it starts.
 
-    :ivar slots: for each endpoint which of its two places holds the version in service, or ``NONE``; then, whether the server
-        is draining.
+    :ivar slots: for each endpoint which of its two places holds the version in service, or ``NONE``.
     :ivar grpc: the address on which each worker listens for gRPC.
     """
 
@@ -321,8 +320,11 @@ class Endpoint:
 
     def current(self) -> ServedModel | None:
         """The version in service."""
-        slot = self.post.slots[self.number]
-        return None if slot == NONE else self.models[slot]
+        while (slot := self.post.slots[self.number]) != NONE:
+            model = self.models[slot]
+            if model is not None or slot == self.post.slots[self.number]:
+                return model  # else the version changed in between, and the former one was dropped
+        return None
 
     def find(self, version: str | None) -> ServedModel:
         """The version in service, if it is the one asked for."""
