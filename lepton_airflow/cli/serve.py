@@ -53,6 +53,18 @@ def add(commands: Commands) -> None:
         help="of each worker, for large requests; default: the CPUs divided by the workers",
     )
     serve.add_argument(
+        "--batch-rows",
+        type=int,
+        default=0,
+        help="compute small requests that come together in one call, up to so many rows; default: each by itself",
+    )
+    serve.add_argument(
+        "--batch-wait-ms",
+        type=float,
+        default=2.0,
+        help="how long the first request of a batch waits for others [ms]; default: 2",
+    )
+    serve.add_argument(
         "--poll-s", type=seconds, default=1.0, help="how often to look for a new version [seconds]"
     )
     serve.add_argument(
@@ -85,6 +97,8 @@ def _serve(args: argparse.Namespace) -> int:
         rows=args.max_rows,
         in_flight=args.max_in_flight,
         threads=args.threads or max(1, cpus // max(1, args.workers)),
+        batch_rows=args.batch_rows,
+        batch_wait_s=args.batch_wait_ms / 1000,
         connections=connections,
     )
     settings = Settings(

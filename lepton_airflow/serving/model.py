@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle
@@ -19,10 +19,19 @@ from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import BadInput, LeptonError
 from lepton_airflow.packaging.card import ModelCard
 from lepton_airflow.packaging.session import open_session
-from lepton_airflow.serving.protocol import Answer, Output, RequestError, parse, render, request_body
+from lepton_airflow.serving.protocol import (
+    Answer,
+    Inference,
+    Output,
+    RequestError,
+    parse,
+    render,
+    request_body,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
+    from numpy.typing import NDArray
 
 _WARM_UP = 20  # requests of one row before any is timed
 _TIMED = 200  # requests of one row, or as many as fit into the time
@@ -72,7 +81,12 @@ class ServedModel:
 
     def seconds(self, size: int, *, is_binary: bool) -> float:
         """How long an answer to a body of so many bytes should take, from what was measured [seconds]."""
-        rows = size / (len(self.card.features) * (_BINARY_VALUE if is_binary else _JSON_VALUE))
+        return self.seconds_of(
+            size / (len(self.card.features) * (_BINARY_VALUE if is_binary else _JSON_VALUE))
+        )
+
+    def seconds_of(self, rows: float) -> float:
+        """How long so many rows should take [seconds]."""
         numbers = self.numbers
         return (numbers.get("latency_p50_ms", 1.0) + rows * numbers.get("latency_row_ms", 1.0)) / 1000
 
@@ -87,17 +101,28 @@ class ServedModel:
             found[node.name] = Output(node.name, _DATATYPES.get(node.type, ""), [-1, *shape[1:]], told)
         return {name: found[name] for name in self.card.outputs if name in found}
 
-    def answer(self, body: bytes, max_rows: int, header_length: int | None = None) -> Answer:
-        """The answer to an inference request; see :func:`lepton_airflow.serving.protocol.parse`.
+    def read(self, body: bytes, max_rows: int, header_length: int | None = None) -> Inference:
+        """A request in the form that the model takes; see :func:`lepton_airflow.serving.protocol.parse`."""
+        return parse(body, self.card.features, list(self.outputs), max_rows, header_length)
 
-        :raises RequestError: the request is wrong.
-        """
-        inference = parse(body, self.card.features, list(self.outputs), max_rows, header_length)
+    def run(self, inference: Inference) -> list[NDArray[Any]]:
+        """The values of the outputs that were asked for; raises RequestError where the model fails on these rows."""
         try:
-            values = self.session.run(list(inference.outputs), inference.feed)
+            return self.session.run(list(inference.outputs), inference.feed)
         except Exception as error:  # noqa: BLE001 - as in _session
             raise RequestError(422, f"the model cannot compute these rows: {str(error)[:300]}") from None
+
+    def render(self, inference: Inference, values: Sequence[NDArray[Any]]) -> Answer:
+        """The answer with these values."""
         return render(self.desired.endpoint, self.desired.version, inference, self.outputs, values)
+
+    def answer(self, body: bytes, max_rows: int, header_length: int | None = None) -> Answer:
+        """The answer to an inference request.
+
+        :raises RequestError: the request is wrong, or the model fails on it.
+        """
+        inference = self.read(body, max_rows, header_length)
+        return self.render(inference, self.run(inference))
 
     def _check_signature(self) -> None:
         """Raise BadInput unless the graph takes and gives what the card says."""

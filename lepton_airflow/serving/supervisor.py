@@ -87,6 +87,11 @@ class Settings:
         for name, number in numbers.items():
             if number < 1:
                 raise BadConfiguration(f"{name}={number}: expected at least 1.")
+        if self.limits.batch_rows < 0 or not 0 <= self.limits.batch_wait_s < 10:
+            raise BadConfiguration(
+                f"batch_rows={self.limits.batch_rows}, batch_wait_ms={1000 * self.limits.batch_wait_s:g}: expected 0 rows or "
+                "more, and at most 10,000 ms."
+            )
 
 
 def serve(store: Store, settings: Settings) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection as Pipe
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 import msgspec
@@ -30,16 +30,25 @@ from lepton_airflow import __version__
 from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import LeptonError, did_you_mean
 from lepton_airflow.serving import describe
+from lepton_airflow.serving.batches import Batches
 from lepton_airflow.serving.counters import Counters
 from lepton_airflow.serving.http import ConnectionLimits, Listener, Request, Response, refusal
 from lepton_airflow.serving.model import ServedModel, measure
-from lepton_airflow.serving.protocol import HEADER_LENGTH, Answer, RequestError, configuration, metadata
+from lepton_airflow.serving.protocol import (
+    HEADER_LENGTH,
+    Answer,
+    Inference,
+    RequestError,
+    configuration,
+    metadata,
+)
 
 if TYPE_CHECKING:
     from lepton_airflow.serving.grpc import Service
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 NONE = 255  # in the place of the number of a version: none is in service
 BEAT_S = 1.0  # between two signs of life to the supervisor
 _INLINE_S = 0.003  # a request that should take no longer is computed in the thread that reads and writes
@@ -54,11 +63,14 @@ class Limits:
     :ivar rows: of one request.
     :ivar in_flight: whole requests that wait or are computed, of one worker; further ones get 503 with Retry-After.
     :ivar threads: of one worker, that compute large requests side by side.
+    :ivar batch_rows: small requests that come within ``batch_wait_s`` are computed together, up to so many rows; 0: each by itself.
     """
 
     rows: int = 10_000
     in_flight: int = 64
     threads: int = 1
+    batch_rows: int = 0
+    batch_wait_s: float = 0.0
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
 
@@ -97,6 +109,10 @@ class _Worker:
         self._page = itertools.count()
         self._sending = threading.Lock()
         self._queue = Queue(post.limits.threads)
+        limits = post.limits
+        self._batches = (
+            Batches(limits.batch_rows, limits.batch_wait_s, self._run_batch) if limits.batch_rows else None
+        )
         self.grpc: Service | None = None
 
     async def life(self) -> None:
@@ -272,19 +288,16 @@ class _Worker:
         return endpoint
 
     def _compute(
-        self,
-        later: Callable[[Response], None],
-        endpoint: Endpoint,
-        seconds: float,
-        compute: Callable[[], Answer],
-        answered: Callable[[Answer | RequestError], Response],
+        self, later: Callable[[Response], None], endpoint: Endpoint, question: Question
     ) -> Response | None:
         """Compute an answer here if that is quick, else in a thread."""
-        if seconds <= _INLINE_S:
-            return answered(_attempt(compute))
+        if question.seconds <= _INLINE_S:
+            if self._batches is None:
+                return question.answered(_attempt(question.answer))
+            return self._compute_with_others(self._batches, later, endpoint, question)
         if endpoint.in_flight >= self.post.limits.in_flight:
             most = self.post.limits.in_flight
-            return answered(
+            return question.answered(
                 RequestError(
                     503, f"{most} requests are in flight, the limit: come back later.", retry_after="1"
                 )
@@ -292,15 +305,45 @@ class _Worker:
         endpoint.count_in_flight(1)
 
         def job() -> None:
-            outcome = _attempt(compute)
+            outcome = _attempt(question.answer)
             self.loop.call_soon_threadsafe(done, outcome)
 
         def done(outcome: Answer | RequestError) -> None:
             endpoint.count_in_flight(-1)
-            later(answered(outcome))
+            later(question.answered(outcome))
 
-        self._queue.put(seconds, job)
+        self._queue.put(question.seconds, job)
         return None
+
+    def _compute_with_others(
+        self, batches: Batches, later: Callable[[Response], None], endpoint: Endpoint, question: Question
+    ) -> Response | None:
+        """Read a request, and have it computed in a batch."""
+        inference = _attempt(question.read)
+        if isinstance(inference, RequestError):
+            return question.answered(inference)
+        endpoint.count_in_flight(1)
+
+        def done(outcome: Any) -> None:
+            endpoint.count_in_flight(-1)
+            if not isinstance(outcome, RequestError):
+                outcome = _attempt(lambda: question.finish(inference, outcome))
+            later(question.answered(outcome))
+
+        batches.add(question.model, inference, done)
+        return None
+
+    def _run_batch(
+        self, seconds: float, compute: Callable[[], list[Any]], done: Callable[[list[Any]], None]
+    ) -> None:
+        if seconds <= _INLINE_S:
+            done(compute())
+        else:
+
+            def job() -> None:
+                self.loop.call_soon_threadsafe(done, compute())
+
+            self._queue.put(seconds, job)
 
     def _page_there(self, number: int, page: bytes, content_type: str) -> None:
         later = self._pages.pop(number, None)
@@ -408,22 +451,46 @@ class Endpoint:
         encoding = request.headers.get("content-encoding", "").lower() or "identity"
         accepted = request.headers.get("accept-encoding", "")
         size = len(request.body) * (1 if encoding == "identity" else 10)
+
+        def read() -> Inference:
+            body = _unpacked(request.body, encoding, limits.connections.body_bytes)
+            return model.read(body, limits.rows, header_length)
+
         return compute(
             self,
-            model.seconds(size, is_binary=header_length is not None),
-            lambda: _packed(
-                model.answer(
-                    _unpacked(request.body, encoding, limits.connections.body_bytes),
-                    limits.rows,
-                    header_length,
-                ),
-                accepted,
+            Question(
+                model=model,
+                seconds=model.seconds(size, is_binary=header_length is not None),
+                read=read,
+                finish=lambda inference, values: _packed(model.render(inference, values), accepted),
+                answered=answered,
             ),
-            answered,
         )
 
 
-def _attempt(compute: Callable[[], Answer]) -> Answer | RequestError:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """An inference request on its way to its answer.
+
+    :ivar seconds: that it should take.
+    :ivar read: checks it, and makes what the model takes.
+    :ivar finish: makes the answer of that and of what the model gave.
+    :ivar answered: counts it, and makes the response.
+    """
+
+    model: ServedModel
+    seconds: float
+    read: Callable[[], Inference]
+    finish: Callable[[Inference, Any], Answer]
+    answered: Callable[[Answer | RequestError], Response]
+
+    def answer(self) -> Answer:
+        """Its answer, computed by itself."""
+        inference = self.read()
+        return self.finish(inference, self.model.run(inference))
+
+
+def _attempt(compute: Callable[[], _T]) -> _T | RequestError:
     try:
         return compute()
     except RequestError as error:
@@ -533,7 +600,10 @@ class Queue:
                 while not self._jobs:
                     self._change.wait()
                 job = heapq.heappop(self._jobs)[2]
-            job()
+            try:
+                job()
+            except Exception:  # no job may end the thread that others wait for
+                log.exception("a job failed")
             del job  # its request
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 from lepton_airflow.data.features import Feature
 from lepton_airflow.serving.protocol import Inference, Output, RequestError, parse, render, request_body
@@ -211,3 +212,93 @@ def test_texts_of_json_are_what_they_mean_and_base64_is_refused() -> None:
             of('"AA"', wrong)
     with pytest.raises(RequestError, match="'carrier' is base64: expected plain text"):
         of("QUE=", content_type="base64")
+
+
+# What a number may be written as, by datatype; and what that means as float32, in plain Python.
+_INTEGERS = {f"{'U' * u}INT{bits}": (u, bits) for u in (0, 1) for bits in (8, 16, 32, 64)}
+
+
+def _numbers(datatype: str) -> st.SearchStrategy[Any]:
+    if datatype == "BOOL":
+        return st.booleans()
+    if datatype in _INTEGERS:
+        unsigned, bits = _INTEGERS[datatype]
+        low, high = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return st.integers(low, high)
+    width = {"FP16": 16, "FP32": 32, "FP64": 32}[datatype]  # FP64 within what float32 can hold
+    return st.floats(width=width, allow_nan=False, allow_infinity=False)  # type: ignore[arg-type]
+
+
+@st.composite
+def _columns(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Three inputs in any order, each in a datatype that its feature may have."""
+    rows = draw(st.integers(1, 4))
+    found = []
+    for name in draw(st.permutations(["hour", "größe (mm)", "carrier"])):
+        text = name == "carrier"
+        datatype = "BYTES" if text else draw(st.sampled_from(["BOOL", *_INTEGERS, "FP16", "FP32", "FP64"]))
+        value = st.text(st.characters(exclude_categories=["Cs"])) if text else _numbers(datatype)
+        found.append(
+            {"name": name, "datatype": datatype, "data": draw(st.lists(value, min_size=rows, max_size=rows))}
+        )
+    return found
+
+
+@given(columns=_columns(), nested=st.booleans(), missing=st.integers(0, 3))
+def test_any_good_request_means_what_its_values_mean_in_json_and_in_binary(
+    columns: list[dict[str, Any]], *, nested: bool, missing: int
+) -> None:
+    rows = len(columns[0]["data"])
+    wanted = {c["name"]: c["data"] for c in columns}
+    safe = {"hour": "hour", "größe (mm)": "gr__e__mm_", "carrier": "carrier"}
+    blobs = []
+    in_json, in_binary = [], []
+    for place, column in enumerate(columns):
+        data = column["data"]
+        frame = {"name": column["name"], "datatype": column["datatype"], "shape": [rows, 1]}
+        with_gap = [None if missing == row and place == 0 else value for row, value in enumerate(data)]
+        in_json.append(frame | {"data": [[v] for v in with_gap] if nested else with_gap})
+        if column["datatype"] == "BYTES":
+            blob = b"".join(len(v.encode()).to_bytes(4, "little") + v.encode() for v in data)
+        else:
+            kinds = {"BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+            unsigned, bits = _INTEGERS.get(column["datatype"], (0, 0))
+            dtype = kinds.get(column["datatype"]) or f"<{'u' if unsigned else 'i'}{bits // 8}"
+            blob = np.array(data, dtype=dtype).tobytes()
+        blobs.append(blob)
+        in_binary.append(frame | {"parameters": {"binary_data_size": len(blob)}})
+
+    head = json.dumps({"inputs": in_binary}).encode()
+    binary = parse(b"".join([head, *blobs]), FEATURES, OUTPUTS, 100, len(head)).feed
+    plain = read(json.dumps({"inputs": in_json}).encode()).feed
+    for place, column in enumerate(columns):
+        name, key = column["name"], safe[column["name"]]
+        values = wanted[name]
+        if name == "carrier":
+            assert binary[key].ravel().tolist() == values
+            expected: list[Any] = values
+        else:
+            expected = [np.float32(float(v)) for v in values]
+            np.testing.assert_array_equal(binary[key].ravel(), np.array(expected, dtype=np.float32))
+        if place == 0 and missing < rows:
+            expected = list(expected)
+            expected[missing] = "" if name == "carrier" else np.float32("nan")
+        if name == "carrier":
+            assert plain[key].ravel().tolist() == expected
+        else:
+            np.testing.assert_array_equal(plain[key].ravel(), np.array(expected, dtype=np.float32))
+
+
+@given(body=st.binary(max_size=200) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(
+        st.sampled_from(["inputs", "outputs", "id", "parameters", "name", "datatype", "shape", "data"]), inner
+    ),
+).map(lambda value: json.dumps(value).encode()), header=st.none() | st.integers(-1, 300))  # fmt: skip
+def test_whatever_is_sent_is_read_or_refused_in_a_short_sentence(body: bytes, header: int | None) -> None:
+    refused: list[RequestError] = []
+    try:
+        parse(body, FEATURES, OUTPUTS, 100, header)
+    except RequestError as error:
+        refused.append(error)
+    assert all(error.status in (400, 413) and len(str(error)) < 600 for error in refused)
