@@ -15,6 +15,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import lru_cache, partial
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _SWEEP_S = 0.25  # between two looks at the time of connections
 _LINGER_S = 2.0  # for which what a refused client still sends is thrown away, so that it reads its answer
-_JUST_S = 0.1
+_JUST_S = 1.0  # after which a client that was accepted, or answered, should have asked
 _PIPELINE = 16  # requests of one connection that wait for the answer to the one before
 
 
@@ -152,12 +153,15 @@ class Listener:
         if listener in self._sockets:
             self._loop.add_reader(listener, self._accept, listener)
 
-    def stop_accepting(self) -> None:
-        """Accept what has come to the sockets, and then no more."""
+    def stop_accepting(self, *, for_all: bool = False) -> None:
+        """Accept no more connections here; ``for_all``: take all that wait, and close the sockets for other workers, too."""
         for listener in self._sockets:
             self._loop.remove_reader(listener)
-            while self._accept(listener):
-                pass
+            if for_all:
+                while self._accept(listener):
+                    pass
+                with suppress(OSError):
+                    listener.shutdown(socket.SHUT_RDWR)  # at once, or what comes in between would be reset
         self._sockets.clear()
 
     def close_idle(self) -> None:

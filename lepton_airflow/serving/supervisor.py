@@ -360,11 +360,15 @@ class Fleet:
         for w in self._workers.values():
             w.send("drain")
         await asyncio.sleep(drain_s)
-        for w in self._workers.values():
-            w.send("close")
-        await asyncio.sleep(0.05)  # in which they accept what has come
+        # The last worker takes the connections that wait, and closes the port.
+        last, *others = self._workers.values()
+        for w in others:
+            w.send("close", False)
+        await asyncio.sleep(0.02)
+        last.send("close", True)
+        await asyncio.sleep(0.2)
         with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # for all processes that hold it
+            self._listener.shutdown(socket.SHUT_RDWR)  # if that worker did not
         until = time.monotonic() + _DRAIN_S
         for w in self._workers.values():
             await asyncio.to_thread(w.process.join, max(0.0, until - time.monotonic()))

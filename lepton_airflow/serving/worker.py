@@ -146,7 +146,7 @@ class _Worker:
             elif what == "drain":
                 self.loop.call_soon_threadsafe(self._drain)
             elif what == "close":
-                self.loop.call_soon_threadsafe(self._close)
+                self.loop.call_soon_threadsafe(self._close, *rest)
             elif what == "end":
                 self.loop.call_soon_threadsafe(self.ended.set)
 
@@ -187,10 +187,10 @@ class _Worker:
     def _drain(self) -> None:
         self.listener.draining = True
 
-    def _close(self) -> None:
+    def _close(self, for_all: bool) -> None:
         """Accept nothing more; end when what was admitted is answered."""
         self.listener.draining = True
-        self.listener.stop_accepting()
+        self.listener.stop_accepting(for_all=for_all)
         self.loop.create_task(self._finish())
 
     async def _finish(self) -> None:

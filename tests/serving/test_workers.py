@@ -172,6 +172,51 @@ def test_workers_end_when_their_supervisor_is_killed(shelf: Any, tmp_path: Path)
         _until(lambda: not any(worker.is_running() for worker in workers))
 
 
+def test_no_client_that_honours_close_loses_a_request_when_the_server_ends(
+    shelf: Any, run_at: RunInfo, tmp_path: Path
+) -> None:
+    body = json.dumps({"inputs": tensors(shelf.wine.rows[:1], shelf.wine.package)}).encode()
+    lost: list[object] = []
+    answered, refused, told = Counter[int](), [], []
+
+    def client(port: int, number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        while True:
+            try:
+                connection.connect()
+            except OSError:  # no request was sent
+                refused.append(number)
+                return
+            try:
+                while connection.sock is not None:  # closed when an answer says so
+                    connection.request("POST", "/v2/models/ends/infer", body)
+                    answer = connection.getresponse()
+                    answer.read()
+                    answered[answer.status] += 1
+                told.append(number)
+            except (OSError, http.client.HTTPException) as error:
+                lost.append((number, repr(error)))
+                return
+
+    with two_workers(shelf, tmp_path, "ends", "--drain-s", "1") as server:
+        deploy(run_at, "ends", shelf.wine.uri)
+        clients = [threading.Thread(target=client, args=(server.port, number)) for number in range(48)]
+        for thread in clients:
+            thread.start()
+        _until(lambda: answered[200] > 500)
+        pid = processes.pid("endpoint-ends", tmp_path) or 0
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.3)
+        assert call(f"{server.url}/v2/health/ready")[0] == 503
+        for thread in clients:
+            thread.join(60)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert lost == []
+    assert set(answered) == {200}
+    assert len(refused) == len(clients)
+    assert set(told) == set(range(48))
+
+
 def test_a_trial_that_ends_without_a_word_is_said_to_have_died(shelf: Any) -> None:
     settings = Settings(
         names=("wine",),
