@@ -1,7 +1,7 @@
 """The model server against a server written by hand, its workers against one, version changes under load, and attacks.
 
 A model of 26 inputs (20 numbers, 6 categories) answers requests of 1, 100 and 10,000 rows, as JSON and as binary tensors. The
-server written by hand is benchmarks/bare_server.py: FastAPI, uvicorn, orjson and ONNX Runtime, without a check. The numbers of
+server written by hand is benchmarks/servers/bare.py: FastAPI, uvicorn, orjson and ONNX Runtime, without a check. The numbers of
 `cpu_per_request_vs_bare` are CPU seconds of all processes of a server for one request, medians of interleaved rounds with four
 clients. `rows_per_s_vs_bare_ort` is one client's rows a second over those of ONNX Runtime on the same rows in this process, on one thread.
 Under each attack, made by one address, a client of another address asks for one row 20 times a second and waits at most 2 s for each
@@ -150,7 +150,7 @@ def _bare_server(model: Path, port: int) -> Iterator[tuple[int, int]]:
         subprocess.run([home / "bin" / "pip", "install", "--quiet", *_BARE], check=True)
     command = [
         str(home / "bin" / "python"),
-        str(ROOT / "benchmarks" / "bare_server.py"),
+        str(ROOT / "benchmarks" / "servers" / "bare.py"),
         str(model),
         str(port),
     ]

@@ -17,8 +17,10 @@ data as values of its datatype. So what does not belong into a request is never 
 
 from __future__ import annotations
 
+import math
 import re
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -150,8 +152,8 @@ def parse(
     if usual is not None:
         request, feed, rows = usual
     else:
-        request = _read(head)
-        feed, rows = _read_tensors(request.inputs, features, max_rows, binary)
+        request, with_infinity = _read(head)
+        feed, rows = _read_tensors(request.inputs, features, max_rows, binary, with_infinity=with_infinity)
     parameters = _parameters(request.parameters, "the request")
     return Inference(feed, rows, _asked(request, outputs, parameters), request.id, parameters)
 
@@ -310,22 +312,28 @@ _OF_MLSERVER = ("content_type", "headers")  # which its client writes as null wh
 _PARAMETERS_OF = msgspec.json.Decoder(_Parameters)
 
 
-def _read(body: bytes) -> _Request:
-    """The frame of a request: all but the values of its tensors."""
+def _read(body: bytes) -> tuple[_Request, bool]:
+    """The frame of a request, all but the values of its tensors; and whether the largest number in it means infinity."""
     try:
-        return _REQUEST.decode(body)
+        return _REQUEST.decode(body), False
     except msgspec.ValidationError as error:
         raise RequestError(400, f"the request does not fit the protocol: {_told(error)}.") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if b"NaN" in body and (mended := _without_nan(body)) != body:
-            return _read(mended)
+        if (b"NaN" in body or b"Infinity" in body) and (mended := _mended(body)) != body:
+            return _read(mended)[0], True
         hint = ", or text holds half of a surrogate pair" if re.search(rb"\\u[dD][89a-fA-F]", body) else ""
         raise RequestError(400, f"the request is not JSON: {_told(error)}{hint}.") from None
 
 
-def _without_nan(body: bytes) -> bytes:
-    """The tokens NaN that are no part of a string as null."""
-    return re.sub(rb'"(?:[^"\\]|\\.)*+"|NaN', lambda found: b"null" if found[0] == b"NaN" else found[0], body)
+_LARGEST = sys.float_info.max
+_ENDS = (_LARGEST, -_LARGEST)
+_TOKENS = {b"NaN": b"null", b"Infinity": repr(_LARGEST).encode()}
+
+
+def _mended(body: bytes) -> bytes:
+    """The tokens NaN and Infinity, which are no JSON, and no part of a string, as null and the largest number."""
+    tokens = rb'"(?:[^"\\]|\\.)*+"|NaN|Infinity'
+    return re.sub(tokens, lambda found: _TOKENS.get(found[0], found[0]), body)
 
 
 def _told(error: Exception) -> str:
@@ -370,7 +378,12 @@ def _by_name(tensors: Sequence[_Tensor], known: Sequence[str]) -> dict[str, _Ten
 
 
 def _read_tensors(
-    inputs: Sequence[_Tensor], features: Sequence[Feature], max_rows: int, binary: memoryview
+    inputs: Sequence[_Tensor],
+    features: Sequence[Feature],
+    max_rows: int,
+    binary: memoryview,
+    *,
+    with_infinity: bool,
 ) -> tuple[dict[str, NDArray[Any]], int]:
     """The feed and the number of rows of tensors in any form that the protocol allows."""
     tensors = _by_name(inputs, [f.name for f in features])
@@ -384,6 +397,8 @@ def _read_tensors(
                 f"input {tensor.name!r} has {count} rows, input {first.name!r} has {rows}: expected the same.",
             )
         data[tensor.name], binary = _data(tensor, rows, binary)
+        if with_infinity and tensor.datatype in _FLOATS:
+            data[tensor.name] = [math.copysign(math.inf, v) if v in _ENDS else v for v in data[tensor.name]]
     if binary:
         raise RequestError(400, f"{len(binary)} bytes follow the last binary tensor: expected none.")
     return _feed(features, tensors, data, rows), rows
@@ -437,7 +452,8 @@ def _data(tensor: _Tensor, rows: int, binary: memoryview) -> tuple[Any, memoryvi
 @cache
 def _decoders(datatype: str) -> tuple[msgspec.json.Decoder[Any], ...]:
     """Of data without missing values, with them, and nested."""
-    value: Any = {"BOOL": bool, "BYTES": str}.get(datatype, float)
+    # A whole number keeps its digits, as a category is its digits.
+    value: Any = {"BOOL": bool, "BYTES": str}.get(datatype, int | float)
     if datatype in _BITS:
         sign, bits = _BITS[datatype]
         # The decoder knows no limit above that of INT64; numpy refuses what UINT64 cannot hold.
@@ -582,20 +598,8 @@ def _feed(
             feed[f.input] = column.reshape(-1, 1)
     for f in features:
         if f.kind != "number":
-            if tensors[f.name].datatype == "FP64":
-                _check_whole(f.name, data[f.name])
             feed[f.input] = _read_kind(f.kind, data[f.name], [f]).reshape(-1, 1)
     return feed
-
-
-def _check_whole(name: str, values: Any) -> None:
-    """Refuse categories that as doubles cannot be told from their neighbours."""
-    for row, value in enumerate(values):
-        if value is not None and abs(value) >= 2**53:
-            raise RequestError(
-                400,
-                f"input {name!r}: row {row} is beyond 2^53, where FP64 is not exact: send INT64 or BYTES.",
-            )
 
 
 def _read_kind(kind: str, values: Any, features: Sequence[Feature]) -> NDArray[Any]:
@@ -614,7 +618,10 @@ def _block(columns: Sequence[tuple[_Tensor, Any]], rows: int) -> NDArray[np.floa
     import numpy as np
 
     if all(type(values) is list for _, values in columns):
-        block = np.array([values for _, values in columns], dtype=np.float64)  # None becomes NaN
+        try:
+            block = np.array([values for _, values in columns], dtype=np.float64)  # None becomes NaN
+        except OverflowError:  # a whole number that no float can hold
+            block = np.array([[_as_float(value) for value in values] for _, values in columns])
     else:
         block = np.empty((len(columns), rows))
         for place, (_, values) in enumerate(columns):
@@ -625,6 +632,13 @@ def _block(columns: Sequence[tuple[_Tensor, Any]], rows: int) -> NDArray[np.floa
             with np.errstate(over="ignore"):
                 block[place] = block[place].astype(np.float16)
     return block
+
+
+def _as_float(value: float | None) -> float:
+    try:
+        return math.nan if value is None else float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _asked(

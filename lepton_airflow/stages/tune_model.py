@@ -28,7 +28,6 @@ from lepton_airflow.sdk.closure import package_digest
 from lepton_airflow.sdk.fingerprint import versions
 from lepton_airflow.sdk.stage import ArtifactUri, CodeRef, ConnectionId, Result, RunInfo, Stage
 from lepton_airflow.store.identity import identity_of
-from lepton_airflow.training.study import finished
 
 if TYPE_CHECKING:
     import optuna
@@ -223,6 +222,7 @@ class TuneModel(Stage):
 
     def _result(self, run: RunInfo, study: optuna.Study, scorer: Scorer, names: list[str]) -> Result:
         from lepton_airflow.statistics.catalogue import METRICS
+        from lepton_airflow.training.study import finished
         from lepton_airflow.training.study_plots import importances, plot_history, plot_importance
 
         metric, positive = scorer.metric, scorer.rows.schema.positive_class
@@ -311,6 +311,8 @@ class _Search:
         """Go on from an earlier try: count the time of its finished trials, and queue those that were running."""
         from optuna.trial import TrialState
 
+        from lepton_airflow.training.study import finished
+
         trials = self.study.get_trials(deepcopy=False)
         seconds = [t.duration.total_seconds() for t in trials if t.duration and finished(t)]
         self.spent_before = sum(seconds) / self.workers.count
@@ -325,6 +327,8 @@ class _Search:
     @property
     def done(self) -> int:
         """How many trials count against the budget."""
+        from lepton_airflow.training.study import finished
+
         return sum(map(finished, self.study.get_trials(deepcopy=False)))
 
     def go(self) -> None:
@@ -348,6 +352,8 @@ class _Search:
 
     def _hopeless(self) -> bool:
         """Whether the first few trials all failed, so that the others would, too."""
+        from lepton_airflow.training.study import finished
+
         done = [t for t in self.study.get_trials(deepcopy=False) if finished(t)]
         return len(done) >= _HOPELESS_TRIALS and all("error" in t.user_attrs for t in done)
 

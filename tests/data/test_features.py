@@ -105,6 +105,9 @@ def test_training_and_the_server_refuse_the_same_row_in_the_same_words(kind: str
         why = re.match(r"feature 'x' is (.+) in 2 of 5 rows, first in row 2: ", said)
         assert why, said
         answered = through_the_server(kind, datatype, values)
+        if datatype == "BYTES":  # which is no JSON already
+            assert "half of a surrogate pair" in answered
+            continue
         assert answered == f"input 'x': row 2 is {why[1]}; send null for a missing value."
 
 

@@ -396,14 +396,14 @@ def test_no_call_fails_while_versions_change_in_two_workers(
             inputs = given(columns(rows, shelf.wine.package))
             while not stop.is_set():
                 try:
-                    answer = client.infer("swap", inputs)
+                    answer = client.infer("swap-grpc", inputs)
                     version = answer.get_response().model_version
                     np.testing.assert_allclose(answer.as_numpy("probabilities"), wanted[version], atol=1e-6)
                     seen[version] += 1
                 except (InferenceServerException, AssertionError, KeyError) as error:
                     wrong.append(error)
 
-    with Served("swap", shelf.run.store.root, tmp_path, "--workers", "2") as served:
+    with Served("swap-grpc", shelf.run.store.root, tmp_path, "--workers", "2") as served:
         served.deploy(run_at, shelf.wine.uri)
         clients = [threading.Thread(target=ask, args=(served,)) for _ in range(4)]
         for thread in clients:

@@ -117,12 +117,12 @@ def test_rows_keep_their_order_and_inputs_their_safe_names() -> None:
         (
             whole(tensor("hour", [[1.0]], shape=[1])),
             400,
-            "row 0 is no FP32 such as 0.5: Expected float | null, got array",
+            "row 0 is no FP32 such as 0.5: Expected int | float | null, got array",
         ),
         (
             whole(tensor("hour", [[[1.0]]])),
             400,
-            "row 0 is no FP32 such as 0.5: Expected float | null, got array",
+            "row 0 is no FP32 such as 0.5: Expected int | float | null, got array",
         ),
         (whole(tensor("hour", [[1.0], 2.0])), 400, "row 1 is no FP32 such as 0.5: Expected array, got float"),
         (whole(tensor("hour", [[1.0, 2.0]])), 400, "Expected array of length 1"),
@@ -131,7 +131,11 @@ def test_rows_keep_their_order_and_inputs_their_safe_names() -> None:
             400,
             "its data is no list of FP32 values: Expected array, got str",
         ),
-        (whole(tensor("hour", ["1"])), 400, "row 0 is no FP32 such as 0.5: Expected float | null, got str"),
+        (
+            whole(tensor("hour", ["1"])),
+            400,
+            "row 0 is no FP32 such as 0.5: Expected int | float | null, got str",
+        ),
         (whole(tensor("hour", [True])), 400, "got bool"),
         (
             whole(tensor("hour", [1.5], "INT64")),
@@ -140,7 +144,7 @@ def test_rows_keep_their_order_and_inputs_their_safe_names() -> None:
         ),
         (whole(tensor("hour", [300], "UINT8")), 400, "row 0 is no UINT8 such as 7: Expected int <= 255"),
         (whole(tensor("hour", [1e39])), 400, "row 0 is infinite or beyond float32"),
-        (whole(tensor("hour", [10**400])), 400, "row 0 is no FP32 such as 0.5: Number out of range"),
+        (whole(tensor("hour", [10**400])), 400, "beyond float32"),
         (whole(tensor("hour", ["a"], "BYTES")), 400, "'hour' is a number"),
         (whole(tensor("carrier", ["\ud800"], "BYTES")), 400, "half of a surrogate pair"),
         (whole(outputs=[{"name": "labels"}]), 400, "no output 'labels'; did you mean 'label'?"),
