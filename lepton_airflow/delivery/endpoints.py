@@ -229,7 +229,9 @@ def read_statuses(store: Store, endpoint: str) -> list[Status]:
             text = store.read(key)
             if text is not None:
                 status = parse(key, text, Status)
-                datetime.fromisoformat(status.beat)
+                if not isinstance(status.errors, dict) or not isinstance(status.serving, int | None):
+                    raise TypeError(f"{key} holds values of other types")
+                _ = status.age_s  # raises where its time is none
                 found.append(status)
         except (LeptonError, TypeError, ValueError) as error:  # a report decides nothing, so it stops nobody
             log.warning("a server's report was passed over: %s", error)

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 _SWEEP_S = 0.25  # between two looks at the time of connections
 _LINGER_S = 2.0  # for which what a refused client still sends is thrown away, so that it reads its answer
 _JUST_S = 1.0  # after which a client that was accepted, or answered, should have asked
-_PIPELINE = 16  # requests of one connection that wait for the answer to the one before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +152,11 @@ class Listener:
         if listener in self._sockets:
             self._loop.add_reader(listener, self._accept, listener)
 
+    @property
+    def accepting(self) -> bool:
+        """Whether a connection was accepted that is not made yet."""
+        return bool(self._tasks)
+
     def stop_accepting(self, *, for_all: bool = False) -> None:
         """Accept no more connections here; ``for_all``: take all that wait, and close the sockets for other workers, too."""
         for listener in self._sockets:
@@ -194,7 +198,11 @@ class Listener:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
             for connection in [c for c in self.connections if c.deadline < now]:
-                connection.overdue()
+                try:
+                    connection.overdue()
+                except Exception:  # the limits of the others are to hold
+                    log.exception("a connection could not be ended")
+                    connection.deadline = math.inf
 
 
 class Connection(asyncio.Protocol):
@@ -273,9 +281,9 @@ class Connection(asyncio.Protocol):
         if self._refusal:
             self._ended = True
             self._release()
-            if not self.busy:
+            if not self.busy and not self._ready:
                 self._end_with(self._refusal)
-        elif len(self._ready) >= _PIPELINE:
+        elif self._ready and not self.transport.is_closing():
             self.transport.pause_reading()
 
     def eof_received(self) -> bool:
@@ -284,8 +292,9 @@ class Connection(asyncio.Protocol):
         return self.busy
 
     def pause_writing(self) -> None:
-        """The client does not take its answers."""
+        """The client does not take its answers, so nothing more is read of it."""
         self._writing = True
+        self.transport.pause_reading()
 
     # -- what the parser finds ---------------------------------------------------------------------------------------
 
@@ -355,7 +364,7 @@ class Connection(asyncio.Protocol):
 
     def _next(self) -> None:
         """Hand on the next requests, unless one is being answered."""
-        while self._ready and not self.busy and not self.transport.is_closing():
+        while self._ready and not self.busy and not self._writing and not self.transport.is_closing():
             request = self._ready.popleft()
             self.busy, self.since, self.deadline = True, time.monotonic(), math.inf
             response = self.listener.handler(request, partial(self._respond_later, request))
@@ -364,10 +373,14 @@ class Connection(asyncio.Protocol):
 
     def _respond_later(self, request: Request, response: Response) -> None:
         self._respond(request, response)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Answer what waits, and read on when nothing does."""
         self._next()
-        if self._refusal and not self.busy:
+        if self._refusal and not self.busy and not self._ready:
             self._end_with(self._refusal)
-        elif len(self._ready) < _PIPELINE and not self.transport.is_closing():
+        elif not self._ready and not self._writing and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def _respond(self, request: Request, response: Response) -> None:
@@ -396,6 +409,7 @@ class Connection(asyncio.Protocol):
         """The client takes its answers again."""
         self._writing = False
         self._set_deadline()
+        self._go_on()
 
     def overdue(self) -> None:
         """Its time is over."""
@@ -423,7 +437,7 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():
             return
         self.transport.write(_as_bytes(response, close=True))
-        if self.transport.can_write_eof():
+        with suppress(OSError):  # the client may be gone
             self.transport.write_eof()
         self._state = _IDLE
         self.deadline = time.monotonic() + _LINGER_S

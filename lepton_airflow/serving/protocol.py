@@ -320,7 +320,7 @@ def _read(body: bytes) -> tuple[_Request, bool]:
         raise RequestError(400, f"the request does not fit the protocol: {_told(error)}.") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if (b"NaN" in body or b"Infinity" in body) and (mended := _mended(body)) != body:
-            return _read(mended)[0], True
+            return _read(mended)[0], b"Infinity" in body
         hint = ", or text holds half of a surrogate pair" if re.search(rb"\\u[dD][89a-fA-F]", body) else ""
         raise RequestError(400, f"the request is not JSON: {_told(error)}{hint}.") from None
 
@@ -332,7 +332,8 @@ _TOKENS = {b"NaN": b"null", b"Infinity": repr(_LARGEST).encode()}
 
 def _mended(body: bytes) -> bytes:
     """The tokens NaN and Infinity, which are no JSON, and no part of a string, as null and the largest number."""
-    tokens = rb'"(?:[^"\\]|\\.)*+"|NaN|Infinity'
+    # A text that does not end is taken whole, too: to look for its end again from each quote in it would take hours.
+    tokens = rb'(?s)"(?:[^"\\]|\\.)*+"?|NaN|Infinity'
     return re.sub(tokens, lambda found: _TOKENS.get(found[0], found[0]), body)
 
 
@@ -446,7 +447,10 @@ def _data(tensor: _Tensor, rows: int, binary: memoryview) -> tuple[Any, memoryvi
             400,
             f"input {tensor.name!r}: binary_data_size is {_short(size)}, {len(binary)} bytes are left in the body.",
         )
-    return _from_binary(tensor, rows, binary[:size]), binary[size:]
+    texts = _from_binary(tensor, rows, binary[:size])
+    if parameters and tensor.datatype == "BYTES":
+        texts = _as_meant(tensor.name, texts, parameters.get("content_type"))
+    return texts, binary[size:]
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, Status
-from lepton_airflow.errors import BadInput, LeptonError, StoreError
+from lepton_airflow.errors import BadInput, IntegrityError, LeptonError, StoreError
 from lepton_airflow.serving.model import over_budget
 from lepton_airflow.store.files import Store, now
 
@@ -65,6 +65,7 @@ class Reconciler:
         self._newest: Desired | None = None
         self._in_service: Desired | None = None
         self._errors: dict[int, LeptonError] = {}
+        self._digests: dict[int, str] = {}  # of the packages that these are about
         self._problems: list[str] = []
         self._looked = False
         self._settled = False
@@ -109,7 +110,7 @@ class Reconciler:
             return
         tries = former.tries + 1
         if tries < _TRIES:
-            self.status = replace(self.status, tries=tries)
+            self.status = replace(self.status, tries=tries, desired=former.desired)
             return
         error = LeptonError(
             f"the server was killed {tries} times while it loaded this version; its log and the kernel's say why, such as too "
@@ -125,8 +126,12 @@ class Reconciler:
         if fresh is not None:
             self._newest = fresh
             self._settled = False
+            same = self.status.desired == fresh.sequence
             self._set_status(
-                state="loading", desired=fresh.sequence, reason=f"version {fresh.version} is being loaded."
+                state="loading",
+                desired=fresh.sequence,
+                reason=f"version {fresh.version} is being loaded.",
+                tries=self.status.tries if same else 0,
             )
         if self._newest is None:
             self._set_status(reason="", problems=self._problems)
@@ -140,7 +145,9 @@ class Reconciler:
         if newest in self._errors:
             self._set_status(state="rejected", reason=str(self._errors[newest]), problems=self._problems)
         elif self._in_service == self._newest:
-            self._set_status(state="serving", reason="", problems=self._problems, tries=0)
+            self._set_status(
+                state="serving", reason="", problems=self._problems, tries=0, errors=self._latest_errors()
+            )
         else:
             self._set_status(reason=" ".join(self._problems), problems=self._problems)
 
@@ -151,7 +158,15 @@ class Reconciler:
             self._problems = [f"{_OF_LOG}{sentence}" for sentence in damaged]
             self._looked = True
             return newest
-        fresh = self._log.after(self._newest.sequence if self._newest else 0)
+        try:
+            fresh = self._log.after(self._newest.sequence if self._newest else 0)
+        except LeptonError as error:
+            if any(problem.startswith(_OF_LOG) for problem in self._problems):
+                return None  # it is known, and looked at again now and then
+            if not isinstance(error, IntegrityError):
+                raise
+            self._looked = False  # a record is damaged since: the log is read anew, past it
+            return None
         return fresh[-1] if fresh else None
 
     def _check_log(self) -> None:
@@ -199,7 +214,7 @@ class Reconciler:
             try:
                 verdict = self._verdict_of(number)
                 if verdict is not None and verdict.error:
-                    number = verdict.instead
+                    number = min(verdict.instead, number - 1)
                     continue
                 yield self._log.existing(number)
             except _UNREADABLE as error:
@@ -310,9 +325,16 @@ class Reconciler:
     def _reject(self, desired: Desired, error: LeptonError) -> bool:
         log.error("endpoint %s: version %s is rejected: %s", self.endpoint, desired.version, error)
         self._errors[desired.sequence] = error
-        latest = sorted(self._errors)[-_LATEST:]
-        self._set_status(errors={str(n): endpoints.error_record(self._errors[n]) for n in latest})
+        self._digests[desired.sequence] = desired.sha256
+        self._set_status(errors=self._latest_errors())
         return False
+
+    def _latest_errors(self) -> dict[str, dict[str, Any]]:
+        """The errors of a status, each with the digest of its package: after a restoration another version has its number."""
+        return {
+            str(n): endpoints.error_record(self._errors[n]) | {"sha256": self._digests[n]}
+            for n in sorted(self._errors)[-_LATEST:]
+        }
 
     def _set_status(self, **changes: object) -> None:
         """Change the status, and write it at once if it differs."""
@@ -327,5 +349,5 @@ class Reconciler:
 
 
 # What a damaged store raises. A record of the wrong types shows when it is used.
-_UNREADABLE = (LeptonError, TypeError, ValueError, AttributeError)
+_UNREADABLE = (LeptonError, TypeError, ValueError, AttributeError, KeyError)
 _OF_LOG = "the log of the endpoint is damaged: "

@@ -132,10 +132,12 @@ class _Server:
             )
             for number, name in enumerate(settings.names)
         ]
-        with suppress(StoreError):  # the store may be away, and clearing up can wait
-            for reconciler in self.reconcilers:
+        for reconciler in self.reconcilers:
+            try:
                 endpoints.forget_the_dead(self.store, reconciler.endpoint)
                 reconciler.recover()
+            except Exception as error:  # noqa: BLE001 - the store may be away or damaged, and clearing up can wait
+                log.warning("endpoint %s: %s", reconciler.endpoint, error)
         await asyncio.to_thread(self.fleet.start)
         following = [
             threading.Thread(target=r.run, name=f"reconciler-{r.endpoint}", daemon=True)
@@ -252,6 +254,7 @@ class Fleet:
         self._answers: dict[tuple[int, int, int], str | None] = {}
         self._trials: set[BaseProcess] = set()
         self._ending = False
+        self._ended = False
 
     def start(self) -> None:
         """Start the workers, and keep them."""
@@ -357,11 +360,12 @@ class Fleet:
     async def end(self, drain_s: float) -> None:
         """Let the workers answer what they have admitted, and end them."""
         self._ending = True
-        for w in self._workers.values():
+        workers = list(self._workers.values())
+        for w in workers:
             w.send("drain")
         await asyncio.sleep(drain_s)
         # The last worker takes the connections that wait, and closes the port.
-        last, *others = self._workers.values()
+        *others, last = workers
         for w in others:
             w.send("close", False)
         await asyncio.sleep(0.02)
@@ -370,9 +374,10 @@ class Fleet:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # if that worker did not
         until = time.monotonic() + _DRAIN_S
-        for w in self._workers.values():
+        for w in workers:
             await asyncio.to_thread(w.process.join, max(0.0, until - time.monotonic()))
-        for process in [*(w.process for w in self._workers.values()), *self._trials]:
+        self._ended = True
+        for process in [*(w.process for w in workers), *self._trials]:
             if process.is_alive():
                 process.kill()
             await asyncio.to_thread(process.join, 5)
@@ -401,16 +406,18 @@ class Fleet:
 
     def _watch(self) -> None:
         """Hear what the workers say, and replace those that end or give no sign of life."""
-        while not self._ending:
+        while not self._ended:
             by_pipe = {w.pipe: w for w in self._workers.values()}
             for pipe in connection.wait(list(by_pipe), timeout=1.0):
                 w = by_pipe[pipe]  # type: ignore[index]
                 try:
                     self._hear(w, w.pipe.recv())
                 except (EOFError, OSError):
-                    self._replace(w)
+                    self._bury(w)
                 except Exception:  # whatever it was, the others are to be kept
                     log.exception("worker %d", w.number)
+            for number in sorted(set(range(self.settings.workers)) - self._workers.keys()):
+                self._start_again(number)
             for w in list(self._workers.values()):
                 if time.monotonic() - w.heard > _HUNG_S:
                     log.error("worker %d has not answered for %g s", w.number, _HUNG_S)
@@ -425,20 +432,34 @@ class Fleet:
             with self._loaded:
                 self._answers[w.number, endpoint, slot] = failure
                 self._loaded.notify_all()
+            if failure is not None and self.slots[endpoint] == slot:
+                log.error("worker %d cannot load what is in service: %s", w.number, failure)
+                w.process.kill()  # so that it is tried again
         elif what == "page":
-            w.send("page", *rest, self.page(), prometheus.CONTENT_TYPE_LATEST)
+            w.send("page", self.page(), prometheus.CONTENT_TYPE_LATEST)
 
-    def _replace(self, w: _Worker) -> None:
+    def _bury(self, w: _Worker) -> None:
+        """Take a worker out that has ended."""
         w.process.join(5)
         w.pipe.close()
+        with self._members:
+            self._workers.pop(w.number, None)
+        self.counters.forget_in_flight(w.number)
+        if not self._ending:
+            log.error("worker %d ended %s; another one takes its place", w.number, _how(w.process.exitcode))
+
+    def _start_again(self, number: int) -> None:
+        """Start a worker in the place of one that ended; tried again when that fails."""
         if self._ending:
             return
         self.restarts += 1
-        self.counters.forget_in_flight(w.number)
-        log.error("worker %d ended %s; another one takes its place", w.number, _how(w.process.exitcode))
         if self.restarts > 20:
             time.sleep(0.5)  # workers that end again and again should not use the machine up
-        self._start(w.number)
+        try:
+            self._start(number)
+        except Exception:
+            log.exception("worker %d cannot be started", number)
+            time.sleep(0.5)
 
 
 class _Part:

@@ -105,8 +105,7 @@ class _Worker:
         self.endpoints = [Endpoint(name, number, post) for number, name in enumerate(post.names)]
         self.by_name = {endpoint.name: endpoint for endpoint in self.endpoints}
         self.ended = asyncio.Event()
-        self._pages: dict[int, Callable[[Response], None]] = {}
-        self._page = itertools.count()
+        self._pages: list[Callable[[Response], None]] = []  # who waits for the page of metrics
         self._sending = threading.Lock()
         self._queue = Queue(post.limits.threads)
         limits = post.limits
@@ -142,7 +141,7 @@ class _Worker:
             elif what == "page":
                 self.loop.call_soon_threadsafe(self._page_there, *rest)
             elif what == "open":
-                asyncio.run_coroutine_threadsafe(self._open(), self.loop)
+                asyncio.run_coroutine_threadsafe(self._open(), self.loop).add_done_callback(_end_on_failure)
             elif what == "drain":
                 self.loop.call_soon_threadsafe(self._drain)
             elif what == "close":
@@ -196,7 +195,7 @@ class _Worker:
     async def _finish(self) -> None:
         stopping = self.loop.create_task(self.grpc.stop()) if self.grpc else None
         self.listener.close_idle()
-        while self.listener.connections or (stopping and not stopping.done()):
+        while self.listener.connections or self.listener.accepting or (stopping and not stopping.done()):
             await asyncio.sleep(0.02)
             self.listener.close_idle()
         self.ended.set()
@@ -235,9 +234,9 @@ class _Worker:
             case ("metrics",):
                 if request.method not in ("GET", "HEAD"):
                     raise _not_allowed(request, "GET, HEAD")
-                number = next(self._page)
-                self._pages[number] = later
-                self._send("page", number)
+                self._pages.append(later)
+                if len(self._pages) == 1:  # who asks while a page is made gets that one
+                    self._send("page")
                 return None
             case _:
                 found = self._look(request, path, parts)
@@ -345,9 +344,9 @@ class _Worker:
 
             self._queue.put(seconds, job)
 
-    def _page_there(self, number: int, page: bytes, content_type: str) -> None:
-        later = self._pages.pop(number, None)
-        if later:
+    def _page_there(self, page: bytes, content_type: str) -> None:
+        waiting, self._pages = self._pages, []
+        for later in waiting:
             later(Response(200, page, content_type))
 
 
@@ -450,7 +449,9 @@ class Endpoint:
         limits = self.post.limits
         encoding = request.headers.get("content-encoding", "").lower() or "identity"
         accepted = request.headers.get("accept-encoding", "")
-        size = len(request.body) * (1 if encoding == "identity" else 10)
+        size = len(request.body)
+        if encoding != "identity":  # as long as it may be
+            size = min(1000 * size, limits.connections.body_bytes)
 
         def read() -> Inference:
             body = _unpacked(request.body, encoding, limits.connections.body_bytes)
@@ -500,6 +501,13 @@ def _attempt(compute: Callable[[], _T]) -> _T | RequestError:
     except Exception:
         log.exception("an inference request failed")
         return RequestError(500, "the server failed on this request; its log says why.")
+
+
+def _end_on_failure(opened: Any) -> None:
+    """A worker that cannot listen ends, so that another one is tried."""
+    if (error := opened.exception()) is not None:
+        log.error("a worker cannot listen: %r", error)
+        os._exit(1)
 
 
 def _header_length(request: Request) -> int | None:

@@ -54,7 +54,7 @@ class DeployModel(Stage):
     :param max_difference: of a server's answer from the golden one [probability; for regression a share of the largest
         golden answer].
     :param max_latency_ms: 95th percentile of a one-row request inside the server [milliseconds].
-    :param max_memory_mb: the server process with this version and the former one loaded [MiB].
+    :param max_memory_mb: a process with this version loaded [MiB].
     :param timeout_s: how long to wait for the servers [seconds].
     :param on_backfill: in a backfill, ``register_only`` leaves the endpoint as it is, ``skip`` does nothing, ``full``
         deploys.
@@ -115,7 +115,7 @@ class DeployModel(Stage):
             desired.version,
             desired.sequence,
         )
-        status = self._wait(run, desired.sequence)
+        status = self._wait(run, desired)
         deployed = status.serving == desired.sequence
         numbers = status.numbers
         summary = (
@@ -148,7 +148,12 @@ class DeployModel(Stage):
                     return None
                 # A server that could not load an accepted version, as its bytes were damaged, tries again for a new record only.
                 statuses = endpoints.read_statuses(run.store, self.endpoint)
-                failed = any(s.alive and str(desired.sequence) in s.errors for s in statuses)
+                failed = any(
+                    s.alive
+                    and (error := s.errors.get(str(desired.sequence)))
+                    and error.get("sha256", desired.sha256) == desired.sha256
+                    for s in statuses
+                )
                 return None if failed else desired
         return None
 
@@ -169,20 +174,21 @@ class DeployModel(Stage):
 
     # -- what the servers say --------------------------------------------------------------------------------------
 
-    def _wait(self, run: RunInfo, sequence: int) -> Status:
+    def _wait(self, run: RunInfo, desired: Desired) -> Status:
         """Wait until every living server serves this record or a later one; returns what one of them says."""
+        log = DesiredLog(run.store, self.endpoint)
         deadline = time.monotonic() + self.timeout_s
         while True:
             statuses = endpoints.read_statuses(run.store, self.endpoint)
             living = [status for status in statuses if status.alive]
             for status in living:
-                error = status.errors.get(str(sequence))
-                if error:
+                error = status.errors.get(str(desired.sequence))
+                if error and error.get("sha256", desired.sha256) == desired.sha256:
                     raise _rejection(self.endpoint, status, error)
-            if living and all((status.serving or 0) >= sequence for status in living):
+            if living and all(_serves(status, desired, log) for status in living):
                 return min(living, key=lambda status: (status.serving or 0, status.server))
             if time.monotonic() > deadline:
-                raise LeptonError(self._why_not_served(run, statuses, sequence))
+                raise LeptonError(self._why_not_served(run, statuses, desired.sequence))
             run.check_stop()
             time.sleep(_POLL_S)
 
@@ -335,6 +341,15 @@ def _champion(run: RunInfo, name: str) -> LedgerEntry:
             f"model {name!r} has no champion in {run.store.root}: run PromoteModel before, with the same name and store."
         )
     return champion
+
+
+def _serves(status: Status, desired: Desired, log: DesiredLog) -> bool:
+    """Whether a server serves this record or a later one of the log as it is now, which may be a restored one."""
+    serving = status.serving or 0
+    if serving <= desired.sequence:
+        return serving == desired.sequence and status.sha256 == desired.sha256
+    later = log.whole(serving)
+    return later is not None and later.sha256 == status.sha256
 
 
 def _rejection(endpoint: str, status: Status, error: Mapping[str, Any]) -> LeptonError:

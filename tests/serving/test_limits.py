@@ -223,6 +223,22 @@ def test_requests_in_a_row_are_answered_in_their_order_also_when_the_first_takes
     assert bodies == [b"", b"first", *(b"/%d" % n for n in range(40)), b"/last"]
 
 
+def test_a_client_that_asks_on_and_does_not_read_is_read_no_further_and_ended(server: Server) -> None:
+    with server.connect() as client:
+        client.settimeout(0.2)
+        sent = 0
+        started = time.monotonic()
+        with pytest.raises(OSError):  # noqa: PT011, PT012 - first it takes no more, then it is reset
+            while time.monotonic() - started < 10:
+                try:
+                    sent += client.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+                except TimeoutError:
+                    continue
+        assert time.monotonic() - started < 5
+        assert sent < 20_000_000
+    is_good(server)
+
+
 def test_a_wrong_request_after_a_good_one_leaves_the_good_one_its_answer(server: Server) -> None:
     with server.connect() as client:
         client.sendall(b"POST /later HTTP/1.1\r\nContent-Length: 5\r\n\r\nfirst" + b"nonsense\r\n\r\n")

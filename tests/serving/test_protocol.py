@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -306,3 +307,10 @@ def test_whatever_is_sent_is_read_or_refused_in_a_short_sentence(body: bytes, he
     except RequestError as error:
         refused.append(error)
     assert all(error.status in (400, 413) and len(str(error)) < 600 for error in refused)
+
+
+def test_a_text_without_an_end_beside_a_nan_takes_no_longer_than_its_bytes() -> None:
+    started = time.monotonic()
+    with pytest.raises(RequestError, match="not JSON"):
+        read(b'{"a":"NaN' + b'\\"' * 2**19)
+    assert time.monotonic() - started < 5

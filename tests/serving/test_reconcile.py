@@ -104,6 +104,9 @@ class Bench:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
+    def desired(self, sequence: int) -> Desired:
+        return DesiredLog(self.store, ENDPOINT).existing(sequence)
+
     def verdict(self, sequence: int) -> LoadVerdict:
         verdict = endpoints.read_verdict(self.store, ENDPOINT, sequence)
         assert verdict is not None
@@ -265,7 +268,9 @@ def test_a_bad_version_is_kept_out_and_the_former_one_stays(
     assert (status.state, status.serving, status.version, status.desired) == ("rejected", 1, "v1", 2)
     assert status.errors["2"]["kind"] == kind
     assert words in status.reason
-    assert bench.verdict(2).error == status.errors["2"]
+    error = dict(status.errors["2"])
+    assert error.pop("sha256") == bench.desired(2).sha256
+    assert bench.verdict(2).error == error
 
     again = bench.server()  # it does not try what was rejected, whatever became of it
     again.step()
@@ -519,6 +524,7 @@ def test_a_damaged_newest_record_takes_nothing_out_of_service(bench: Bench, dama
         server.step()
     except endpoints.LeptonError as error:  # as run() goes on
         pytest.fail(str(error))
+    server.step()
     assert server.status.serving == 1
     assert server.status.problems
     assert all(len(problem) < 1000 for problem in server.status.problems)
@@ -557,7 +563,7 @@ def test_a_package_whose_file_is_gone_is_served_again_when_it_is_back(bench: Ben
     model.with_suffix(".away").rename(model)
     server._look_again = 1e-9
     server.step()
-    assert (server.status.state, server.status.serving) == ("serving", 2)
+    assert (server.status.state, server.status.serving, server.status.errors) == ("serving", 2, {})
 
 
 def test_a_log_that_was_restored_from_a_backup_is_followed_again(bench: Bench, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from lepton_airflow.contract import split_pin
@@ -296,6 +297,24 @@ def test_sigterm_answers_what_was_admitted_and_ends_well(shelf: Any, run_at: Run
         assert request.finish() == 200
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert endpoints.read_statuses(run_at.store, "drain") == []
+
+
+def test_a_signal_to_all_processes_of_a_server_ends_it_as_well(
+    shelf: Any, run_at: RunInfo, tmp_path: Path
+) -> None:
+    """As systemd sends it: to the supervisor, to what forks the workers, and to the workers."""
+    with LocalEndpoint("group", shelf.run.store.root, tmp_path, options=QUICK) as server:
+        deploy(run_at, "group", shelf.wine.uri)
+        pid = processes.pid("endpoint-group", tmp_path)
+        assert pid is not None
+        request = HalfSent(server, tensors(shelf.wine.rows[:1], shelf.wine.package))
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        assert len(family) >= 3
+        for process in family:
+            process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert request.finish() == 200
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_killed_server_serves_again_from_the_store(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:

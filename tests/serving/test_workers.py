@@ -208,6 +208,7 @@ def test_no_client_that_honours_close_loses_a_request_when_the_server_ends(
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.3)
         assert call(f"{server.url}/v2/health/ready")[0] == 503
+        assert metrics(server)["lepton_serve_workers"] == 2  # it is watched until it has ended
         for thread in clients:
             thread.join(60)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
