@@ -32,14 +32,15 @@ def kill_marked(mark: str) -> None:
 
     # Several times: while the list is read, a process of it may start another one.
     for _ in range(10):
-        found = False
+        found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
                 if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                     process.kill()
-                    found = True
+                    found.append(process)
         if not found:
             return
+        psutil.wait_procs(found, timeout=0.2)  # on a busy machine a killed process is there for a moment
 
 
 def end_with_parent(pipe: int, scratch: Path | None = None) -> None:
