@@ -30,17 +30,18 @@ def kill_marked(mark: str) -> None:
     """Kill every process but this one that carries the mark, until none is left."""
     import psutil
 
-    # Several times: while the list is read, a process of it may start another one.
-    for _ in range(10):
-        found = []
+    # Several times: while the list is read, a process of it may start another one, and a killed one is there for a moment. It is
+    # not waited for by wait(), which would take its exit status from whoever started it.
+    for _ in range(50):
+        found = False
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
                 if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                     process.kill()
-                    found.append(process)
+                    found = True
         if not found:
             return
-        psutil.wait_procs(found, timeout=0.2)  # on a busy machine a killed process is there for a moment
+        time.sleep(0.02)
 
 
 def end_with_parent(pipe: int, scratch: Path | None = None) -> None:
