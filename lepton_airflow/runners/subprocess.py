@@ -143,6 +143,7 @@ class Subprocess(Runner):
     env: dict[str, str] = field(default_factory=dict)
     pass_env: list[str] = field(default_factory=list)
     _process: subprocess.Popen[str] | None = field(default=None, init=False, repr=False, compare=False)
+    _cancelled: bool = field(default=False, init=False, repr=False, compare=False)
     _grace_over: bool = field(default=False, init=False, repr=False, compare=False)
     _same_interpreter: ClassVar[bool] = True  # the stage has the worker's code and libraries
 
@@ -158,10 +159,10 @@ class Subprocess(Runner):
 
     def run(self, request: Request, connections: Sequence[Connection], context: Mapping[str, Any]) -> Receipt:
         """Start the entry point, stream its log, and return the receipt it left; a cached result needs no process."""
+        self._cancelled = self._grace_over = False
         if self._same_interpreter and (hit := recall(request, {c.id: c for c in connections})):
             return hit
         supervised = bool(context)
-        self._grace_over = False
         with tempfile.TemporaryDirectory(prefix="lepton-run-", ignore_cleanup_errors=True) as folder:
             receipt_file = Path(folder, "receipt.json")
             Path(folder, "request.json").write_text(request.to_json(), encoding="utf-8")
@@ -183,9 +184,10 @@ class Subprocess(Runner):
 
     def cancel(self) -> None:
         """Ask the stage to stop, and kill its process group when the grace period is over."""
+        self._cancelled = True
         process = self._process
         if process is None:
-            return
+            return  # one that starts now is stopped as soon as it is known
         signal_group(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + self.grace_s
         # Airflow calls this from a signal handler, which may have interrupted run() anywhere, so this must take no lock.
@@ -250,6 +252,8 @@ class Subprocess(Runner):
                 parent_in.close()
                 with suppress(BrokenPipeError), connections_out:
                     connections_out.write(json.dumps([asdict(c) for c in connections or ()]).encode())
+                if self._cancelled:
+                    self.cancel()
                 yield process
 
     @contextmanager

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from lepton_airflow.contract import Request
-from lepton_airflow.errors import RunnerError
+from lepton_airflow.errors import Preempted, RunnerError
 from lepton_airflow.runners import Runner, Subprocess
-from lepton_airflow.testing import LocalRunnerConformance, until
+from lepton_airflow.testing import LocalRunnerConformance, probe, until
 
 
 class TestSubprocess(LocalRunnerConformance):
@@ -34,3 +34,12 @@ def test_a_stage_that_did_not_stop_in_time_was_not_killed_for_memory(tmp_path: P
     with pytest.raises(RunnerError, match=r"had not stopped after grace_s=0.2 s, and was killed"):
         runner.run(request, [], {})
     canceller.join()
+
+
+def test_a_stop_before_the_process_is_known_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Subprocess()
+    monkeypatch.setattr("lepton_airflow.runners.subprocess.recall", lambda *_: runner.cancel())
+    with pytest.raises(Preempted):
+        runner.run(probe("Copy", tmp_path / "store"), [], {})
