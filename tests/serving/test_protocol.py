@@ -294,6 +294,47 @@ def test_any_good_request_means_what_its_values_mean_in_json_and_in_binary(
             np.testing.assert_array_equal(plain[key].ravel(), np.array(expected, dtype=np.float32))
 
 
+@pytest.mark.parametrize("width", [2, 9, None])
+@pytest.mark.parametrize("rows", [1, 100, 300])
+@pytest.mark.parametrize(
+    ("datatype", "dtype"), [("FP32", "<f4"), ("FP64", "<f8"), ("INT32", "<i4"), ("INT64", "<i8")]
+)
+def test_the_usual_form_is_read_in_one_pass_and_means_the_same(
+    monkeypatch: pytest.MonkeyPatch, datatype: str, dtype: str, rows: int, width: int | None
+) -> None:
+    rng = np.random.default_rng(rows)
+    numbers = rng.integers(-(2**31), 2**31, (2, rows)).astype(dtype)
+    texts = ["".join(rng.choice(list("ABC"), width or rng.integers(0, 12))) for _ in range(rows)]
+    texts[-1] = "Zürich" if width is None else texts[-1]
+    columns = [*numbers.tolist(), texts]
+    blobs = [column.tobytes() for column in numbers]
+    blobs.append(b"".join(len(t.encode()).to_bytes(4, "little") + t.encode() for t in texts))
+    inputs = [
+        {"name": f.name, "datatype": "BYTES" if f.kind == "category" else datatype, "shape": [rows, 1]}
+        | {"parameters": {"binary_data_size": len(blob)}}
+        for f, blob in zip(FEATURES, blobs, strict=True)
+    ]
+
+    def binary(order: slice) -> Inference:
+        head = json.dumps({"inputs": inputs[order]}).encode()
+        return parse(b"".join([head, *blobs[order]]), FEATURES, OUTPUTS, 1000, len(head))
+
+    other_order = binary(slice(None, None, -1))
+    monkeypatch.setattr("lepton_airflow.serving.protocol._read", None)  # which reads all other forms
+    found = [binary(slice(None))]
+    if datatype[0] == "F":
+        rows_of_json = [
+            dict(zip([f.name for f in FEATURES], row, strict=True)) for row in zip(*columns, strict=True)
+        ]
+        found.append(parse(request_body(FEATURES, rows_of_json), FEATURES, OUTPUTS, 1000))
+    for inference in found:
+        for key, values in other_order.feed.items():
+            assert inference.feed[key].dtype == values.dtype
+            np.testing.assert_array_equal(inference.feed[key], values)
+    np.testing.assert_array_equal(other_order.feed["hour"].ravel(), numbers[0].astype(np.float32))
+    assert other_order.feed["carrier"].ravel().tolist() == texts
+
+
 @given(body=st.binary(max_size=200) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(
