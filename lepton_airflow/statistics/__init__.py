@@ -6,6 +6,7 @@
     metrics.py     point estimates                    classification_metrics, regression_metrics
     bootstrap.py   intervals for one model            bootstrap_intervals
     paired.py      champion against candidate         paired_test, paired_verdict
+    sequential.py  candidate against stable, looked at again and again: Harm, Shift, Units, Share
     distances.py   one sample against another         population_stability_index, stability_test, ...
     clusters.py    which rows are dependent
 
