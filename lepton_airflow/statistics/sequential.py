@@ -12,8 +12,9 @@ inequality it ever reaches ``1 / alpha`` with a probability of at most ``alpha``
 - :class:`Units`: either of them where whole users were assigned, each with many requests.
 - :class:`Share`: of a split, against the share that was asked for (Lindon & Malek 2022, arXiv 2011.03567).
 
-Each takes what was seen since its last look, so whoever keeps the looks can replay them, and comes to the same numbers. All of it
-needs the standard library only, because a trigger of Airflow runs it.
+Each takes what was seen since its last look. ``state()`` is what it knows, as JSON can hold it, and ``restore()`` takes that up, so
+whoever goes on after a kill goes on with the same evidence. All of it needs the standard library only, because a trigger of Airflow
+runs it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 # How far beyond the harm that is bet against the truth may lie; the capital is shared out among these and an estimate.
 _EFFECTS = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6)
@@ -86,6 +87,33 @@ class _Sequence(ABC, Generic[_Value]):
         """The truth is certainly below this point, with an error probability of ``alpha`` over all looks; or ``inf``."""
         return min(_reached(self.points, self.below, -math.log(alpha)), default=math.inf)
 
+    def state(self) -> dict[str, Any]:
+        """All that it knows; the step has to be what JSON can hold."""
+        return {
+            "step": self._step,
+            "pending": [[[value, count] for value, count in seen.items()] for seen in self._pending],
+            "bets": [bets.state() for bets in self._all_bets()],
+            "rates": [rate.state() for rate in self._all_rates()],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what another one knew, which was made with the same arguments."""
+        self._step = state["step"]
+        self._pending = tuple(  # type: ignore[assignment]
+            Counter({tuple(v) if isinstance(v, list) else v: count for v, count in seen})
+            for seen in state["pending"]
+        )
+        for bets, known in zip(self._all_bets(), state["bets"], strict=True):
+            bets.restore(known)
+        for rate, known in zip(self._all_rates(), state["rates"], strict=True):
+            rate.restore(known)
+
+    @abstractmethod
+    def _all_bets(self) -> Iterator[_Bets]: ...
+
+    @abstractmethod
+    def _all_rates(self) -> Iterator[_Rate]: ...
+
     @property
     @abstractmethod
     def above(self) -> list[float]:
@@ -131,6 +159,19 @@ class Harm(_Sequence[float]):
     def below(self) -> list[float]:
         return [bets.highest for bets in self._below]
 
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"scores": self._scores}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._scores = state["scores"]
+
+    def _all_bets(self) -> Iterator[_Bets]:
+        yield from (*self._above, *self._below)
+
+    def _all_rates(self) -> Iterator[_Rate]:
+        yield from self._rates
+
     def _settle(self, candidate: Counter[float], stable: Counter[float]) -> None:
         caution = 1.0 if self._scores is None else _caution(self._scores)
         ours, theirs = (rate.value for rate in self._rates)
@@ -173,6 +214,15 @@ class Shift(_Sequence[tuple[float, ...]]):
     def below(self) -> list[float]:
         return [min(bets.highest for bets in of_sets) for of_sets in self._below]
 
+    def _all_bets(self) -> Iterator[_Bets]:
+        yield from self._above
+        for of_sets in self._below:
+            yield from of_sets
+
+    def _all_rates(self) -> Iterator[_Rate]:
+        for rates in self._rates:
+            yield from rates
+
     def _settle(self, candidate: Counter[tuple[float, ...]], stable: Counter[tuple[float, ...]]) -> None:
         ours, theirs = ([rate.value for rate in rates] for rates in self._rates)
         worst = tuple(b for b, (a, c) in enumerate(zip(ours, theirs, strict=True)) if a > c)
@@ -194,13 +244,6 @@ def in_buckets(counts: Sequence[int]) -> dict[tuple[float, ...], int]:
     }
 
 
-class Epoch(NamedTuple):
-    """What one look at units found; see :attr:`Harm.above` and :attr:`Harm.below`."""
-
-    above: tuple[float, ...]
-    below: tuple[float, ...]
-
-
 class Units:
     """A confidence sequence where whole units, such as users, were assigned, each with many requests; of the average unit.
 
@@ -209,12 +252,11 @@ class Units:
     their requests have grown by a quarter, and the k-th one has the share 6 / (k pi)^2 of ``alpha``.
 
     :param new: makes what judges, such as ``lambda: Harm([0.0, 0.01])``.
-    :param epochs: what former looks have found.
     """
 
-    def __init__(self, new: Callable[[], Harm | Shift], epochs: Iterable[Epoch] = ()) -> None:
-        self.epochs = list(epochs)
+    def __init__(self, new: Callable[[], Harm | Shift]) -> None:
         self.points = new().points
+        self._looks: list[tuple[list[float], list[float]]] = []  # above and below of each
         self._new = new
         self._step: Hashable = None
         self._next = 0.0
@@ -224,8 +266,8 @@ class Units:
         candidate: Mapping[int, Sequence[int]],
         stable: Mapping[int, Sequence[int]],
         step: Hashable = None,
-    ) -> Epoch | None:
-        """Look at all units that a step has had, by hash; what was found, if it was time to look.
+    ) -> bool:
+        """Look at all units that a step has had, by hash, if it is time to; says whether it was.
 
         :param candidate: the counts of each unit: good and bad requests for :class:`Harm`, predictions by bucket for :class:`Shift`.
         """
@@ -233,7 +275,7 @@ class Units:
             self._step, self._next = step, 0.0
         requests = sum(sum(counts) for track in (candidate, stable) for counts in track.values())
         if requests < self._next or min(len(candidate), len(stable)) < _FEWEST_UNITS:
-            return None
+            return False
         self._next = requests * _GROWTH
         judge = self._new()
         for unit in sorted({*candidate, *stable}):
@@ -243,24 +285,29 @@ class Units:
             )
             judge.add(ours, theirs)  # type: ignore[arg-type]
         judge.finish()
-        self.epochs.append(Epoch(tuple(judge.above), tuple(judge.below)))
-        return self.epochs[-1]
+        self._looks.append((judge.above, judge.below))
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Harm.state`."""
+        return {"step": self._step, "next": self._next, "looks": self._looks}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Harm.restore`."""
+        self._step, self._next = state["step"], state["next"]
+        self._looks = [(above, below) for above, below in state["looks"]]
 
     def lower(self, alpha: float) -> float:
         """The truth is certainly above this point, with an error probability of ``alpha`` over all looks; or ``-inf``."""
-        return max(
-            (p for k, e in self._needed(alpha) for p in _reached(self.points, e.above, k)), default=-math.inf
-        )
+        return max(self._best(alpha, 0), default=-math.inf)
 
     def upper(self, alpha: float) -> float:
         """The truth is certainly below this point, with an error probability of ``alpha`` over all looks; or ``inf``."""
-        return min(
-            (p for k, e in self._needed(alpha) for p in _reached(self.points, e.below, k)), default=math.inf
-        )
+        return min(self._best(alpha, 1), default=math.inf)
 
-    def _needed(self, alpha: float) -> Iterator[tuple[float, Epoch]]:
-        for k, epoch in enumerate(self.epochs, 1):
-            yield -math.log(alpha * 6 / (k * math.pi) ** 2), epoch
+    def _best(self, alpha: float, side: int) -> Iterator[float]:
+        for k, capitals in enumerate(self._looks, 1):
+            yield from _reached(self.points, capitals[side], -math.log(alpha * 6 / (k * math.pi) ** 2))
 
 
 class Share:
@@ -289,6 +336,15 @@ class Share:
         capital -= ours * math.log(asked) + theirs * math.log1p(-asked)
         self.highest = max(self.highest, capital)
 
+    def state(self) -> dict[str, Any]:
+        """See :meth:`Harm.state`."""
+        return {"asked": self._asked, "tests": self._tests, "seen": self._seen, "highest": self.highest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Harm.restore`."""
+        self._asked, self._tests, self.highest = state["asked"], state["tests"], state["highest"]
+        self._seen = tuple(state["seen"])
+
     def differs(self, alpha: float) -> bool:
         """Whether the present split is certainly another one, with an error probability of ``alpha`` over all looks and shares."""
         return self._tests > 0 and self.highest >= -math.log(alpha * 6 / (self._tests * math.pi) ** 2)
@@ -306,6 +362,14 @@ class _Bets:
         self.effects = effects
         self.capitals = [0.0] * (len(effects) + 1)  # logarithms
         self.highest = 0.0  # of the logarithm of their average
+
+    def state(self) -> list[Any]:
+        """What has been won so far."""
+        return [self.highest, self.capitals]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """Go on with what was won."""
+        self.highest, self.capitals = state[0], list(state[1])
 
     def settle(
         self,
@@ -369,6 +433,14 @@ class _Rate:
         """Count more."""
         keep = _MEMORY / (_MEMORY + n)
         self.n, self.total = self.n * keep + n, self.total * keep + total
+
+    def state(self) -> list[float]:
+        """What was counted."""
+        return [self.n, self.total]
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Count on."""
+        self.n, self.total = state
 
     @property
     def value(self) -> float:

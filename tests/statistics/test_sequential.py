@@ -7,12 +7,13 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from lepton_airflow.statistics.sequential import Epoch, Harm, Share, Shift, Units, in_buckets, tally
+from lepton_airflow.statistics.sequential import Harm, Share, Shift, Units, in_buckets, tally
 
 ALPHA = 0.01
 RUNS = 60
@@ -239,17 +240,6 @@ def test_requests_of_few_users_abort_healthy_releases_where_they_are_counted_as_
     assert aborted > 0.1 * RUNS // 2
 
 
-def test_looks_at_units_go_on_after_a_restart_with_what_was_found() -> None:
-    units, _ = by_unit(1, 0.1, 30)
-    kept = json.loads(json.dumps(units.epochs))
-    again = Units(lambda: Harm([0.0, 0.05]), [Epoch(*map(tuple, epoch)) for epoch in kept])
-    assert (
-        (again.lower(ALPHA), again.upper(ALPHA))
-        == (units.lower(ALPHA), units.upper(ALPHA))
-        == (0.0, math.inf)
-    )
-
-
 # -- shares --------------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +289,50 @@ def test_no_bet_can_be_expected_to_win_where_the_point_is_true() -> None:
                             for y in range(7)
                         )
                         assert expected <= 1 + 1e-9
+
+
+def _units_again(judge: Units, rng: np.random.Generator) -> None:
+    judge.look(
+        *({int(u): (int(rng.poisson(30)), 1) for u in rng.integers(0, 10**6, 50)} for _ in range(2)), step=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "feed"),
+    [
+        (
+            lambda: Harm([0.0, 0.1]),
+            lambda j, r: j.add(tally(70, int(r.poisson(9))), tally(70, int(r.poisson(3))), 1),
+        ),
+        (
+            lambda: Harm([0.0, 0.1], cautious=True),
+            lambda j, r: j.add(tally(90, int(r.poisson(9))), tally(90, int(r.poisson(3))), 1),
+        ),
+        (
+            lambda: Shift(3, [0.0, 0.1]),
+            lambda j, r: j.add(
+                in_buckets([40, int(r.poisson(9)), 3]), in_buckets([20, int(r.poisson(9)), 9]), 1
+            ),
+        ),
+        (lambda: Units(lambda: Harm([0.0, 0.1])), _units_again),
+        (Share, lambda j, r: j.add(0.3, int(r.poisson(9)), 7)),
+    ],
+    ids=["harm", "cautious", "shift", "units", "share"],
+)
+def test_who_goes_on_after_a_kill_comes_to_the_same(
+    make: Callable[[], Any], feed: Callable[[Any, Any], Any]
+) -> None:
+    rng = np.random.default_rng(1)
+    judge = make()
+    for _ in range(15):
+        feed(judge, rng)
+    again = make()
+    again.restore(json.loads(json.dumps(judge.state())))
+    rngs = [np.random.default_rng(2) for _ in range(2)]
+    for _ in range(10):
+        feed(judge, rngs[0])
+        feed(again, rngs[1])
+    assert judge.state() == again.state()
 
 
 def test_the_step_apart_is_not_compared_with_the_next() -> None:
