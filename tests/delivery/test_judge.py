@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lepton_airflow.delivery.canary import Action, Evidence, Plan, Seen, State, advance
+from lepton_airflow.delivery.judge import Action, Evidence, Plan, Seen, State, advance
 from lepton_airflow.errors import BadConfiguration
 
 PLAN = Plan(
