@@ -120,6 +120,7 @@ class DeployModelOperator(StageOperator):
         max_latency_ms: float | str | XComArg = ...,
         max_memory_mb: float | str | XComArg = ...,
         timeout_s: float | str | XComArg = ...,
+        allow_other_inputs: bool | str | XComArg = ...,
         on_backfill: Literal["register_only", "skip", "full"] | str | XComArg = ...,
         runner: Runner | None = None,
         store: str | XComArg | None = None,

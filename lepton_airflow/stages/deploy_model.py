@@ -56,9 +56,12 @@ class DeployModel(Stage):
     :param max_latency_ms: 95th percentile of a one-row request inside the server [milliseconds].
     :param max_memory_mb: a process with this version loaded [MiB].
     :param timeout_s: how long to wait for the servers [seconds].
+    :param allow_other_inputs: deploy a model whose inputs, outputs or classes differ from those of the one in service, whose
+        clients it refuses or misleads.
     :param on_backfill: in a backfill, ``register_only`` leaves the endpoint as it is, ``skip`` does nothing, ``full``
         deploys.
-    :raises BadConfiguration: both or neither of ``name`` and ``model``, a model without a champion, a wrong name.
+    :raises BadConfiguration: both or neither of ``name`` and ``model``, a model without a champion, a wrong name, other inputs
+        than those of the model in service.
     :raises IntegrityError: a server found bytes that are not those of the digest; not retried.
     :raises BadInput: a server cannot run the package, or answers otherwise than here; not retried.
     :raises LeptonError: no server within ``timeout_s``, or one over its budget; may be retried.
@@ -80,6 +83,7 @@ class DeployModel(Stage):
     max_latency_ms: float = 100.0
     max_memory_mb: float = 2048.0
     timeout_s: float = 120.0
+    allow_other_inputs: bool = False
     on_backfill: Literal["register_only", "skip", "full"] = "register_only"
 
     def run(self, run: RunInfo) -> Result:
@@ -104,6 +108,8 @@ class DeployModel(Stage):
             newer = self._newer(run, newest, desired)
             if newer:
                 return self._unchanged(run, newer)
+            if not self.allow_other_inputs:
+                self._refuse_other_inputs(run, newest, desired)
             asked = self._asked_before(run, newest, desired) or records.append_after(newest, desired)
             if asked:
                 desired = asked
@@ -159,18 +165,35 @@ class DeployModel(Stage):
 
     def _newer(self, run: RunInfo, newest: Desired | None, wanted: Desired) -> str | None:
         """Why a package of older data is not deployed. A champion is not compared: the ledger decides which one is newer."""
-        if self.name is not None or newest is None:
-            return None
-        standing = endpoints.not_rejected(run.store, self.endpoint, newest.sequence)
-        if not standing:
-            return None
-        desired = DesiredLog(run.store, self.endpoint).existing(standing)
-        if not is_newer(desired.window, wanted.window):
+        desired = self._standing(run, newest) if self.name is None else None
+        if desired is None or not is_newer(desired.window, wanted.window):
             return None
         return (
             f"version {desired.version} there was trained on newer data, until {(desired.window or {})['end']}, than "
             f"this package, until {(wanted.window or {})['end']}."
         )
+
+    def _standing(self, run: RunInfo, newest: Desired | None) -> Desired | None:
+        """The newest version that was not rejected."""
+        standing = endpoints.not_rejected(run.store, self.endpoint, newest.sequence) if newest else 0
+        return DesiredLog(run.store, self.endpoint).existing(standing) if standing else None
+
+    def _refuse_other_inputs(self, run: RunInfo, newest: Desired | None, wanted: Desired) -> None:
+        """Raise BadConfiguration where clients of the version in service could not ask the wanted one, or would misread it."""
+        standing = self._standing(run, newest)
+        if standing is None or standing.sha256 == wanted.sha256:
+            return
+        try:
+            former = _card(run, standing.package)
+        except LeptonError as error:
+            log.warning("endpoint %s: what is in service cannot be read to compare: %s", self.endpoint, error)
+            return
+        if differences := _differences(former, _card(run, wanted.package)):
+            raise BadConfiguration(
+                f"version {wanted.version} has other {differences} than version {standing.version}, which endpoint "
+                f"{self.endpoint!r} serves: its clients would be refused or misled. Give it an endpoint of its own, or pass "
+                "allow_other_inputs=True."
+            )
 
     # -- what the servers say --------------------------------------------------------------------------------------
 
@@ -202,8 +225,8 @@ class DeployModel(Stage):
         if not latest.alive:
             when = f"{latest.age_s:.0f} s old" if latest.age_s > 0 else f"{-latest.age_s:.0f} s in the future"
             return (
-                f"no server of endpoint {self.endpoint!r} is alive: the last heartbeat, of {latest.server}, is "
-                f"{when}. Start it again ({start}), or set the clocks of both machines."
+                f"no server of endpoint {self.endpoint!r} reports: the last heartbeat, of {latest.server}, is {when}. If it has "
+                f"ended, start it again ({start}); else its log says why it cannot write to the store, or both clocks differ."
             )
         late = next((s for s in statuses if s.alive and (s.serving or 0) < sequence), latest)
         return (
@@ -341,6 +364,26 @@ def _champion(run: RunInfo, name: str) -> LedgerEntry:
             f"model {name!r} has no champion in {run.store.root}: run PromoteModel before, with the same name and store."
         )
     return champion
+
+
+def _card(run: RunInfo, package: str) -> ModelCard:
+    from lepton_airflow.packaging.card import ModelCard
+
+    return ModelCard.from_json((run.fetch(run.store.here(package)) / "model.json").read_bytes())
+
+
+def _differences(former: ModelCard, wanted: ModelCard) -> str:
+    """What clients would notice of another model, in words; "" where they can go on."""
+    found = []
+    kinds = [{f.name: f.kind for f in card.features} for card in (former, wanted)]
+    changed = sorted(name for name in {*kinds[0], *kinds[1]} if kinds[0].get(name) != kinds[1].get(name))
+    if changed:
+        found.append(f"inputs ({', '.join(map(repr, changed[:5]))}{', …' if len(changed) > 5 else ''})")
+    if not set(former.outputs) <= set(wanted.outputs):
+        found.append(f"outputs ({', '.join(wanted.outputs)})")
+    if (former.task, former.classes) != (wanted.task, wanted.classes):
+        found.append("classes" if former.task == wanted.task else "values")
+    return " and ".join(found)
 
 
 def _serves(status: Status, desired: Desired, log: DesiredLog) -> bool:

@@ -95,9 +95,10 @@ class Store:
         try:
             self.fs, self._root = fsspec.core.url_to_fs(root, **_storage_options(self.protocol, connection))
         except (ValueError, ImportError) as error:
-            raise BadConfiguration(
-                f"store {root!r} cannot be opened: {error}. Expected a path or an fsspec URI."
-            ) from None
+            expected = "Expected a path or an fsspec URI."
+            if self.protocol == "s3" and isinstance(error, ImportError):
+                expected = "S3 needs the extra s3: pip install 'lepton-airflow[s3]'."
+            raise BadConfiguration(f"store {root!r} cannot be opened: {error}. {expected}") from None
         self._root = self._root.rstrip("/")
         # By default s3fs asks for the size first, in order to read a large object in parts. For a small record that is a
         # second request, so read() switches it off where s3fs has the switch.

@@ -247,6 +247,27 @@ def test_a_package_of_older_data_stays_out(desk: Desk, following: Reconciler) ->
     assert desk.deploy("june", model=june).values["deployed"] is True
 
 
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        (replace(INFO, features=["hour", "carrier"]), r"other inputs \('wind'\) than version"),
+        (replace(INFO, categorical=["carrier", "wind"]), r"other inputs \('wind'\)"),
+        (replace(INFO, classes=[0, 2]), "other classes than version"),
+    ],
+)
+def test_a_model_that_the_clients_cannot_ask_is_refused(
+    desk: Desk, following: Reconciler, put_model: Callable[..., Artifact], info: DatasetInfo, words: str
+) -> None:
+    desk.deploy("one", model=desk.package(1.0))
+    other = put_model(
+        desk.run.store, info, [2.0] * sum(c not in info.categorical for c in info.features), None
+    ).uri
+    with pytest.raises(BadConfiguration, match=f"{words}.*or pass allow_other_inputs=True"):
+        desk.deploy("two", model=other)
+    assert len(desk.asked()) == 1
+    assert desk.deploy("three", model=other, allow_other_inputs=True).values["deployed"] is True
+
+
 def test_a_package_from_outside_the_store_is_copied_into_it(
     desk: Desk, following: Reconciler, tmp_path: Path
 ) -> None:
@@ -354,7 +375,7 @@ def test_a_task_says_that_nobody_serves_and_its_retry_asks_no_second_time(desk: 
     gone = asdict(Status(server="gone", url="", beat=(datetime.now(UTC) - timedelta(seconds=77)).isoformat()))
     desk.run.store.write("records/endpoints/late/status/gone.json", canonical_json(gone).encode())
     with pytest.raises(
-        LeptonError, match=r"no server .* is alive: the last heartbeat, of gone, is 7[78] s old"
+        LeptonError, match=r"no server .* reports: the last heartbeat, of gone, is 7[78] s old"
     ):
         desk.deploy(model=package, timeout_s=0.3)
     endpoints.write_status(
