@@ -10,9 +10,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, Status
@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 _LATEST = 20  # errors that a status tells of
 _TRIES = 3  # of a version whose loading ends the process that tries it
+_PAUSE_S = 2.0  # between two tries, for what has ended to be replaced and its memory to be free
 _AGAIN_S = 30.0  # between two looks at what could not be read, and whether the log is the same
+
+_T = TypeVar("_T")
 
 
 class Died(LeptonError):
@@ -40,8 +43,17 @@ class Fleet(Protocol):
         """Load and measure a version where its failure harms nobody; raises LeptonError, :class:`Died` when it ends the process."""
         ...
 
-    def put(self, desired: Desired, files: Mapping[str, bytes], numbers: dict[str, float]) -> None:
-        """Have requests answered by a version that was tried."""
+    def put(
+        self,
+        desired: Desired,
+        files: Mapping[str, bytes],
+        numbers: dict[str, float],
+        accept: Callable[[], bool],
+    ) -> None:
+        """Have requests answered by a version that was tried, if ``accept`` says so when all processes that answer hold it.
+
+        Else, and when this raises LeptonError (:class:`Died`: a process with it has ended), the former version stays, alone.
+        """
         ...
 
 
@@ -248,29 +260,35 @@ class Reconciler:
         if verdict and verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
         log.info("endpoint %s: loading version %s (%s)", self.endpoint, desired.version, desired.package)
+        numbers: dict[str, float] = {}
+
+        def accept() -> bool:
+            nonlocal verdict
+            verdict = verdict or self._decide(desired.sequence, numbers)
+            return not verdict.error
+
         try:
             files = self.store.load(self.store.here(desired.package))
             golden = self._golden(desired)
-            numbers = self._tried(desired, files, golden)
+            numbers = self._tried(desired, lambda: self._fleet.try_out(desired, files, golden))
+            if over := over_budget(desired, numbers):
+                # The budgets decide about a new version; one that was accepted before is served on a slow day too.
+                if verdict is None:
+                    raise over
+                log.warning(
+                    "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
+                )
+            self._tried(desired, lambda: self._fleet.put(desired, files, numbers, accept))
         except StoreError:
             raise
         except LeptonError as error:
             if self._stop.is_set():
                 return False
             if verdict is None:
-                self._decide(desired.sequence, error=endpoints.error_record(error))
+                self._decide(desired.sequence, numbers, endpoints.error_record(error))
             return self._reject(desired, error)
-        over = over_budget(desired, numbers)
-        if verdict is None:
-            verdict = self._decide(desired.sequence, numbers, endpoints.error_record(over) if over else None)
-        if verdict.error:
+        if verdict and verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
-        # The budgets decide about a new version; one that was accepted before is served on a slow day too.
-        if over:
-            log.warning(
-                "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
-            )
-        self._fleet.put(desired, files, numbers)
         self._in_service = desired
         log.info("endpoint %s: version %s is in service", self.endpoint, desired.version)
         self._set_status(
@@ -288,13 +306,11 @@ class Reconciler:
             pass
         raise BadInput(f"{desired.golden} holds no golden requests: deploy the version again.")
 
-    def _tried(
-        self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
-    ) -> dict[str, float]:
-        """What a trial measured. A trial that is killed is made again: the kernel, or anybody, may have ended it."""
+    def _tried(self, desired: Desired, call: Callable[[], _T]) -> _T:
+        """What a call gives. One whose process is killed is made again: the kernel, or anybody, may have ended it."""
         for last in range(_TRIES):
             try:
-                return self._fleet.try_out(desired, files, golden)
+                return call()
             except Died as error:
                 if self._stop.is_set():
                     raise
@@ -304,6 +320,7 @@ class Reconciler:
                         f"{error} So it was {_TRIES} times; its log and the kernel's say why, such as too little memory. "
                         "Deploy a lighter model, or this one again."
                     ) from None
+                self._stop.wait(_PAUSE_S)
         raise AssertionError  # pragma: no cover
 
     def _decide(

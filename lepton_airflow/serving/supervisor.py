@@ -3,7 +3,7 @@
 The supervisor reads no request, so nothing that a client sends keeps it from its work: it looks at the store, reports to it,
 answers health checks on a port of its own where one is asked for, and replaces workers that end. A new version is tried in a
 process of its own first, so what it does there (a segmentation fault, an endless loop, too much memory) no client sees.
-Then every worker loads it beside the former one, and one byte in shared memory makes all of them answer with it.
+Then one worker after the other loads it beside the former one, and one byte in shared memory makes all answer with it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ log = logging.getLogger(__name__)
 
 _DRAIN_S = 30.0  # for the requests that are in flight when the server is told to end
 _HUNG_S = 30.0  # without a sign of life after which a worker is ended and replaced
-_TRY_S = 600.0  # for a version to load and to be measured
-_LOAD_S = 120.0  # for a worker to load a version that was tried
+_TRY_S = 600.0  # for a version to load and to be measured, and then for each worker to load it
 _RESERVED_FILES = 64  # of a worker, for other things than connections
 
 
@@ -205,15 +204,35 @@ class _Server:
         return prometheus.generate_latest(registry)
 
 
-@dataclass
+_Version = tuple[Desired, Mapping[str, bytes], dict[str, float]]  # with its files, and what was measured
+
+
+@dataclass(eq=False)
 class _Worker:
-    """A worker as the supervisor sees it."""
+    """A worker as the supervisor sees it.
+
+    :ivar heard: time.monotonic() of the last sign of life.
+    :ivar loads: how many versions it was told to load.
+    :ivar loaded: the number of the last one that it has told of, and why it cannot load that.
+    """
 
     number: int
     process: BaseProcess
     pipe: Pipe
-    heard: float  # time.monotonic() of the last sign of life
+    heard: float
     sending: threading.Lock
+    loads: int = 0
+    loaded: tuple[int, str | None] = (0, None)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether it has to tell of a version that it was told to load."""
+        return self.loaded[0] < self.loads
+
+    def load(self, endpoint: int, slot: int, version: _Version) -> None:
+        """Have it load a version."""
+        self.loads += 1
+        self.send("load", self.loads, endpoint, slot, *version)
 
     def send(self, *message: object) -> None:
         """Tell it something; one that has ended is replaced by the watch."""
@@ -247,11 +266,10 @@ class Fleet:
         self._listener = listener
         self._limits = _within_files(settings)
         self._workers: dict[int, _Worker] = {}
-        self._held: dict[tuple[int, int], tuple[Desired, Mapping[str, bytes], dict[str, float]]] = {}
-        self._changing = threading.RLock()  # one version at a time
+        self._held: dict[tuple[int, int], _Version] = {}  # what is in service
+        self._changing = threading.Lock()  # one version at a time
         self._members = threading.Lock()  # a worker that starts has what is held, or is told
         self._loaded = threading.Condition()
-        self._answers: dict[tuple[int, int, int], str | None] = {}
         self._trials: set[BaseProcess] = set()
         self._ending = False
         self._ended = False
@@ -275,47 +293,66 @@ class Fleet:
         """Whether each endpoint has a version in service."""
         return all(slot != NONE for slot in self.slots[:])
 
-    def put(
-        self, endpoint: int, desired: Desired, files: Mapping[str, bytes], numbers: dict[str, float]
-    ) -> None:
-        """Have all workers load a version, and then, at one moment, answer with it."""
+    def put(self, endpoint: int, version: _Version, accept: Callable[[], bool]) -> None:
+        """Have one worker after the other load a version, and then, at one moment, all answer with it; see :class:`reconcile.Fleet`.
+
+        A worker that is started meanwhile loads what is in service, and then this version, as the others do.
+        """
         with self._changing:
             before = self.slots[endpoint]
-            slot = 1 if before == 0 else 0
-            with self._members:
-                self._held[endpoint, slot] = (desired, files, numbers)
-                workers = list(self._workers.values())
-            for w in workers:
-                self._answers.pop((w.number, endpoint, slot), None)
-                w.send("load", endpoint, slot, desired, files, numbers)
-            failure = self._wait_loaded(workers, endpoint, slot)
-            if failure is not None:
-                with self._members:
-                    self._held.pop((endpoint, slot), None)
-                raise LeptonError(f"a worker cannot load version {desired.version}: {failure}")
-            self.slots[endpoint] = slot
-            if before != NONE:
+            slot = spare = 1 if before == 0 else 0
+            told: list[_Worker] = []
+            accepted = False
+            try:
+                while True:
+                    while (w := self._next(told)) is not None:
+                        told.append(w)
+                        self._load(w, told, endpoint, slot, version)
+                    accepted = accepted or accept()
+                    if not accepted:
+                        return
+                    with self._members:
+                        if set(told) == set(self._workers.values()):  # none has ended meanwhile
+                            self._held.pop((endpoint, before), None)
+                            self._held[endpoint, slot] = version
+                            self.slots[endpoint], spare = slot, before
+                            return
+            finally:
                 # Requests that were admitted before hold the former version as long as they need it.
-                with self._members:
-                    self._held.pop((endpoint, before), None)
-                for w in list(self._workers.values()):
-                    w.send("drop", endpoint, before)
+                for w in told if spare != NONE else ():
+                    w.send("drop", endpoint, spare)
 
-    def _wait_loaded(self, workers: Sequence[_Worker], endpoint: int, slot: int) -> str | None:
-        """Wait for the workers to say that they have loaded; a worker that was replaced meanwhile has loaded what is held."""
-        until = time.monotonic() + _LOAD_S
+    def _next(self, told: Sequence[_Worker]) -> _Worker | None:
+        """A worker that was not told to load a version, or None; waits for those that are being started."""
+        if not self._wait(lambda: len(self._workers) == self.settings.workers, told):
+            raise LeptonError(f"only {len(self._workers)} of {self.settings.workers} workers run.")
+        return next((w for w in list(self._workers.values()) if w not in told), None)
+
+    def _load(self, w: _Worker, told: Sequence[_Worker], endpoint: int, slot: int, version: _Version) -> None:
+        """Have a worker load a version, and wait until it has done so."""
+        w.load(endpoint, slot, version)
+        if not self._wait(lambda: not w.is_loading, told):
+            w.process.kill()  # it listens to nothing else
+            raise LeptonError(f"a worker has not loaded it within {_TRY_S:g} s. Deploy a lighter model.")
+        if w.loaded[1] is not None:
+            raise LeptonError(f"a worker cannot load it: {w.loaded[1]}")
+
+    def _wait(self, condition: Callable[[], bool], told: Sequence[_Worker]) -> bool:
+        """Wait for something; False: it takes too long. Raises Died when a worker that was told to load a version has ended."""
+        until = time.monotonic() + _TRY_S
         with self._loaded:
-            for w in workers:
-                key = (w.number, endpoint, slot)
-                while key not in self._answers:
-                    if self._ending:
-                        return "the server ends."
-                    if time.monotonic() > until:
-                        return f"it has not answered within {_LOAD_S:g} s."
-                    self._loaded.wait(1.0)
-                if self._answers[key] is not None:
-                    return self._answers[key]
-        return None
+            while True:
+                for w in told:
+                    if self._workers.get(w.number) is not w:
+                        how = _how(w.process.exitcode)
+                        raise Died(f"a worker that held it beside what is in service ended {how}.")
+                if condition():
+                    return True
+                if self._ending:
+                    raise LeptonError("the server ends.")
+                if time.monotonic() > until:
+                    return False
+                self._loaded.wait(0.2)
 
     def try_out(
         self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
@@ -399,8 +436,8 @@ class Fleet:
         theirs.close()
         w = _Worker(number, process, ours, time.monotonic(), threading.Lock())
         with self._members:
-            for (endpoint, slot), (desired, files, numbers) in self._held.items():
-                w.send("load", endpoint, slot, desired, files, numbers)
+            for (endpoint, slot), version in self._held.items():
+                w.load(endpoint, slot, version)
             w.send("open")  # when it has what the others have
             self._workers[number] = w
 
@@ -428,9 +465,9 @@ class Fleet:
         w.heard = time.monotonic()
         what, *rest = message
         if what == "loaded":
-            endpoint, slot, failure = rest
+            number, endpoint, slot, failure = rest
             with self._loaded:
-                self._answers[w.number, endpoint, slot] = failure
+                w.loaded = number, failure
                 self._loaded.notify_all()
             if failure is not None and self.slots[endpoint] == slot:
                 log.error("worker %d cannot load what is in service: %s", w.number, failure)
@@ -474,8 +511,14 @@ class _Part:
     ) -> dict[str, float]:
         return self._fleet.try_out(desired, files, golden)
 
-    def put(self, desired: Desired, files: Mapping[str, bytes], numbers: dict[str, float]) -> None:
-        self._fleet.put(self._endpoint, desired, files, numbers)
+    def put(
+        self,
+        desired: Desired,
+        files: Mapping[str, bytes],
+        numbers: dict[str, float],
+        accept: Callable[[], bool],
+    ) -> None:
+        self._fleet.put(self._endpoint, (desired, files, numbers), accept)
 
 
 class _Metrics:

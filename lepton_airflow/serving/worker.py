@@ -150,15 +150,21 @@ class _Worker:
                 self.loop.call_soon_threadsafe(self.ended.set)
 
     def _load(
-        self, endpoint: int, slot: int, desired: Desired, files: dict[str, bytes], numbers: dict[str, float]
+        self,
+        load: int,
+        endpoint: int,
+        slot: int,
+        desired: Desired,
+        files: dict[str, bytes],
+        numbers: dict[str, float],
     ) -> None:
         try:
             self.endpoints[endpoint].models[slot] = ServedModel.of(desired, files, numbers)
         except Exception as error:
             log.exception("worker %d: version %s", self.post.number, desired.version)
-            self._send("loaded", endpoint, slot, f"{type(error).__name__}: {error}")
+            self._send("loaded", load, endpoint, slot, f"{type(error).__name__}: {error}")
         else:
-            self._send("loaded", endpoint, slot, None)
+            self._send("loaded", load, endpoint, slot, None)
 
     def _send(self, *message: object) -> None:
         with self._sending:

@@ -17,14 +17,14 @@ import pytest
 from lepton_airflow.contract import canonical_json, split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, Status
-from lepton_airflow.errors import StoreError
+from lepton_airflow.errors import LeptonError, StoreError
 from lepton_airflow.serving import reconcile
 from lepton_airflow.serving.model import ServedModel, measure, scale_of
 from lepton_airflow.serving.reconcile import Died, Reconciler
 from lepton_airflow.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lepton_airflow.stages import RunInfo
 
@@ -37,6 +37,7 @@ class Here:
     def __init__(self) -> None:
         self.served: list[ServedModel] = []
         self.dies: list[bool] = []  # of the next trials
+        self.puts: list[LeptonError | None] = []  # what becomes of the next ones
 
     def try_out(
         self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
@@ -45,8 +46,17 @@ class Here:
             raise Died("the process that tried it ended by SIGSEGV.")
         return measure(ServedModel.of(desired, files), golden)
 
-    def put(self, desired: Desired, files: Mapping[str, bytes], numbers: dict[str, float]) -> None:
-        self.served.append(ServedModel.of(desired, files, numbers))
+    def put(
+        self,
+        desired: Desired,
+        files: Mapping[str, bytes],
+        numbers: dict[str, float],
+        accept: Callable[[], bool],
+    ) -> None:
+        if self.puts and (error := self.puts.pop(0)) is not None:
+            raise error
+        if accept():
+            self.served.append(ServedModel.of(desired, files, numbers))
 
 
 class Bench:
@@ -111,6 +121,11 @@ class Bench:
         verdict = endpoints.read_verdict(self.store, ENDPOINT, sequence)
         assert verdict is not None
         return verdict
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "_PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -322,6 +337,38 @@ def test_a_version_that_ends_the_process_that_tries_it_is_rejected_after_three_t
     assert (server.status.state, server.status.serving) == ("rejected", 1)
     assert "ended by SIGSEGV. So it was 3 times" in server.status.reason
     assert bench.verdict(2).error
+
+
+def test_a_version_that_ends_workers_is_rejected_after_three_times_and_not_accepted_before(
+    bench: Bench,
+) -> None:
+    fleet = Here()
+    bench.ask_good()
+    server = bench.server(fleet=fleet)
+    died = Died("a worker that held it beside what is in service ended by SIGKILL.")
+    fleet.puts = [died, died, None]
+    server.step()
+    assert (server.status.state, server.status.serving) == ("serving", 1)
+    fleet.puts = [died, died, died]
+    bench.ask_other()
+    server.step()
+    assert (server.status.state, server.status.serving) == ("rejected", 1)
+    assert "in service ended by SIGKILL. So it was 3 times" in server.status.reason
+    assert not bench.verdict(2).accepted
+    assert [model.desired.version for model in fleet.served] == ["v1"]
+
+
+def test_a_version_that_the_workers_cannot_load_is_rejected(bench: Bench) -> None:
+    fleet = Here()
+    bench.ask_good()
+    server = bench.server(fleet=fleet)
+    server.step()
+    fleet.puts = [LeptonError("a worker cannot load it: MemoryError: ")]
+    bench.ask_other()
+    server.step()
+    assert (server.status.state, server.status.serving) == ("rejected", 1)
+    assert bench.verdict(2).error
+    assert bench.verdict(2).numbers
 
 
 def test_a_server_that_is_killed_while_it_loads_rejects_the_version_the_third_time(bench: Bench) -> None:
