@@ -359,11 +359,19 @@ class Fleet:
     ) -> dict[str, float]:
         """Load and measure a version in a process of its own."""
         ours, theirs = self._context.Pipe()
+        alive, lifeline = self._context.Pipe(duplex=False)
         trial = self._context.Process(
-            target=worker.try_out, args=(theirs, desired, dict(files), golden), daemon=True
+            target=worker.try_out, args=(theirs, alive, desired, dict(files), golden), daemon=True
         )
-        trial.start()
-        theirs.close()
+        try:
+            trial.start()
+        except (OSError, EOFError) as error:  # EOFError: the process that forks could not
+            ours.close()
+            lifeline.close()
+            raise Died(f"no process can be started to try it: {error!r}.") from None
+        finally:
+            theirs.close()
+            alive.close()
         self._trials.add(trial)
         try:
             outcome = self._outcome(ours)
@@ -375,6 +383,7 @@ class Fleet:
                 trial.kill()
             trial.join()
             ours.close()
+            lifeline.close()
         if outcome is None:
             raise Died(f"the process that tried it ended {_how(trial.exitcode)}.")
         if isinstance(outcome, LeptonError):

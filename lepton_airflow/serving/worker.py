@@ -8,6 +8,7 @@ computed where it was read; a larger one in a thread, those first that arrived l
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import heapq
 import itertools
 import logging
@@ -642,10 +643,13 @@ def _not_allowed(request: Request, allowed: str) -> RequestError:
     )
 
 
-def try_out(pipe: Pipe, desired: Desired, files: dict[str, bytes], golden: dict[str, Any]) -> None:
+def try_out(
+    pipe: Pipe, lifeline: Pipe, desired: Desired, files: dict[str, bytes], golden: dict[str, Any]
+) -> None:
     """Load a version in a process of its own, check and measure it, and tell the supervisor; it may be the process's end."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    end_with(lifeline)
     started = time.monotonic()
     try:
         model = ServedModel.of(desired, files)
@@ -657,3 +661,16 @@ def try_out(pipe: Pipe, desired: Desired, files: dict[str, bytes], golden: dict[
         pipe.send(LeptonError(f"it cannot be loaded: {error!r}."))
     else:
         pipe.send({"load_s": time.monotonic() - started} | numbers)
+
+
+def end_with(lifeline: Pipe) -> None:
+    """Have the kernel end this process when the other end of a one-way pipe closes, whatever code it is in then.
+
+    A thread that waits for it would wait for ever for the interpreter's lock, where a library loops and holds that.
+    """
+    fd = lifeline.fileno()
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # which ends a process
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if lifeline.poll():  # it was closed before
+        os._exit(1)

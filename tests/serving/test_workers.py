@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import onnx
 import psutil
 import pytest
 
@@ -21,7 +27,8 @@ from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.serving.reconcile import Died
 from lepton_airflow.serving.supervisor import Fleet, Settings
-from lepton_airflow.serving.worker import Limits
+from lepton_airflow.serving.worker import Limits, end_with
+from lepton_airflow.store import Store
 from lepton_airflow.testing import LocalEndpoint, processes
 from tests.serving.test_server import call, deploy, metrics, tensors
 
@@ -45,6 +52,13 @@ def workers_of(server: LocalEndpoint) -> list[psutil.Process]:
     pid = processes.pid(f"endpoint-{server.endpoint}", server.home)
     forkers = [p for p in psutil.Process(pid).children() if "forkserver" in " ".join(p.cmdline())]
     return [child for forker in forkers for child in forker.children()]
+
+
+def kill_supervisor(server: LocalEndpoint) -> None:
+    """Kill it alone, where LocalEndpoint.kill kills the whole process group."""
+    pid = processes.pid(f"endpoint-{server.endpoint}", server.home)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_worker_that_dies_is_replaced_and_costs_only_what_it_held(
@@ -168,7 +182,7 @@ def test_several_models_share_a_server(shelf: Any, run_at: RunInfo, tmp_path: Pa
 def test_workers_end_when_their_supervisor_is_killed(shelf: Any, tmp_path: Path) -> None:
     with two_workers(shelf, tmp_path, "orphans") as server:
         workers = workers_of(server)
-        server.kill()
+        kill_supervisor(server)
         _until(lambda: not any(worker.is_running() for worker in workers))
 
 
@@ -218,7 +232,7 @@ def test_no_client_that_honours_close_loses_a_request_when_the_server_ends(
     assert set(told) == set(range(48))
 
 
-def test_a_trial_that_ends_without_a_word_is_said_to_have_died(shelf: Any) -> None:
+def fleet_of_one() -> Fleet:
     settings = Settings(
         names=("wine",),
         host="127.0.0.1",
@@ -230,24 +244,31 @@ def test_a_trial_that_ends_without_a_word_is_said_to_have_died(shelf: Any) -> No
         poll_s=1,
         drain_s=0,
     )
-    fleet = Fleet(settings, None, bytes)  # type: ignore[arg-type]
-    desired = endpoints.Desired(
-        endpoint="wine",
-        package=shelf.wine.uri,
+    return Fleet(settings, None, bytes)  # type: ignore[arg-type]
+
+
+def desired_of(package: str, endpoint: str = "wine", golden: str = "") -> endpoints.Desired:
+    return endpoints.Desired(
+        endpoint=endpoint,
+        package=package,
         version="1",
-        golden="",
+        golden=golden,
         run_key="",
         max_difference=1.0,
         max_latency_ms=1.0,
         max_memory_mb=1.0,
     )
+
+
+def test_a_trial_that_ends_without_a_word_is_said_to_have_died(shelf: Any) -> None:
+    fleet = fleet_of_one()
     rows = [dict.fromkeys((f.name for f in shelf.wine.package.card.features), None)] * 200_000
     golden = {"rows": rows, "answers": [[0.3, 0.3, 0.4]] * len(rows)}  # which keeps it busy
     outcome: list[BaseException] = []
 
     def attempt() -> None:
         try:
-            fleet.try_out(desired, shelf.run.store.load(shelf.wine.uri), golden)
+            fleet.try_out(desired_of(shelf.wine.uri), shelf.run.store.load(shelf.wine.uri), golden)
         except BaseException as error:  # noqa: BLE001 - it is looked at below
             outcome.append(error)
 
@@ -259,6 +280,75 @@ def test_a_trial_that_ends_without_a_word_is_said_to_have_died(shelf: Any) -> No
     thread.join(30)
     assert isinstance(outcome[0], Died)
     assert "SIGSEGV" in str(outcome[0])
+
+
+def test_a_trial_for_which_there_is_no_process_is_one_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    fleet = fleet_of_one()
+    monkeypatch.setattr(fleet._context.Process, "start", refused)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(Died, match="Resource temporarily unavailable"):
+            fleet.try_out(desired_of(""), {}, {})
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def loop_in_native_code(lifeline: Any, begun: Any) -> None:
+    end_with(lifeline)
+    begun.set()
+    re.match(r"(a+)+$", "a" * 60 + "b")  # for years, and with the interpreter's lock
+
+
+def test_a_process_ends_with_its_lifeline_although_native_code_holds_the_interpreter() -> None:
+    context = multiprocessing.get_context("forkserver")
+    alive, lifeline = context.Pipe(duplex=False)
+    begun = context.Event()
+    process = context.Process(target=loop_in_native_code, args=(alive, begun), daemon=True)
+    process.start()
+    alive.close()
+    assert begun.wait(30)
+    process.join(0.2)
+    assert process.is_alive()
+    lifeline.close()
+    process.join(10)
+    assert process.exitcode == -signal.SIGIO
+
+
+def test_a_trial_that_never_ends_ends_when_its_supervisor_is_killed(shelf: Any, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    folder = tmp_path / "model"
+    shutil.copytree(shelf.wine.package.path, folder)
+    model = onnx.load(folder / "model.onnx")
+    value = onnx.helper.make_tensor_value_info
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", [name], [f"{name}_out"]) for name in ("go_on", "number")],
+        "body",
+        [
+            value("turn", onnx.TensorProto.INT64, []),
+            value("go_on", onnx.TensorProto.BOOL, []),
+            value("number", onnx.TensorProto.FLOAT, []),
+        ],
+        [
+            value("go_on_out", onnx.TensorProto.BOOL, []),
+            value("number_out", onnx.TensorProto.FLOAT, []),
+        ],
+    )
+    for name, content in (("turns", np.int64(2**62)), ("true", np.bool_(True)), ("zero", np.float32(0))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(content), name))
+    model.graph.node.append(onnx.helper.make_node("Loop", ["turns", "true", "zero"], ["unused"], body=body))
+    model.graph.output.append(value("unused", onnx.TensorProto.FLOAT, []))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    row = dict.fromkeys((f.name for f in shelf.wine.package.card.features), None)
+    golden = store.put("golden.json", json.dumps({"rows": [row], "answers": [[0.3, 0.3, 0.4]]}))
+    desired = desired_of(store.put("model", folder).uri, "loops", golden.uri)
+    assert endpoints.DesiredLog(store, "loops").append_after(None, desired)
+    with LocalEndpoint("loops", store.root, tmp_path / "server", options=("--poll-s", "0.1")) as server:
+        _until(lambda: len(workers_of(server)) == 2 and max(p.cpu_times()[0] for p in workers_of(server)) > 2)
+        both = workers_of(server)
+        kill_supervisor(server)
+        _until(lambda: not any(p.is_running() for p in both))
 
 
 def _until(condition: Any) -> None:
