@@ -99,7 +99,15 @@ def serve(store: Store, settings: Settings) -> None:
     :raises BadConfiguration: a setting is wrong, a port cannot be had, or the store is not there.
     """
     store.check_there()
-    asyncio.run(_Server(store, settings).life())
+    try:
+        asyncio.run(_Server(store, settings).life())
+    except LeptonError:
+        raise
+    except Exception as error:
+        log.exception("the server ends")
+        raise LeptonError(
+            f"the server cannot go on: {type(error).__name__}: {error}. Its log says where; start it again."
+        ) from error
 
 
 class _Server:
@@ -137,6 +145,19 @@ class _Server:
                 reconciler.recover()
             except Exception as error:  # noqa: BLE001 - the store may be away or damaged, and clearing up can wait
                 log.warning("endpoint %s: %s", reconciler.endpoint, error)
+        try:
+            await self._follow(url, health)
+        finally:
+            for reconciler in self.reconcilers:
+                reconciler.stop()
+            self.fleet.kill()
+            listener.close()
+            if shared is not None:
+                shared.close()
+
+    async def _follow(self, url: str, health: socket.socket | None) -> None:
+        """Run the workers and follow the store until told to end."""
+        settings = self.settings
         await asyncio.to_thread(self.fleet.start)
         following = [
             threading.Thread(target=r.run, name=f"reconciler-{r.endpoint}", daemon=True)
@@ -148,11 +169,11 @@ class _Server:
             Listener(ConnectionLimits(connections=200, per_address=100, body_bytes=1024), self.answer).listen(
                 health
             )
-        beating = loop.create_task(self._beat())
+        beating = asyncio.create_task(self._beat())
         names = ", ".join(settings.names)
         log.info("endpoint %s listens on %s, store %s", names, url, self.store.root)
-        if grpc is not None:
-            log.info("endpoint %s listens on %s for gRPC", names, grpc)
+        if self.fleet.grpc is not None:
+            log.info("endpoint %s listens on %s for gRPC", names, self.fleet.grpc)
         await self.told_to_end.wait()
         self.draining = True
         for reconciler in self.reconcilers:
@@ -163,9 +184,6 @@ class _Server:
             await asyncio.to_thread(thread.join, _DRAIN_S)
             with suppress(StoreError):
                 await asyncio.to_thread(reconciler.leave)
-        listener.close()
-        if shared is not None:
-            shared.close()
 
     async def _beat(self) -> None:
         """Report again and again, as long as a worker gives signs of life: a server that answers nobody goes silent."""
@@ -186,7 +204,7 @@ class _Server:
                 405, f"{request.method} is not allowed here: expected GET.", {"allow": "GET, HEAD"}
             )
         if path == "/metrics":
-            return Response(200, self.page(), prometheus.CONTENT_TYPE_LATEST)
+            return self.page()
         if path == "/v2/health/live":
             alive = self.fleet.living() > 0
             return Response(200 if alive else 503, b'{"live":true}' if alive else b'{"live":false}')
@@ -197,11 +215,15 @@ class _Server:
             404, f"there is nothing at {path[:100]}: here are /v2/health/live, /v2/health/ready and /metrics."
         )
 
-    def page(self) -> bytes:
+    def page(self) -> Response:
         """What ``/metrics`` shows."""
-        registry = prometheus.CollectorRegistry()
-        registry.register(_Metrics(self.fleet, self.reconcilers))
-        return prometheus.generate_latest(registry)
+        try:
+            registry = prometheus.CollectorRegistry()
+            registry.register(_Metrics(self.fleet, self.reconcilers))
+            return Response(200, prometheus.generate_latest(registry), prometheus.CONTENT_TYPE_LATEST)
+        except Exception:  # who asks is to have an answer, whatever it was
+            log.exception("the page of metrics")
+            return refusal(500, "the metrics cannot be shown; the server's log says why.")
 
 
 _Version = tuple[Desired, Mapping[str, bytes], dict[str, float]]  # with its files, and what was measured
@@ -251,10 +273,10 @@ class Fleet:
         self,
         settings: Settings,
         listener: socket.socket,
-        page: Callable[[], bytes],
+        page: Callable[[], Response],
         grpc: str | None = None,
     ) -> None:
-        self._grpc = grpc
+        self.grpc = grpc
         self.settings = settings
         self.page = page
         self._context: Any = multiprocessing.get_context("forkserver")
@@ -271,6 +293,7 @@ class Fleet:
         self._members = threading.Lock()  # a worker that starts has what is held, or is told
         self._loaded = threading.Condition()
         self._trials: set[BaseProcess] = set()
+        self._watching = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._ending = False
         self._ended = False
 
@@ -278,7 +301,7 @@ class Fleet:
         """Start the workers, and keep them."""
         for number in range(self.settings.workers):
             self._start(number)
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._watching.start()
 
     def part(self, endpoint: int) -> _Part:
         """What an endpoint's reconciler may do."""
@@ -422,11 +445,17 @@ class Fleet:
         until = time.monotonic() + _DRAIN_S
         for w in workers:
             await asyncio.to_thread(w.process.join, max(0.0, until - time.monotonic()))
-        self._ended = True
-        for process in [*(w.process for w in workers), *self._trials]:
+        await asyncio.to_thread(self.kill)
+
+    def kill(self) -> None:
+        """End at once what still runs."""
+        was_ending, self._ending, self._ended = self._ending, True, True
+        if self._watching.is_alive() and not was_ending:
+            self._watching.join(5)  # it may be starting one
+        for process in [*(w.process for w in self._workers.values()), *self._trials]:
             if process.is_alive():
                 process.kill()
-            await asyncio.to_thread(process.join, 5)
+            process.join(5)
 
     def _start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
@@ -438,7 +467,7 @@ class Fleet:
             pipe=theirs,
             slots=self.slots,
             counters=self.counters,
-            grpc=self._grpc,
+            grpc=self.grpc,
         )
         process = self._context.Process(target=worker.run, args=(post,), daemon=True)
         process.start()
@@ -453,22 +482,29 @@ class Fleet:
     def _watch(self) -> None:
         """Hear what the workers say, and replace those that end or give no sign of life."""
         while not self._ended:
-            by_pipe = {w.pipe: w for w in self._workers.values()}
-            for pipe in connection.wait(list(by_pipe), timeout=1.0):
-                w = by_pipe[pipe]  # type: ignore[index]
-                try:
-                    self._hear(w, w.pipe.recv())
-                except (EOFError, OSError):
-                    self._bury(w)
-                except Exception:  # whatever it was, the others are to be kept
-                    log.exception("worker %d", w.number)
-            for number in sorted(set(range(self.settings.workers)) - self._workers.keys()):
-                self._start_again(number)
-            for w in list(self._workers.values()):
-                if time.monotonic() - w.heard > _HUNG_S:
-                    log.error("worker %d has not answered for %g s", w.number, _HUNG_S)
-                    w.process.kill()
-                    w.heard = time.monotonic()
+            try:
+                self._watch_once()
+            except Exception:  # whatever it was, the workers are to be kept
+                log.exception("the watch over the workers")
+                time.sleep(0.5)
+
+    def _watch_once(self) -> None:
+        by_pipe = {w.pipe: w for w in self._workers.values()}
+        for pipe in connection.wait(list(by_pipe), timeout=1.0):
+            w = by_pipe[pipe]  # type: ignore[index]
+            try:
+                self._hear(w, w.pipe.recv())
+            except (EOFError, OSError):
+                self._bury(w)
+            except Exception:  # whatever it was, the others are to be kept
+                log.exception("worker %d", w.number)
+        for number in sorted(set(range(self.settings.workers)) - self._workers.keys()):
+            self._start_again(number)
+        for w in list(self._workers.values()):
+            if time.monotonic() - w.heard > _HUNG_S:
+                log.error("worker %d has not answered for %g s", w.number, _HUNG_S)
+                w.process.kill()
+                w.heard = time.monotonic()
 
     def _hear(self, w: _Worker, message: tuple[Any, ...]) -> None:
         w.heard = time.monotonic()
@@ -482,7 +518,7 @@ class Fleet:
                 log.error("worker %d cannot load what is in service: %s", w.number, failure)
                 w.process.kill()  # so that it is tried again
         elif what == "page":
-            w.send("page", self.page(), prometheus.CONTENT_TYPE_LATEST)
+            w.send("page", self.page())
 
     def _bury(self, w: _Worker) -> None:
         """Take a worker out that has ended."""

@@ -351,10 +351,10 @@ class _Worker:
 
             self._queue.put(seconds, job)
 
-    def _page_there(self, page: bytes, content_type: str) -> None:
+    def _page_there(self, page: Response) -> None:
         waiting, self._pages = self._pages, []
         for later in waiting:
-            later(Response(200, page, content_type))
+            later(page)
 
 
 class Endpoint:

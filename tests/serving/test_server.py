@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -27,7 +29,9 @@ import pytest
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog
-from lepton_airflow.errors import BadConfiguration
+from lepton_airflow.errors import BadConfiguration, LeptonError
+from lepton_airflow.serving import supervisor
+from lepton_airflow.serving.http import Request, Response
 from lepton_airflow.serving.supervisor import Settings, serve
 from lepton_airflow.serving.worker import Limits
 from lepton_airflow.stages.deploy_model import DeployModel
@@ -447,3 +451,31 @@ def test_a_port_that_is_taken_and_a_store_that_is_not_there_are_refused(
     with pytest.raises(BadConfiguration, match="mount it"):
         serve(Store(str(tmp_path / "not-mounted")), Settings(**_SETTINGS))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_fails_after_its_start_ends_its_workers_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[psutil.Process] = []
+
+    def fail(*_: object) -> None:
+        started.extend(psutil.Process(child.pid) for child in multiprocessing.active_children())
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(supervisor, "Listener", fail)
+    settings = Settings(**_SETTINGS | {"health_port": processes.free_port(), "workers": 2})
+    with pytest.raises(LeptonError, match="cannot go on: RuntimeError: can't start new thread"):
+        serve(Store(str(tmp_path)), settings)
+    assert len(started) == 2
+    assert not any(process.is_running() for process in started)
+
+
+def test_metrics_that_cannot_be_made_are_an_answer(tmp_path: Path) -> None:
+    async def asked() -> Response:
+        server = supervisor._Server(Store(str(tmp_path)), Settings(**_SETTINGS))
+        server.fleet, server.reconcilers = None, []  # type: ignore[assignment]
+        return server.answer(Request("GET", "/metrics"), print)
+
+    response = asyncio.run(asked())
+    assert response.status == 500
+    assert b"the server's log says why" in response.body
