@@ -185,7 +185,8 @@ class DesiredLog(Log[Desired]):
                 if (record := self.record(number)) is not None:
                     return record, damaged
             except LeptonError as error:
-                damaged.append(str(error))
+                if str(error) not in damaged:
+                    damaged.append(str(error))
         return None, damaged
 
 

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, 
 from lepton_airflow.errors import BadInput, IntegrityError, LeptonError, StoreError
 from lepton_airflow.serving.model import over_budget
 from lepton_airflow.store.files import Store, now
+from lepton_airflow.store.identity import KEY as IDENTITY, identity_of
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Reconciler:
         self._errors: dict[int, LeptonError] = {}
         self._digests: dict[int, str] = {}  # of the packages that these are about
         self._problems: list[str] = []
+        self._identity: bytes | None = None  # of the store, where it can change at its path
         self._looked = False
         self._settled = False
         self._look_again = 0.0
@@ -132,19 +135,21 @@ class Reconciler:
 
     def step(self) -> None:
         """Serve what should be served now, if that is not what is served already."""
+        self._check_store()
         if self._look_again and time.monotonic() > self._look_again:
             self._check_log()
         fresh = self._look()
         if fresh is not None:
             self._newest = fresh
             self._settled = False
-            same = self.status.desired == fresh.sequence
-            self._set_status(
-                state="loading",
-                desired=fresh.sequence,
-                reason=f"version {fresh.version} is being loaded.",
-                tries=self.status.tries if same else 0,
-            )
+            if fresh != self._in_service:
+                same = self.status.desired == fresh.sequence
+                self._set_status(
+                    state="loading",
+                    desired=fresh.sequence,
+                    reason=f"version {fresh.version} is being loaded.",
+                    tries=self.status.tries if same else 0,
+                )
         if self._newest is None:
             self._set_status(reason="", problems=self._problems)
             return
@@ -169,6 +174,9 @@ class Reconciler:
             newest, damaged = self._log.newest_whole()
             self._problems = [f"{_OF_LOG}{sentence}" for sentence in damaged]
             self._looked = True
+            here = self._in_service
+            if here and (newest.sequence if newest else 0) < here.sequence and self._is_damaged(here):
+                return here
             return newest
         try:
             fresh = self._log.after(self._newest.sequence if self._newest else 0)
@@ -181,11 +189,39 @@ class Reconciler:
             return None
         return fresh[-1] if fresh else None
 
+    def _check_store(self) -> None:
+        """Raise StoreError where another store than before is at its path, or none, as when a file system is unmounted."""
+        if not self.store.is_local:
+            return
+        if self._identity is None:
+            with suppress(LeptonError):  # one that is damaged serves what it can
+                identity_of(self.store)  # makes it where there is none yet
+            with suppress(LeptonError):
+                self._identity = self.store.read(IDENTITY)
+        elif (found := self.store.read(IDENTITY)) != self._identity:
+            if found and self._newest is None:  # before a version was asked for there
+                self._identity = found
+                return
+            what = "another store than before" if found else "no store any more"
+            raise StoreError(
+                f"{self.store.root} holds {what}: mount the one that was there again, or restart the server where this one is meant."
+            )
+
+    def _is_damaged(self, known: Desired) -> bool:
+        """Whether the record of a version that was read before is there, and cannot be read any more."""
+        try:
+            self._log.record(known.sequence)
+        except LeptonError:
+            return True
+        return False
+
     def _check_log(self) -> None:
         """Look from the start where the log is not the one that was read, and at what could not be read before."""
         self._look_again = 0.0
         known = self._newest
-        if known is not None and self._log.whole(known.sequence) != known:
+        if known is not None and self._is_damaged(known):
+            self._looked = False  # which tells of it
+        elif known is not None and self._log.whole(known.sequence) != known:
             log.warning(
                 "endpoint %s: record %d is another one than before, or is gone, as after the restoration of a backup: the log "
                 "is read anew",
@@ -205,8 +241,11 @@ class Reconciler:
         """Put the newest version into service that was not rejected and that this server can serve, unless it is there."""
         failed: Exception | None = None
         for desired in self._candidates(newest):
-            if desired == self._in_service or self._stop.is_set():
+            here = self._in_service
+            if desired == here or self._stop.is_set():
                 return
+            if here and desired.sequence < here.sequence <= newest.sequence:
+                return  # a record that was damaged leads no server back
             try:
                 if self._put_into_service(desired):
                     return
@@ -239,6 +278,7 @@ class Reconciler:
             if not self._left:
                 status = replace(self.status, beat=endpoints.precise_now())
                 try:
+                    self._check_store()
                     endpoints.write_status(self.store, self.endpoint, status)
                 except Exception:
                     self.beat_failures += 1
@@ -249,6 +289,7 @@ class Reconciler:
         """Remove this server's status from the store: it has ended."""
         with self._writing:
             self._left = True  # a heartbeat that waits for the lock must not write the status again
+            self._check_store()
             endpoints.remove_status(self.store, self.endpoint, self.status.server)
 
     def _verdict_of(self, sequence: int) -> LoadVerdict | None:
@@ -337,6 +378,7 @@ class Reconciler:
             error=error,
             decided=now(),
         )
+        self._check_store()
         return endpoints.decide(self.store, self.endpoint, mine)
 
     def _reject(self, desired: Desired, error: LeptonError) -> bool:
@@ -358,6 +400,9 @@ class Reconciler:
         status = replace(self.status, **changes)  # type: ignore[arg-type]
         if status == self.status:
             return
+        for problem in status.problems:
+            if problem not in self.status.problems:
+                log.warning("endpoint %s: %s", self.endpoint, problem)
         self.status = status
         try:
             self.report()

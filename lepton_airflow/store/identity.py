@@ -9,7 +9,7 @@ from lepton_airflow.contract import digest_of
 from lepton_airflow.errors import IntegrityError
 from lepton_airflow.store.files import Store
 
-_KEY = "identity"
+KEY = "identity"  # under which a store keeps its id
 _LENGTH = 24  # hex digits
 
 
@@ -17,14 +17,14 @@ def identity_of(store: Store) -> str:
     """The id of a store: drawn once, kept in it, and the same for whoever opens it."""
     if not store.can_create_exclusively:
         return digest_of(store.root)[:_LENGTH]
-    found = store.read(_KEY)
+    found = store.read(KEY)
     if found is None:
-        store.create_exclusive(_KEY, secrets.token_hex(_LENGTH // 2).encode())
-        found = store.read(_KEY) or b""
+        store.create_exclusive(KEY, secrets.token_hex(_LENGTH // 2).encode())
+        found = store.read(KEY) or b""
     text = found.decode(errors="replace")
     if not re.fullmatch(rf"[0-9a-f]{{{_LENGTH}}}", text):
         raise IntegrityError(
-            f"{store.uri(_KEY)} is damaged: expected the {_LENGTH} hex digits that tell this store from others. Restore it, or delete it "
+            f"{store.uri(KEY)} is damaged: expected the {_LENGTH} hex digits that tell this store from others. Restore it, or delete it "
             "while no task runs in a pod."
         )
     return text

@@ -22,6 +22,7 @@ from lepton_airflow.serving import reconcile
 from lepton_airflow.serving.model import ServedModel, measure, scale_of
 from lepton_airflow.serving.reconcile import Died, Reconciler
 from lepton_airflow.store import Store
+from lepton_airflow.store.identity import identity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -489,7 +490,8 @@ def test_a_server_asks_the_store_once_a_look(bench: Bench, monkeypatch: pytest.M
     read, asked = Store.read, []
 
     def counted(self: Store, key: str) -> bytes | None:
-        asked.append(key)
+        if key != "identity":  # which is read in a folder alone, where that costs little
+            asked.append(key)
         return read(self, key)
 
     server = bench.server()
@@ -575,6 +577,120 @@ def test_a_damaged_newest_record_takes_nothing_out_of_service(bench: Bench, dama
     assert server.status.serving == 1
     assert server.status.problems
     assert all(len(problem) < 1000 for problem in server.status.problems)
+
+
+def of_another_version(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"@sha256:", b"@sha256:0"))
+
+
+@pytest.mark.parametrize("damage", [no_longer_json, a_folder_in_its_place, other_types, of_another_version])
+def test_a_record_that_is_damaged_while_its_version_is_in_service_moves_nothing(
+    bench: Bench, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = Here()
+    bench.ask_good()
+    bench.server().step()
+    asked = bench.ask_other()
+    server = bench.server(fleet=fleet)
+    server.step()
+    path = _path(bench, "desired", "000", "000002.json")
+    whole = path.read_bytes()
+    damage(path)
+    for _ in range(3):
+        server._look_again = 1e-9
+        server.step()
+        server.step()
+    assert (server.status.serving, server.status.version) == (2, "v2")
+    assert server.status.problems or server.status.state == "rejected"
+    said = [record.getMessage() for record in caplog.records if "000002" in record.getMessage()]
+    assert len(said) == len(set(said))
+    if path.is_dir():
+        path.rmdir()
+    path.write_bytes(whole)
+    server._look_again = 1e-9
+    server.step()
+    assert (server.status.state, server.status.serving, server.status.problems) == ("serving", 2, [])
+    assert fleet.served[-1].desired == asked
+    assert len(fleet.served) == 1
+    bench.ask_good()
+    server.step()
+    assert server.status.serving == 3
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("instead", ["empty", "another", "gone"])
+def test_a_store_that_is_unmounted_while_it_is_served_stops_nothing_and_gets_nothing(
+    bench: Bench, instead: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(bench.store.root.removeprefix("file://"))
+    bench.ask_good()
+    server = bench.server()
+    server.step()
+    server.report()
+    root.rename(tmp_path / "away")
+    if instead != "gone":
+        root.mkdir()
+    if instead == "another":
+        identity_of(Store(str(root)))
+    before = files_of(root)
+    for _ in range(3):
+        server._look_again = 1e-9
+        with pytest.raises(StoreError, match=r"holds (no store any more|another store than before): mount"):
+            server.step()
+        with pytest.raises(StoreError, match="mount the one that was there again"):
+            server.report()
+    assert files_of(root) == before
+    assert (server.status.serving, server.status.version) == (1, "v1")
+    assert server.beat_failures == 3
+    if root.exists():
+        shutil.rmtree(root)
+    (tmp_path / "away").rename(root)
+    server.step()
+    server.report()
+    assert (server.status.state, server.status.serving) == ("serving", 1)
+
+
+def test_a_verdict_is_not_written_to_another_store(bench: Bench, tmp_path: Path) -> None:
+    root = Path(bench.store.root.removeprefix("file://"))
+
+    class Slow(Here):
+        def try_out(self, *given: Any) -> dict[str, float]:
+            numbers = super().try_out(*given)
+            root.rename(tmp_path / "away")
+            root.mkdir()
+            return numbers
+
+    bench.ask_good()
+    with pytest.raises(StoreError, match="no store any more"):
+        bench.server(fleet=Slow()).step()
+    assert files_of(root) == []
+
+
+def test_a_store_whose_identity_is_damaged_is_served(bench: Bench) -> None:
+    bench.ask_good()
+    (Path(bench.store.root.removeprefix("file://")) / "identity").write_bytes(b"?")
+    server = bench.server()
+    server.step()
+    server.report()
+    assert (server.status.state, server.status.serving) == ("serving", 1)
+
+
+def test_an_empty_folder_on_which_a_store_is_mounted_later_serves_it(bench: Bench, tmp_path: Path) -> None:
+    bench.ask_good()
+    identity_of(bench.store)
+    root = Path(bench.store.root.removeprefix("file://"))
+    root.rename(tmp_path / "away")
+    root.mkdir()
+    server = bench.server()
+    server.step()
+    assert server.status.state == "idle"
+    shutil.rmtree(root)
+    (tmp_path / "away").rename(root)
+    server.step()
+    assert (server.status.state, server.status.serving) == ("serving", 1)
 
 
 def test_a_package_that_cannot_be_read_takes_nothing_out_of_service(
