@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from lepton_airflow.delivery import endpoints
@@ -29,11 +29,27 @@ _TRIES = 3  # of a version whose loading ends the process that tries it
 _PAUSE_S = 2.0  # between two tries, for what has ended to be replaced and its memory to be free
 _AGAIN_S = 30.0  # between two looks at what could not be read, and whether the log is the same
 
+_MOST_LOOKS = (
+    20  # of these until a version that cannot be loaded here is tried again, ten minutes; at first one
+)
+
 _T = TypeVar("_T")
 
 
 class Died(LeptonError):
     """Raised when the process that tried a version ended without a word."""
+
+
+@dataclass
+class _Failure:
+    """Of a version that was accepted, and could not be loaded here.
+
+    :ivar looks: until it is tried again, of which ``left`` are to come.
+    """
+
+    error: LeptonError
+    looks: int
+    left: int
 
 
 class Fleet(Protocol):
@@ -80,6 +96,8 @@ class Reconciler:
         self._in_service: Desired | None = None
         self._errors: dict[int, LeptonError] = {}
         self._digests: dict[int, str] = {}  # of the packages that these are about
+        self._told: dict[int, str] = {}  # the error of each version that the log tells of
+        self._failures: dict[int, _Failure] = {}
         self._problems: list[str] = []
         self._identity: bytes | None = None  # of the store, where it can change at its path
         self._looked = False
@@ -153,11 +171,11 @@ class Reconciler:
         if self._newest is None:
             self._set_status(reason="", problems=self._problems)
             return
+        self._look_again = self._look_again or time.monotonic() + _AGAIN_S
         if not self._settled:
             self._problems = [p for p in self._problems if p.startswith(_OF_LOG)]
             self._settle(self._newest)
             self._settled = True
-        self._look_again = self._look_again or time.monotonic() + _AGAIN_S
         newest = self._newest.sequence
         if newest in self._errors:
             self._set_status(state="rejected", reason=str(self._errors[newest]), problems=self._problems)
@@ -218,6 +236,8 @@ class Reconciler:
     def _check_log(self) -> None:
         """Look from the start where the log is not the one that was read, and at what could not be read before."""
         self._look_again = 0.0
+        for failure in self._failures.values():
+            failure.left -= 1
         known = self._newest
         if known is not None and self._is_damaged(known):
             self._looked = False  # which tells of it
@@ -228,7 +248,8 @@ class Reconciler:
                 self.endpoint,
                 known.sequence,
             )
-            self._newest, self._looked, self._errors = None, False, {}
+            self._newest, self._looked = None, False
+            self._errors, self._told, self._failures = {}, {}, {}
             self._set_status(errors={})
         elif self._problems or self.status.state == "rejected":
             # What was accepted and could not be loaded here may be mended by now; a verdict stays.
@@ -300,7 +321,11 @@ class Reconciler:
         verdict = self._verdict_of(desired.sequence)
         if verdict and verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
-        log.info("endpoint %s: loading version %s (%s)", self.endpoint, desired.version, desired.package)
+        former = self._failures.get(desired.sequence)
+        if former and former.left > 0:
+            return self._reject(desired, former.error)
+        if not former:
+            log.info("endpoint %s: loading version %s (%s)", self.endpoint, desired.version, desired.package)
         numbers: dict[str, float] = {}
 
         def accept() -> bool:
@@ -326,10 +351,15 @@ class Reconciler:
             if self._stop.is_set():
                 return False
             if verdict is None:
-                self._decide(desired.sequence, numbers, endpoints.error_record(error))
+                verdict = self._decide(desired.sequence, numbers, endpoints.error_record(error))
+            if not verdict.error:
+                looks = min(2 * former.looks, _MOST_LOOKS) if former else 1
+                self._failures[desired.sequence] = _Failure(error, looks, looks)
             return self._reject(desired, error)
         if verdict and verdict.error:
             return self._reject(desired, endpoints.error_of(verdict.error))
+        self._failures.pop(desired.sequence, None)
+        self._told.pop(desired.sequence, None)
         self._in_service = desired
         log.info("endpoint %s: version %s is in service", self.endpoint, desired.version)
         self._set_status(
@@ -355,7 +385,8 @@ class Reconciler:
             except Died as error:
                 if self._stop.is_set():
                     raise
-                log.warning("endpoint %s: version %s: %s", self.endpoint, desired.version, error)
+                if desired.sequence not in self._failures:
+                    log.warning("endpoint %s: version %s: %s", self.endpoint, desired.version, error)
                 if last == _TRIES - 1:
                     raise LeptonError(
                         f"{error} So it was {_TRIES} times; its log and the kernel's say why, such as too little memory. "
@@ -382,7 +413,9 @@ class Reconciler:
         return endpoints.decide(self.store, self.endpoint, mine)
 
     def _reject(self, desired: Desired, error: LeptonError) -> bool:
-        log.error("endpoint %s: version %s is rejected: %s", self.endpoint, desired.version, error)
+        if self._told.get(desired.sequence) != str(error):
+            log.error("endpoint %s: version %s is rejected: %s", self.endpoint, desired.version, error)
+        self._told[desired.sequence] = str(error)
         self._errors[desired.sequence] = error
         self._digests[desired.sequence] = desired.sha256
         self._set_status(errors=self._latest_errors())

@@ -187,13 +187,18 @@ class _Server:
 
     async def _beat(self) -> None:
         """Report again and again, as long as a worker gives signs of life: a server that answers nobody goes silent."""
+        told: dict[Reconciler, str] = {}  # of each the last error, which is logged once
         while True:
             if self.fleet.living():
                 for reconciler in self.reconcilers:
+                    reason = ""
                     try:
                         await asyncio.to_thread(reconciler.report)
                     except Exception as error:  # noqa: BLE001 - whatever it was, the next report may succeed
-                        log.warning("no heartbeat: %s", error)
+                        reason = str(error)
+                    if reason and told.get(reconciler) != reason:
+                        log.warning("endpoint %s: no heartbeat: %s", reconciler.endpoint, reason)
+                    told[reconciler] = reason
             await asyncio.sleep(endpoints.BEAT_S)
 
     def answer(self, request: Request, _: Callable[[Response], None]) -> Response:

@@ -729,6 +729,66 @@ def test_a_package_whose_file_is_gone_is_served_again_when_it_is_back(bench: Ben
     assert (server.status.state, server.status.serving, server.status.errors) == ("serving", 2, {})
 
 
+def test_a_version_that_fails_here_alone_is_tried_ever_more_rarely_and_logged_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_versions(bench)
+    caplog.set_level("INFO")
+    server = bench.server()
+    model = Path(split_pin(bench.other)[0].removeprefix("file://")) / "model.onnx"
+    model.rename(model.with_suffix(".away"))
+    tried, loaded, load = [], [], Store.load
+
+    def counted(store: Store, uri: str) -> dict[str, bytes]:
+        loaded.append(uri)
+        return load(store, uri)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "load", counted)
+        for look in range(80):
+            loaded.clear()
+            server._look_again = 1e-9
+            server.step()
+            server.step()  # one between two looks
+            tried.extend([look] * loaded.count(bench.other))
+            assert (server.status.state, server.status.serving) == ("rejected", 1)
+            assert "does not exist" in server.status.reason or "altered" in server.status.reason
+    assert tried == [0, 1, 3, 7, 15, 31, 51, 71]
+    said = [r.getMessage() for r in caplog.records if "v2" in r.getMessage()]
+    assert len(said) == 2  # that it is loaded, and why it is not
+    model.with_suffix(".away").rename(model)
+    for _ in range(20):
+        server._look_again = 1e-9
+        server.step()
+    assert (server.status.state, server.status.serving, server.status.errors) == ("serving", 2, {})
+
+
+def test_a_verdict_that_rejects_is_logged_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.ask_good()
+    server = bench.server()
+    server.step()
+    bench.ask_other(max_latency_ms=1e-6)
+    for _ in range(3):
+        server.step()
+        server._look_again = 1e-9
+    assert len([r for r in caplog.records if "is rejected" in r.getMessage()]) == 1
+
+
+def test_a_version_that_fails_here_is_tried_again_though_nothing_is_in_service(bench: Bench) -> None:
+    two_versions(bench)
+    for uri in (bench.good, bench.other):
+        bench.alter(uri, "model.onnx")
+    server = bench.server()
+    server.step()
+    assert (server.status.state, server.status.serving) == ("rejected", None)
+    assert set(server.status.errors) == {"1", "2"}
+    for uri in (bench.good, bench.other):
+        bench.alter(uri, "model.onnx")  # as it was
+    server._look_again = 1e-9
+    server.step()
+    assert (server.status.state, server.status.serving) == ("serving", 2)
+
+
 def test_a_log_that_was_restored_from_a_backup_is_followed_again(bench: Bench, tmp_path: Path) -> None:
     fleet = Here()
     bench.ask_good()
