@@ -8,6 +8,7 @@ computed where it was read; a larger one in a thread, those first that arrived l
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import fcntl
 import heapq
 import itertools
@@ -19,6 +20,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection as Pipe
@@ -149,6 +151,9 @@ class _Worker:
                 self.loop.call_soon_threadsafe(self._close, *rest)
             elif what == "end":
                 self.loop.call_soon_threadsafe(self.ended.set)
+            del rest  # with the bytes of a version
+            if what in ("load", "drop"):
+                _give_back()
 
     def _load(
         self,
@@ -510,6 +515,12 @@ def _attempt(compute: Callable[[], _T]) -> _T | RequestError:
         return RequestError(500, "the server failed on this request; its log says why.")
 
 
+def _give_back() -> None:
+    """Have the C library give the system back what is free: where a session was opened or closed that is more than a version takes."""
+    with suppress(AttributeError):  # not every C library has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _end_on_failure(opened: Any) -> None:
     """A worker that cannot listen ends, so that another one is tried."""
     if (error := opened.exception()) is not None:
@@ -650,6 +661,8 @@ def try_out(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     end_with(lifeline)
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # where memory is short the kernel ends this process, and no worker
     started = time.monotonic()
     try:
         model = ServedModel.of(desired, files)

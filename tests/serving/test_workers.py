@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import pytest
 
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
+from lepton_airflow.serving import worker
 from lepton_airflow.serving.reconcile import Died
 from lepton_airflow.serving.supervisor import Fleet, Settings
 from lepton_airflow.serving.worker import Limits, end_with
@@ -33,8 +35,6 @@ from lepton_airflow.testing import LocalEndpoint, processes
 from tests.serving.test_server import call, deploy, metrics, tensors
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lepton_airflow.stages import RunInfo
 
 pytestmark = pytest.mark.slow
@@ -276,10 +276,22 @@ def test_a_trial_that_ends_without_a_word_is_said_to_have_died(shelf: Any) -> No
     thread.start()
     _until(lambda: bool(fleet._trials))
     time.sleep(0.5)
-    os.kill(next(iter(fleet._trials)).pid, signal.SIGSEGV)
+    pid = next(iter(fleet._trials)).pid
+    score = Path(f"/proc/{pid}/oom_score_adj")
+    _until(lambda: score.read_text() == "1000\n")  # the first to go where memory is short
+    os.kill(pid, signal.SIGSEGV)
     thread.join(30)
     assert isinstance(outcome[0], Died)
     assert "SIGSEGV" in str(outcome[0])
+
+
+def test_memory_that_is_free_goes_back_to_the_system() -> None:
+    blocks = [b"x" * 100_000 for _ in range(2000)]
+    last, before = blocks.pop(), psutil.Process().memory_info().rss  # the last one keeps the others' place
+    del blocks
+    worker._give_back()
+    assert psutil.Process().memory_info().rss < before - 150e6
+    assert last
 
 
 def test_a_trial_for_which_there_is_no_process_is_one_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
