@@ -351,9 +351,16 @@ class Fleet:
                     w.send("drop", endpoint, spare)
 
     def _next(self, told: Sequence[_Worker]) -> _Worker | None:
-        """A worker that was not told to load a version, or None; waits for those that are being started."""
-        if not self._wait(lambda: len(self._workers) == self.settings.workers, told):
-            raise LeptonError(f"only {len(self._workers)} of {self.settings.workers} workers run.")
+        """A worker that was not told to load a version, or None; waits for those that start, and load what is in service."""
+
+        def all_run() -> bool:
+            workers = list(self._workers.values())
+            return len(workers) == self.settings.workers and not any(w.is_loading for w in workers)
+
+        if not self._wait(all_run, told):
+            raise LeptonError(
+                f"not all of {self.settings.workers} workers run with what is in service; the server's log says why."
+            )
         return next((w for w in list(self._workers.values()) if w not in told), None)
 
     def _load(self, w: _Worker, told: Sequence[_Worker], endpoint: int, slot: int, version: _Version) -> None:

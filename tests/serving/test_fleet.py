@@ -191,6 +191,22 @@ def test_a_worker_that_never_loads_is_replaced(bench: Bench, monkeypatch: pytest
     assert bench.serving == 1
 
 
+def test_a_worker_that_dies_of_what_is_in_service_says_nothing_about_the_next_version(bench: Bench) -> None:
+    bench.put("v1")
+
+    def on_load(actor: Any, version: str, _: int) -> None:
+        time.sleep(0.3)
+        if version == "v1" and actor.number == 2:
+            actor.kill()
+
+    bench.stage.on_load = on_load
+    bench.stage.actors[1].kill()
+    bench.told(of="v1")
+    bench.put("v2")
+    assert bench.told(of="v2") == [(0, "load"), (3, "load")]
+    assert bench.serving == 1
+
+
 def test_a_worker_that_is_replaced_while_the_others_load_gets_the_version_too(bench: Bench) -> None:
     bench.put("v1")
 
