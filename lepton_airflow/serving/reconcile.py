@@ -29,9 +29,7 @@ _TRIES = 3  # of a version whose loading ends the process that tries it
 _PAUSE_S = 2.0  # between two tries, for what has ended to be replaced and its memory to be free
 _AGAIN_S = 30.0  # between two looks at what could not be read, and whether the log is the same
 
-_MOST_LOOKS = (
-    20  # of these until a version that cannot be loaded here is tried again, ten minutes; at first one
-)
+_MOST_LOOKS = 20  # of these until a version that was accepted and fails here is tried again; at first one
 
 _T = TypeVar("_T")
 
@@ -160,7 +158,9 @@ class Reconciler:
         if fresh is not None:
             self._newest = fresh
             self._settled = False
-            if fresh != self._in_service:
+            if fresh == self._in_service:
+                self._set_status(desired=fresh.sequence)
+            else:
                 same = self.status.desired == fresh.sequence
                 self._set_status(
                     state="loading",
