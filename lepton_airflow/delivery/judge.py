@@ -15,17 +15,8 @@ from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.statistics.sequential import Harm, Share, Shift, Units, in_buckets, tally
 
 METRICS = ("errors", "slow", "predictions")
-_FINE = (
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-)  # harms that an interval may end at, beside those asked for
+# Harms that an interval may end at, beside those asked for.
+_FINE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

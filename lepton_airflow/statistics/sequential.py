@@ -30,10 +30,8 @@ _EFFECTS = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6)
 _EDGE = 1e-5  # no rate is taken to be closer to 0 or 1
 _BLOCK = 100  # observations that are bet on together, at least
 _MEMORY = 20_000  # observations after which half of the estimate of a rate is forgotten, because rates change over a day
-_PRIOR_RATE, _PRIOR_WEIGHT = (
-    0.01,
-    20.0,
-)  # an estimate before anything was seen, and how many observations it counts as
+# An estimate before anything was seen, and how many observations it counts as.
+_PRIOR_RATE, _PRIOR_WEIGHT = 0.01, 20.0
 _GROWTH = 1.25  # by which the requests of units have grown before they are looked at again
 _FEWEST_UNITS = 20
 
