@@ -413,7 +413,9 @@ class Reconciler:
         return endpoints.decide(self.store, self.endpoint, mine)
 
     def _reject(self, desired: Desired, error: LeptonError) -> bool:
-        if self._told.get(desired.sequence) != str(error):
+        if desired.sequence in self._failures:  # which the status logs as a problem
+            self._problems.append(f"version {desired.version} was accepted and fails here: {error}")
+        elif self._told.get(desired.sequence) != str(error):
             log.error("endpoint %s: version %s is rejected: %s", self.endpoint, desired.version, error)
         self._told[desired.sequence] = str(error)
         self._errors[desired.sequence] = error
