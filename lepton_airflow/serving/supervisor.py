@@ -122,10 +122,16 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.told_to_end.set)
-        listener = _listen(settings.host, settings.port)
-        health = None if settings.health_port is None else _listen(settings.host, settings.health_port)
+        listener = _listen(settings.host, settings.port, "port")
+        health = (
+            None
+            if settings.health_port is None
+            else _listen(settings.host, settings.health_port, "health-port")
+        )
         port = listener.getsockname()[1]
-        shared = None if settings.grpc_port is None else _claim(settings.host, settings.grpc_port)
+        shared = (
+            None if settings.grpc_port is None else _claim(settings.host, settings.grpc_port, "grpc-port")
+        )
         grpc = None if shared is None else "{}:{}".format(*_named(shared))
         url = settings.url or f"http://{_address(settings.host)}:{port}"
         self.fleet = Fleet(settings, listener, self.page, grpc)
@@ -171,10 +177,11 @@ class _Server:
             )
         beating = asyncio.create_task(self._beat())
         names = ", ".join(settings.names)
-        log.info("endpoint %s listens on %s, store %s", names, url, self.store.root)
+        log.info("serving %s at %s, store %s", names, url, self.store.root)
         if self.fleet.grpc is not None:
-            log.info("endpoint %s listens on %s for gRPC", names, self.fleet.grpc)
+            log.info("serving %s at %s by gRPC", names, self.fleet.grpc)
         await self.told_to_end.wait()
+        log.info("told to end: not ready any more, the port is closed in %g s", settings.drain_s)
         self.draining = True
         for reconciler in self.reconcilers:
             reconciler.stop()
@@ -424,6 +431,8 @@ class Fleet:
         if isinstance(outcome, LeptonError):
             raise outcome
         found: dict[str, float] = outcome
+        if self.settings.limits.batch_rows:  # a request that no other joins waits for the whole of it
+            found["latency_p95_ms"] += 1000 * self.settings.limits.batch_wait_s
         return found
 
     def _outcome(self, pipe: Pipe) -> Any:
@@ -597,7 +606,9 @@ class _Metrics:
         )
         rows = CounterMetricFamily("lepton_serve_rows", "Rows answered.", labels=["endpoint"])
         in_flight = GaugeMetricFamily(
-            "lepton_serve_in_flight", "Requests admitted and not answered.", labels=["endpoint"]
+            "lepton_serve_in_flight",
+            "Large requests, and those that wait for a batch, admitted and not answered.",
+            labels=["endpoint"],
         )
         model = GaugeMetricFamily(
             "lepton_serve_model_info",
@@ -698,22 +709,21 @@ def _address(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, option: str) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise BadConfiguration(
-            f"cannot listen on {host}:{port}: {reason}. Pass another --host or --port."
+            f"cannot listen on {host}:{port}: {reason}. Pass another --host or --{option}."
         ) from None
 
 
-def _claim(host: str, port: int) -> socket.socket:
+def _claim(host: str, port: int, option: str) -> socket.socket:
     """Take a port on which the workers, and nobody else, will listen."""
-    with _listen(
-        host, port
-    ) as probe:  # where another server listens, this fails, although that one may share
+    # Where another server listens, this fails, although that one may share.
+    with _listen(host, port, option) as probe:
         family, address = probe.family, probe.getsockname()
     held = socket.socket(family)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
