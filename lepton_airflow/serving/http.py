@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
+from io import BytesIO
+from ipaddress import IPv6Address, IPv6Network
 from typing import cast
 
 import httptools
@@ -36,7 +38,8 @@ class ConnectionLimits:
     """What the connections of one worker may take.
 
     :ivar body_bytes: of one request's body.
-    :ivar waiting_bytes: of all bodies that have not arrived whole; one address may have half of them.
+    :ivar waiting_bytes: of all requests that have not arrived whole or wait for the answer to the one before them, and of
+        answers that their clients do not take; one address may have half of them.
     :ivar head_bytes: of one request line and its headers.
     :ivar head_s: for a head, from its first byte or from the connection on.
     :ivar body_s: for a body.
@@ -111,7 +114,7 @@ class Listener:
         self.draining = False
         self.connections: dict[Connection, None] = {}  # in the order in which they came
         self.by_address: Counter[str] = Counter()
-        self.waiting = 0  # bytes of bodies that have not arrived whole
+        self.waiting = 0  # bytes of requests and answers; see ConnectionLimits.waiting_bytes
         self.waiting_by_address: Counter[str] = Counter()
         self._sockets: list[socket.socket] = []
         self._loop = asyncio.get_running_loop()
@@ -222,9 +225,13 @@ class Connection(asyncio.Protocol):
         self._writing = False  # the client was slow to take an answer
         self._state = _IDLE
         self._head_bytes = 0
+        self._headers = 0
         self._body_bytes = 0
-        self._parts: list[bytes] = []
-        self._held = 0  # bytes of an unfinished request
+        self._body = BytesIO()  # one block, however small its pieces are
+        self._rest = _NOTHING  # what came and was not parsed
+        self._open = 0  # bytes of an unfinished request
+        self._ready_bytes = 0
+        self._held = 0  # bytes that count as waiting
         self._request: Request | None = None
         self._ready: deque[Request] = deque()
         self._refusal: Response | None = None
@@ -233,7 +240,7 @@ class Connection(asyncio.Protocol):
     @property
     def idle(self) -> bool:
         """Whether no request is under way."""
-        return not self.busy and self._state == _IDLE and not self._ready and not self._ended
+        return not (self.busy or self._ready or self._rest or self._ended) and self._state == _IDLE
 
     # -- what the event loop says ------------------------------------------------------------------------------------
 
@@ -241,7 +248,7 @@ class Connection(asyncio.Protocol):
         """A client is there."""
         self.transport = cast("asyncio.Transport", transport)  # which uvloop's is in all but name
         peer = transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "local"
+        self.address = address_of(peer[0]) if isinstance(peer, tuple) else "local"
         self.listener.connections[self] = None
         self.listener.by_address[self.address] += 1
         self.since = time.monotonic()
@@ -250,46 +257,24 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         """The client is gone, or was ended."""
-        self._ended = True
-        self._release()
+        self._forget()
+        self._ready.clear()
+        self._ready_bytes = 0
+        self._writing = False
+        self._hold()
         if self.listener.connections.pop(self, self) is None:
             _count_down(self.listener.by_address, self.address, 1)
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came."""
-        if self._ended:
-            return
-        before, size = self._state, len(data)
-        while data:
-            try:
-                self._parser.feed_data(data)
-                break
-            except httptools.HttpParserUpgrade as upgrade:
-                # An offer to go on in another protocol, such as h2c, is declined by an answer in this one. The parser stops
-                # before the body, so the request is read once more without the offer.
-                assert self._request is not None
-                version = self._parser.get_http_version()
-                data = _head_without_offer(self._request, version) + data[upgrade.args[0] :]
-                self._parser = httptools.HttpRequestParser(self)
-            except httptools.HttpParserCallbackError:
-                break  # raised by _refuse, in which all is said
-            except httptools.HttpParserError as error:
-                self._refusal = self._refusal or refusal(400, f"this is no HTTP request: {error}.")
-                break
-        if self._state != _IDLE and not self._refusal:
-            self._hold(size, is_head=before == self._state == _HEAD)
-        if self._refusal:
-            self._ended = True
-            self._release()
-            if not self.busy and not self._ready:
-                self._end_with(self._refusal)
-        elif self._ready and not self.transport.is_closing():
-            self.transport.pause_reading()
+        if not self._ended:
+            self._rest = memoryview(bytes(self._rest) + data if self._rest else data)
+            self._go_on()
 
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked is answered."""
         self._half_closed = True
-        return self.busy
+        return bool(self.busy or self._ready or self._rest)
 
     def pause_writing(self) -> None:
         """The client does not take its answers, so nothing more is read of it."""
@@ -300,7 +285,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._state, self._head_bytes, self._body_bytes = _HEAD, 0, 0
+        self._state, self._head_bytes, self._headers, self._body_bytes = _HEAD, 0, 0, 0
         self._request = Request("", "", address=self.address)
         self._set_deadline()
 
@@ -314,6 +299,9 @@ class Connection(asyncio.Protocol):
         """A whole header, or one that follows a body in chunks."""
         assert self._request is not None
         self._count(len(name) + len(value) + 4)
+        self._headers += 1
+        if self._headers > _HEADERS:
+            self._refuse(431, f"the request has more than {_HEADERS} headers, the limit.")
         if self._state == _HEAD:
             headers, key, text = (
                 self._request.headers,
@@ -346,7 +334,7 @@ class Connection(asyncio.Protocol):
         self._body_bytes += len(part)
         if self._body_bytes > self.limits.body_bytes:
             self._refuse_large()
-        self._parts.append(part)
+        self._body.write(part)
 
     def on_message_complete(self) -> None:
         """A request is whole."""
@@ -355,43 +343,78 @@ class Connection(asyncio.Protocol):
         if self._parser.should_upgrade():
             return
         self._request, self._state = None, _IDLE
-        request.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._release()
+        request.body = self._body.getvalue()
+        self._body, self._open = BytesIO(), 0
         self._ready.append(request)
-        self._next()
+        self._ready_bytes += _REQUEST + len(request.body)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def _next(self) -> None:
-        """Hand on the next requests, unless one is being answered."""
-        while self._ready and not self.busy and not self._writing and not self.transport.is_closing():
+    def _go_on(self) -> None:
+        """Unless a request is being answered, read on for the next and hand it on; only one, as other clients wait, too."""
+        while self._rest and not (self.busy or self._ready or self._ended):
+            piece, self._rest = self._rest[:_PIECE], self._rest[_PIECE:]
+            self._parse(piece)
+        if self._ready and not (self.busy or self._writing or self.transport.is_closing()):
             request = self._ready.popleft()
+            self._ready_bytes -= _REQUEST + len(request.body)
             self.busy, self.since, self.deadline = True, time.monotonic(), math.inf
             response = self.listener.handler(request, partial(self._respond_later, request))
             if response is not None:
                 self._respond(request, response)
+            if (self._ready or self._rest) and not (self.busy or self._writing):
+                asyncio.get_running_loop().call_soon(self._go_on)
+        self._hold()
+        if self._refusal:
+            self._forget()
+            self._hold()
+            if not self.busy and not self._ready:
+                self._end_with(self._refusal)
+        elif self._ready or self._rest or self._writing:
+            self.transport.pause_reading()
+        elif self._half_closed and not self.busy:
+            self.transport.close()
+        else:
+            self.transport.resume_reading()
+
+    def _parse(self, piece: memoryview) -> None:
+        before, size = self._state, len(piece)
+        data: bytes | memoryview = piece
+        while data:
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                # An offer to go on in another protocol, such as h2c, is declined by an answer in this one. The parser stops
+                # before the body, so the request is read once more without the offer.
+                assert self._request is not None
+                version = self._parser.get_http_version()
+                data = _head_without_offer(self._request, version) + data[upgrade.args[0] :]
+                self._parser = httptools.HttpRequestParser(self)
+            except httptools.HttpParserCallbackError:
+                break  # raised by _refuse, in which all is said
+            except httptools.HttpParserError as error:
+                self._refusal = self._refusal or refusal(400, f"this is no HTTP request: {error}.")
+                break
+        if self._state != _IDLE and not self._refusal:
+            self._open += size
+            self._check_frame(is_head=before == self._state == _HEAD)
+        if self._refusal:
+            self._ended = True
 
     def _respond_later(self, request: Request, response: Response) -> None:
         self._respond(request, response)
         self._go_on()
 
-    def _go_on(self) -> None:
-        """Answer what waits, and read on when nothing does."""
-        self._next()
-        if self._refusal and not self.busy and not self._ready:
-            self._end_with(self._refusal)
-        elif not self._ready and not self._writing and not self.transport.is_closing():
-            self.transport.resume_reading()
-
     def _respond(self, request: Request, response: Response) -> None:
         self.busy, self.since = False, time.monotonic()
         if self.transport.is_closing():
             return
-        last = self._half_closed and not self._ready
+        last = self._half_closed and not self._ready and not self._rest
         close = response.close or not request.keep_alive or self.listener.draining or last
         self.transport.write(_as_bytes(response, close=close, without_body=request.method == "HEAD"))
         if close:
-            self._ended = True
+            self._forget()
             self.deadline = self.since + self.limits.write_s
             self.transport.close()  # after what was written
         else:
@@ -425,17 +448,18 @@ class Connection(asyncio.Protocol):
 
     def abandon(self) -> None:
         """End the connection without a word."""
-        self._ended = True
+        self._forget()
         self.transport.abort()
 
     def _end_with(self, response: Response) -> None:
         """Answer a request that was not read, and end the connection when the client has had time to read that."""
-        self._ended = True
-        self._release()
+        self._forget()
+        self._hold()
         self._refusal = None
-        self.listener.refused(response.status)
         if self.transport.is_closing():
+            self.transport.abort()
             return
+        self.listener.refused(response.status)
         self.transport.write(_as_bytes(response, close=True))
         with suppress(OSError):  # the client may be gone
             self.transport.write_eof()
@@ -451,25 +475,40 @@ class Connection(asyncio.Protocol):
 
     _LARGE_HEAD = "the head of the request has more than {} bytes, the limit."
 
-    def _hold(self, size: int, *, is_head: bool) -> None:
-        """Count bytes of an unfinished request. Only of the first piece of a head is not known where it began."""
-        self._held += size
-        if is_head and self._held > self.limits.head_bytes + _PIECE:
-            self._refusal = refusal(431, self._LARGE_HEAD.format(self.limits.head_bytes))
-        listener, most = self.listener, self.limits.waiting_bytes
-        listener.waiting += size
-        listener.waiting_by_address[self.address] += size
-        if listener.waiting > most or listener.waiting_by_address[self.address] > most // 2:
+    def _check_frame(self, *, is_head: bool) -> None:
+        """Limit what no callback of the parser tells. Only of the first piece is not known where the request began."""
+        limits, around = self.limits, self._open - self._body_bytes - _PIECE
+        if is_head and around > limits.head_bytes:
+            self._refusal = refusal(431, self._LARGE_HEAD.format(limits.head_bytes))
+        elif around > limits.head_bytes + _FRAMES + self._body_bytes // 4:
             self._refusal = refusal(
+                400,
+                f"what is around the chunks of the body takes more than {_FRAMES} bytes and a quarter of the body: send larger "
+                "chunks without extensions.",
+            )
+
+    def _hold(self) -> None:
+        """Count the bytes that wait in this connection."""
+        held = len(self._rest) + self._open + self._ready_bytes
+        if self._writing:
+            held += self.transport.get_write_buffer_size()
+        change, self._held = held - self._held, held
+        if change == 0:
+            return
+        listener, most = self.listener, self.limits.waiting_bytes
+        listener.waiting += change
+        listener.waiting_by_address[self.address] += change
+        if listener.waiting_by_address[self.address] <= 0:
+            del listener.waiting_by_address[self.address]
+        if change > 0 and (listener.waiting > most or listener.waiting_by_address[self.address] > most // 2):
+            self._refusal = self._refusal or refusal(
                 503, "too many bytes of unfinished requests wait here: come back later.", {"retry-after": "1"}
             )
 
-    def _release(self) -> None:
-        """Forget the pieces of an unfinished request."""
-        if self._held:
-            self.listener.waiting -= self._held
-            _count_down(self.listener.waiting_by_address, self.address, self._held)
-        self._parts, self._held = [], 0
+    def _forget(self) -> None:
+        """Read nothing more, and forget what was not read."""
+        self._ended = True
+        self._rest, self._body, self._open = _NOTHING, BytesIO(), 0
 
     def _refuse_large(self) -> None:
         self._refuse(
@@ -484,7 +523,20 @@ class Connection(asyncio.Protocol):
 
 
 _IDLE, _HEAD, _BODY = "idle", "head", "body"
-_PIECE = 256 * 1024  # that the event loop reads at most at a time
+_NOTHING = memoryview(b"")
+_PIECE = 16 * 1024  # bytes that are parsed at a time
+_HEADERS = 100  # of a request, with those that follow a body in chunks
+_FRAMES = 64 * 1024  # bytes around the chunks of a body
+_REQUEST = 1024  # bytes that a request takes without its body, low rather than high
+
+
+@lru_cache(maxsize=1024)
+def address_of(host: str) -> str:
+    """What counts as one address: of IPv6 the first 64 bits, as each client has all that begin with its own."""
+    if ":" not in host:
+        return host
+    address = IPv6Address(host.partition("%")[0])
+    return str(address.ipv4_mapped or IPv6Network((int(address) >> 64 << 64, 64)))
 
 
 def _count_down(counter: Counter[str], key: str, by: int) -> None:

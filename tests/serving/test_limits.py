@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lepton_airflow.serving.http import ConnectionLimits, Listener, Request, Response
+from lepton_airflow.serving.http import ConnectionLimits, Listener, Request, Response, address_of
 from lepton_airflow.serving.worker import Queue
 
 TIGHT = ConnectionLimits(
@@ -24,6 +25,8 @@ TIGHT = ConnectionLimits(
     write_s=1.0,
     idle_s=1.0,
 )
+
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Server:
@@ -54,6 +57,8 @@ class Server:
         if request.path == "/later":
             self.later.append(lambda: self.loop.call_soon_threadsafe(later, response))
             return None
+        if request.path == "/slow":
+            time.sleep(0.005)
         if request.path == "/large":
             return Response(200, b"x" * 20_000_000)
         return response
@@ -125,6 +130,12 @@ def is_good(server: Server, address: str = "127.0.0.9") -> float:
         (b"GET / HTTP/1.1\r\nHost: x", 408),
         (b"G", 408),
         (b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc", 408),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n", 431),
+        (CHUNKED + b"2\r\nab\r\n" * 60_000 + b"0\r\n\r\n", 400),
+        (CHUNKED + b"1;" + b"x" * 200_000 + b"\r\na\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"1;x=y\r\na\r\n" * 20_000, 400),
+        (CHUNKED + b"1\r\na\r\n0\r\n" + b"X: y\r\n" * 200_000, 431),  # trailers without end
+        (CHUNKED + b"1\r\na\r\n0\r\n" + b"X: " + b"y" * 200_000, 400),
     ],
     ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else str(value),
 )  # fmt: skip
@@ -237,6 +248,84 @@ def test_a_client_that_asks_on_and_does_not_read_is_read_no_further_and_ended(se
         assert time.monotonic() - started < 5
         assert sent < 20_000_000
     is_good(server)
+
+
+def test_requests_in_a_row_of_one_client_do_not_hold_up_others() -> None:
+    with serving(waiting_bytes=100_000_000) as server, server.connect() as busy:
+        stop = threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                busy.recv(1_000_000)
+
+        def ask() -> None:
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    busy.sendall(b"GET /slow HTTP/1.1\r\n\r\n" * 5000)
+
+        threads = [threading.Thread(target=each, daemon=True) for each in (read, ask)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        assert max(is_good(server) for _ in range(5)) < 0.5  # one of 5,000 slow ones, not all
+        stop.set()
+        busy.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(5)
+
+
+def test_requests_that_wait_for_an_answer_count_as_waiting_bytes(server: Server) -> None:
+    body = b"a" * 390_000
+    whole = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    clients = [server.connect("127.0.0.2") for _ in range(4)]
+    for client in clients:
+        client.sendall(b"GET /later HTTP/1.1\r\n\r\n" + whole)
+    time.sleep(0.5)
+    assert 500_000 < server.listener.waiting <= 800_000
+    is_good(server)
+    for _ in range(4):
+        server.later.pop()()
+    for client in clients:
+        assert b"/later" in client.recv(1000)
+        client.close()
+    time.sleep(0.5)
+    assert server.listener.waiting == 0
+
+
+def test_answers_that_clients_do_not_take_count_as_waiting_bytes() -> None:
+    with serving(waiting_bytes=50_000_000, write_s=30.0) as server:
+        clients = [server.connect("127.0.0.2") for _ in range(4)]
+        for client in clients:
+            client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(3.5)
+        assert 0 < server.listener.waiting <= 25_000_000
+        is_good(server)
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("::ffff:10.1.2.3", "10.1.2.3"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_of_ipv6_a_network_counts_as_one_address(host: str, address: str) -> None:
+    assert address_of(host) == address
+
+
+def test_a_body_in_small_chunks_is_read() -> None:
+    # 400,000 bytes in chunks of 20, as programs write that send what an encoder gives
+    with serving(body_bytes=8_000_000, body_s=30.0) as server, server.connect() as client:
+        client.sendall(CHUNKED + b"14\r\n01234567890123456789\r\n" * 20_000 + b"0\r\n\r\n")
+        answer = b""
+        while len(answer) < 400_000:
+            answer += client.recv(1_000_000)
+        assert answer.endswith(b"01234567890123456789" * 20_000)
 
 
 def test_a_wrong_request_after_a_good_one_leaves_the_good_one_its_answer(server: Server) -> None:
