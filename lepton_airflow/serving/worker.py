@@ -2,7 +2,8 @@
 
 The supervisor (:mod:`lepton_airflow.serving.supervisor`) starts it, hands it versions that have passed their checks, and
 says by a byte in shared memory which of them answers. So all workers change at the same moment. A small request is
-computed where it was read; a larger one in a thread, those first that arrived long ago or are small.
+computed where it was read; a larger one in a thread, whose time all addresses share; of one address those first that
+arrived long ago or are small.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import fcntl
-import heapq
-import itertools
 import logging
+import math
 import os
 import signal
 import socket
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ NONE = 255  # in the place of the number of a version: none is in service
 BEAT_S = 1.0  # between two signs of life to the supervisor
 _INLINE_S = 0.003  # a request that should take no longer is computed in the thread that reads and writes
 _FAIR = 5.0  # how many times the time that a request takes it may be overtaken by smaller ones
+_BATCHES = "batches"  # the address of the requests of many
 _PACKED = 16 * 1024  # bytes of an answer from which on it is compressed for clients that accept that
 
 
@@ -64,7 +66,8 @@ class Limits:
     """What one server takes at a time.
 
     :ivar rows: of one request.
-    :ivar in_flight: whole requests that wait or are computed, of one worker; further ones get 503 with Retry-After.
+    :ivar in_flight: large requests that wait or are computed, of one worker; further ones get 503 with Retry-After, and so
+        do those of the address that has most when another one asks. So many small ones may wait for a batch besides.
     :ivar threads: of one worker, that compute large requests side by side.
     :ivar batch_rows: small requests that come within ``batch_wait_s`` are computed together, up to so many rows; 0: each by itself.
     """
@@ -110,7 +113,8 @@ class _Worker:
         self.ended = asyncio.Event()
         self._pages: list[Callable[[Response], None]] = []  # who waits for the page of metrics
         self._sending = threading.Lock()
-        self._queue = Queue(post.limits.threads)
+        self._queue = Queue(post.limits.threads, post.limits.in_flight)
+        self._in_batches = 0
         limits = post.limits
         self._batches = (
             Batches(limits.batch_rows, limits.batch_wait_s, self._run_batch) if limits.batch_rows else None
@@ -237,7 +241,8 @@ class _Worker:
                 if request.method != "POST":
                     raise _not_allowed(request, "POST")
                 version = parts[4] if len(parts) == 6 else None
-                return self._endpoint(name).infer(request, version, partial(self._compute, later))
+                compute = partial(self._compute, later, request.address)
+                return self._endpoint(name).infer(request, version, compute)
             case ("v2", "repository", "index"):
                 if request.method != "POST":
                     raise _not_allowed(request, "POST")
@@ -299,21 +304,14 @@ class _Worker:
         return endpoint
 
     def _compute(
-        self, later: Callable[[Response], None], endpoint: Endpoint, question: Question
+        self, later: Callable[[Response], None], address: str, endpoint: Endpoint, question: Question
     ) -> Response | None:
         """Compute an answer here if that is quick, else in a thread."""
         if question.seconds <= _INLINE_S:
-            if self._batches is None:
+            # Beyond the limit requests are computed as if there were no batches, which slows down those who send so many.
+            if self._batches is None or self._in_batches >= self.post.limits.in_flight:
                 return question.answered(_attempt(question.answer))
             return self._compute_with_others(self._batches, later, endpoint, question)
-        if endpoint.in_flight >= self.post.limits.in_flight:
-            most = self.post.limits.in_flight
-            return question.answered(
-                RequestError(
-                    503, f"{most} requests are in flight, the limit: come back later.", retry_after="1"
-                )
-            )
-        endpoint.count_in_flight(1)
 
         def job() -> None:
             outcome = _attempt(question.answer)
@@ -323,7 +321,13 @@ class _Worker:
             endpoint.count_in_flight(-1)
             later(question.answered(outcome))
 
-        self._queue.put(question.seconds, job)
+        most = self.post.limits.in_flight
+        full = RequestError(
+            503, f"{most} requests are in flight, the limit: come back later.", retry_after="1"
+        )
+        if not self._queue.put(address, question.seconds, job, partial(self.loop.call_soon, done, full)):
+            return question.answered(full)
+        endpoint.count_in_flight(1)
         return None
 
     def _compute_with_others(
@@ -333,9 +337,11 @@ class _Worker:
         inference = _attempt(question.read)
         if isinstance(inference, RequestError):
             return question.answered(inference)
+        self._in_batches += 1
         endpoint.count_in_flight(1)
 
         def done(outcome: Any) -> None:
+            self._in_batches -= 1
             endpoint.count_in_flight(-1)
             if not isinstance(outcome, RequestError):
                 outcome = _attempt(lambda: question.finish(inference, outcome))
@@ -354,7 +360,7 @@ class _Worker:
             def job() -> None:
                 self.loop.call_soon_threadsafe(done, compute())
 
-            self._queue.put(seconds, job)
+            self._queue.put(_BATCHES, seconds, job)
 
     def _page_there(self, page: Response) -> None:
         waiting, self._pages = self._pages, []
@@ -604,33 +610,84 @@ class _Index(msgspec.Struct):
     ready: bool | None = None
 
 
-class Queue:
-    """Threads that compute; of what waits, first what has waited long for its size."""
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Job:
+    address: str
+    due: float
+    do: Callable[[], object]
+    dropped: Callable[[], object] | None
 
-    def __init__(self, threads: int) -> None:
-        self._jobs: list[tuple[float, int, Callable[[], None]]] = []
-        self._number = itertools.count()
+
+class Queue:
+    """Threads that compute. Addresses share their time; of one address first comes what has waited long for its size.
+
+    :param places: for jobs that wait or are done. When there is none left, the address that has most of them loses one to
+        an address that has fewer.
+    """
+
+    def __init__(self, threads: int, places: int) -> None:
+        self._places = places
+        self._jobs: list[_Job] = []  # that wait
+        self._taken: Counter[str] = Counter()  # jobs that wait or are done, by address
+        self._used: dict[str, float] = {}  # seconds that an address has had
+        self._fair = 0.0  # the seconds of one that asks all the time, with which one begins that comes
         self._change = threading.Condition()
         for number in range(threads):
             threading.Thread(target=self._work, name=f"inference-{number}", daemon=True).start()
 
-    def put(self, seconds: float, job: Callable[[], None]) -> None:
-        """Have a job done that should take so long."""
+    def put(
+        self,
+        address: str,
+        seconds: float,
+        do: Callable[[], object],
+        dropped: Callable[[], object] | None = None,
+    ) -> bool:
+        """Have a job done that should take so long; False if there is no place for it.
+
+        :param dropped: called when the job has lost its place; a job without it needs none.
+        """
+        loser: _Job | None = None
         with self._change:
-            heapq.heappush(self._jobs, (time.monotonic() + _FAIR * seconds, next(self._number), job))
+            if dropped is not None and self._taken.total() >= self._places:
+                may = [job for job in self._jobs if job.dropped is not None]
+                loser = max(may, key=lambda job: (self._taken[job.address], job.due), default=None)
+                if loser is None or self._taken[loser.address] <= self._taken[address] + 1:
+                    return False
+                self._jobs.remove(loser)
+                self._taken[loser.address] -= 1
+            self._taken[address] += 1
+            self._used.setdefault(address, self._fair)
+            due = time.monotonic() + _FAIR * seconds
+            self._jobs.append(_Job(address=address, due=due, do=do, dropped=dropped))
             self._change.notify()
+        if loser is not None and loser.dropped is not None:
+            loser.dropped()
+        return True
 
     def _work(self) -> None:
         while True:
             with self._change:
                 while not self._jobs:
                     self._change.wait()
-                job = heapq.heappop(self._jobs)[2]
+                job = min(self._jobs, key=lambda job: (self._used[job.address], job.due))
+                self._jobs.remove(job)
+            began, address = time.monotonic(), job.address
             try:
-                job()
+                job.do()
             except Exception:  # no job may end the thread that others wait for
                 log.exception("a job failed")
             del job  # its request
+            with self._change:
+                self._charge(address, time.monotonic() - began)
+
+    def _charge(self, address: str, seconds: float) -> None:
+        """A job is done. Who has had more than others is remembered until these have had as much, or nobody asks."""
+        self._fair += seconds / len(+self._taken)
+        self._used[address] += seconds
+        self._taken[address] -= 1
+        self._taken = +self._taken
+        kept = self._fair if self._taken else math.inf
+        self._used = {a: used for a, used in self._used.items() if a in self._taken or used > kept}
 
 
 _BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}

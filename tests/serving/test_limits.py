@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -355,15 +356,80 @@ def test_a_client_that_leaves_is_forgotten(server: Server) -> None:
 
 def test_a_large_job_is_overtaken_by_small_ones_and_not_for_ever() -> None:
     gate, order = threading.Event(), []
-    queue = Queue(1)
-    queue.put(0.0, lambda: gate.wait(10) and None)
+    queue = Queue(1, 64)
+    queue.put("a", 0.0, lambda: gate.wait(10))
     time.sleep(0.05)
-    queue.put(1.0, lambda: order.append("large"))
-    queue.put(0.001, lambda: order.append("small"))
-    queue.put(10.0, lambda: order.append("huge"))
-    queue.put(0.001, lambda: order.append("small"))
+    queue.put("a", 1.0, lambda: order.append("large"))
+    queue.put("a", 0.001, lambda: order.append("small"))
+    queue.put("a", 10.0, lambda: order.append("huge"))
+    queue.put("a", 0.001, lambda: order.append("small"))
     done = threading.Event()
-    queue.put(60.0, done.set)
+    queue.put("a", 60.0, done.set)
     gate.set()
     assert done.wait(10)
     assert order == ["small", "small", "large", "huge"]
+
+
+@contextmanager
+def held(threads: int, places: int) -> Iterator[tuple[Queue, threading.Event]]:
+    """A queue whose threads wait for a gate."""
+    queue, gate = Queue(threads, places), threading.Event()
+    for _ in range(threads):
+        assert queue.put("first", 0.0, lambda: gate.wait(10), print)
+    time.sleep(0.05)
+    yield queue, gate
+
+
+def test_one_address_has_as_much_time_of_the_threads_as_another_whatever_it_sends() -> None:
+    order: list[str] = []
+    with held(1, 100) as (queue, gate):
+
+        def job(name: str, seconds: float) -> None:
+            queue.put(name, seconds, lambda: (time.sleep(seconds), order.append(name)), print)
+
+        for _ in range(20):
+            job("many large", 0.05)
+        for _ in range(20):
+            job("many small", 0.01)
+        job("one", 0.05)
+        done = threading.Event()
+        queue.put("last", 0.0, done.set)
+        gate.set()
+        assert done.wait(10)
+        time.sleep(1.0)
+    assert "one" in order[:6]
+    # In the time of four large ones of one address, the other has all but a few of its own.
+    fourth = [i for i, name in enumerate(order) if name == "many large"][3]
+    assert order[:fourth].count("many small") >= 10
+
+
+def test_an_address_that_asks_again_and_again_does_not_wait_behind_what_another_has_sent_before() -> None:
+    with held(1, 100) as (queue, gate):
+        for _ in range(60):
+            queue.put("many", 0.02, lambda: time.sleep(0.02), print)
+        gate.set()
+        waits = []
+        for _ in range(10):
+            done, began = threading.Event(), time.monotonic()
+            queue.put("one", 0.02, done.set, print)
+            assert done.wait(10)
+            waits.append(time.monotonic() - began)
+    assert sorted(waits)[5] < 0.1
+
+
+def test_an_address_that_has_more_places_than_another_loses_one_to_it() -> None:
+    lost: Counter[str] = Counter()
+
+    def put(queue: Queue, name: str) -> bool:
+        return queue.put(name, 1.0, lambda: None, lambda: lost.update([name]))
+
+    with held(1, 9) as (queue, gate):
+        assert [put(queue, "a") for _ in range(10)] == [True] * 8 + [False] * 2
+        assert [put(queue, "b") for _ in range(6)] == [True] * 4 + [False] * 2
+        assert lost == {"a": 4}
+        assert put(queue, "c")
+        assert lost.total() == 5
+        assert queue.put("batches", 0.0, lambda: None)  # which stand for the places of their own requests
+        gate.set()
+        time.sleep(0.2)
+        assert [put(queue, "a") for _ in range(9)] == [True] * 9
