@@ -19,7 +19,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from math import prod
@@ -32,20 +31,24 @@ import numpy as np  # noqa: TID253
 from google.protobuf.message import DecodeError
 
 from lepton_airflow.errors import did_you_mean
-from lepton_airflow.serving.http import Request, Response
+from lepton_airflow.serving.http import Request, Response, address_of, count_down
 from lepton_airflow.serving.messages import CLASSES
 from lepton_airflow.serving.protocol import HEADER_LENGTH, RequestError, check_count
-from lepton_airflow.serving.worker import Limits
+from lepton_airflow.serving.worker import Limits, Queue
 
 log = logging.getLogger(__name__)
 
 _SERVICE = "inference.GRPCInferenceService"
 _LARGE = 64 * 1024  # bytes of a message from which on it is translated in a thread
 _LONG_S = 0.02  # for which parsing holds up all other calls; 10,000 good rows take a tenth of it
+_BYTE_S = 1e-8  # that a byte takes to be translated
 _SLOW_S = 1.0  # for a message to arrive before it counts as slow
 _GIVEN_UP = 0.0  # as the deadline of a call: long ago
 _TOO_MANY = "too many unfinished requests wait here: come back later."
 _STREAMS = 100  # calls of one connection at a time; a client's library holds back further ones
+_AGE_S = (
+    600.0  # of a connection; gRPC's libraries then open another, and what a client does not take is forgotten
+)
 _DRAIN_S = 30.0  # for the calls that are under way at the end
 # Entries beyond which a list is longer than the checks allow, so that nothing of it need be translated.
 _TENSORS, _PARAMETERS, _DIMENSIONS = 2001, 4000, 20
@@ -91,11 +94,12 @@ class Service:
         self._limits = limits
         connections = limits.connections
         self._most_slow = max(2, connections.waiting_bytes // connections.body_bytes)
-        self._arriving: Counter[str] = Counter()  # calls whose messages have not arrived, by address
+        self._calls: Counter[str] = Counter()  # that are not over, by address
+        self._untaken: Counter[str] = Counter()  # bytes of answers that clients have not taken
         self._slow: dict[
             str, dict[asyncio.Timeout, None]
         ] = {}  # those of them that began a while ago, in order
-        self._translator = ThreadPoolExecutor(1, "grpc")
+        self._translations = Queue(1, limits.in_flight)
         self._server = grpc.aio.server(
             handlers=[_Methods(self._call)],
             options=[
@@ -108,6 +112,8 @@ class Service:
                 ("grpc.max_allowed_incoming_connections", connections.connections),
                 ("grpc.server_handshake_timeout_ms", round(1000 * connections.head_s)),
                 ("grpc.max_connection_idle_ms", round(1000 * connections.idle_s)),
+                ("grpc.max_connection_age_ms", round(1000 * _AGE_S)),
+                ("grpc.max_connection_age_grace_ms", round(1000 * _DRAIN_S)),
             ],
         )
 
@@ -128,8 +134,10 @@ class Service:
             if method is None:
                 raise RequestError(405, _unknown(name))
             address = _host(context.peer())
+            self._admit(context, address)
             message = await self._message(context, address)
-            return await method(self, message, Request("GET", "", started=started, address=address))
+            request = Request("GET", "", started=started, address=address)
+            return self._until_taken(context, address, await method(self, message, request))
         except RequestError as error:
             code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
             wait = error.headers.get("retry-after")
@@ -142,12 +150,29 @@ class Service:
             )
         raise AssertionError  # abort does not return
 
+    def _admit(self, context: Any, address: str) -> None:
+        """Count a call until it is over, which it is not before its answer was taken; refuse one of an address with many."""
+        limits, calls, untaken = self._limits.connections, self._calls, self._untaken
+        if (
+            calls[address] >= limits.connections
+            or calls.total() >= 4 * limits.connections
+            or untaken[address] >= limits.waiting_bytes // 2
+            or untaken.total() >= limits.waiting_bytes
+        ):
+            raise self._refusal(503, _TOO_MANY, retry_after="1")
+        calls[address] += 1
+        context.add_done_callback(lambda _: count_down(calls, address, 1))
+
+    def _until_taken(self, context: Any, address: str, answer: bytes) -> bytes:
+        """Count the bytes of an answer until then."""
+        size = len(answer)
+        self._untaken[address] += size
+        context.add_done_callback(lambda _: count_down(self._untaken, address, size))
+        return answer
+
     async def _message(self, context: Any, address: str) -> bytes:
         """The message of a call, when it has arrived whole and in time."""
         limits = self._limits.connections
-        if self._arriving[address] >= limits.connections or self._arriving.total() >= 4 * limits.connections:
-            raise self._refusal(503, _TOO_MANY, retry_after="1")
-        self._arriving[address] += 1
         deadline = asyncio.timeout(limits.body_s)
         slow = asyncio.get_running_loop().call_later(_SLOW_S, self._is_slow, address, deadline)
         try:
@@ -159,9 +184,6 @@ class Service:
             raise self._refusal(408, f"the request did not arrive within {limits.body_s:g} s.") from None
         finally:
             slow.cancel()
-            self._arriving[address] -= 1
-            if not self._arriving[address]:
-                del self._arriving[address]
             if address in self._slow:
                 self._slow[address].pop(deadline, None)
                 if not self._slow[address]:
@@ -207,10 +229,31 @@ class Service:
             raise _refused(response)
         return response, msgspec.json.decode(response.body)
 
-    async def _translate(self, size: int, function: Callable[..., Any], *args: object) -> Any:
+    async def _translate(
+        self, address: str, size: int, function: Callable[..., Any], *args: object, is_answer: bool = False
+    ) -> Any:
         if size <= _LARGE:
             return function(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._translator, function, *args)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def told(tell: Callable[[Any], None], what: Any) -> None:
+            if not future.done():  # the client may be gone
+                tell(what)
+
+        def job() -> None:
+            try:
+                found = function(*args)
+            except Exception as error:  # noqa: BLE001 - which the call tells
+                loop.call_soon_threadsafe(told, future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(told, future.set_result, found)
+
+        many = RequestError(503, _TOO_MANY, retry_after="1")
+        dropped = None if is_answer else partial(loop.call_soon, told, future.set_exception, many)
+        if not self._translations.put(address, size * _BYTE_S, job, dropped):
+            raise many
+        return await future
 
     def _read(self, kind: str, message: bytes) -> Any:
         started = time.thread_time()
@@ -270,7 +313,9 @@ class Service:
         size = len(message)
         asked = _Asked()
         try:
-            await self._translate(size, asked.read, self._read, message, self._limits.rows, request)
+            await self._translate(
+                request.address, size, asked.read, self._read, message, self._limits.rows, request
+            )
         except RequestError as error:
             self._refused(error.status, asked.name)
             raise error.with_traceback(None) from None  # whose frames hold the message
@@ -278,7 +323,10 @@ class Service:
         response = await self._answer(request)
         if response.status != 200:
             raise _refused(response)
-        return cast("bytes", await self._translate(max(size, len(response.body)), asked.write, response))
+        size = max(size, len(response.body))
+        return cast(
+            "bytes", await self._translate(request.address, size, asked.write, response, is_answer=True)
+        )
 
 
 _Method = Callable[[Service, bytes, Request], Awaitable[bytes]]
@@ -490,4 +538,4 @@ def _refused(response: Response) -> RequestError:
 
 def _host(peer: str) -> str:
     """The client's address of what gRPC calls a peer, such as ``ipv4:127.0.0.1:49934``."""
-    return unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
+    return address_of(unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]"))

@@ -263,7 +263,7 @@ class Connection(asyncio.Protocol):
         self._writing = False
         self._hold()
         if self.listener.connections.pop(self, self) is None:
-            _count_down(self.listener.by_address, self.address, 1)
+            count_down(self.listener.by_address, self.address, 1)
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came."""
@@ -497,9 +497,7 @@ class Connection(asyncio.Protocol):
             return
         listener, most = self.listener, self.limits.waiting_bytes
         listener.waiting += change
-        listener.waiting_by_address[self.address] += change
-        if listener.waiting_by_address[self.address] <= 0:
-            del listener.waiting_by_address[self.address]
+        count_down(listener.waiting_by_address, self.address, -change)
         if change > 0 and (listener.waiting > most or listener.waiting_by_address[self.address] > most // 2):
             self._refusal = self._refusal or refusal(
                 503, "too many bytes of unfinished requests wait here: come back later.", {"retry-after": "1"}
@@ -539,7 +537,8 @@ def address_of(host: str) -> str:
     return str(address.ipv4_mapped or IPv6Network((int(address) >> 64 << 64, 64)))
 
 
-def _count_down(counter: Counter[str], key: str, by: int) -> None:
+def count_down(counter: Counter[str], key: str, by: int) -> None:
+    """Subtract; a counter keeps no key that has nothing."""
     counter[key] -= by
     if counter[key] <= 0:
         del counter[key]

@@ -26,6 +26,7 @@ from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.serving.grpc import Service
 from lepton_airflow.serving.http import ConnectionLimits, Request, Response
 from lepton_airflow.serving.messages import CLASSES
+from lepton_airflow.serving.protocol import RequestError
 from lepton_airflow.serving.supervisor import Settings, serve
 from lepton_airflow.serving.worker import Limits
 from lepton_airflow.stages.deploy_model import DeployModel
@@ -522,8 +523,93 @@ def test_few_messages_may_arrive_slowly_and_they_hold_up_nobody(
         codes = [(await task)[0] for task in silent]
         assert codes == ["UNAVAILABLE", "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"]
         assert refused == [503, 408, 408]
-        assert not service._arriving
+        assert not service._calls
         assert not service._slow
+        await service.stop()
+
+    asyncio.run(drill())
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """A frame of HTTP/2."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def without_reading(method: str, calls: int) -> bytes:
+    """What a client sends that has no room for any answer: a window of 0 bytes, and calls."""
+    path = f"/inference.GRPCInferenceService/{method}"
+    head = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
+    head["content-type"] = "application/grpc"
+    fields = b"".join(
+        b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in field) for field in head.items()
+    )
+    found = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"\0\4" + bytes(4)) + frame(4, 1, 0)
+    for stream in range(1, 2 * calls, 2):
+        found += frame(1, 4, stream, fields) + frame(0, 1, stream, bytes(5))
+    return found
+
+
+@pytest.mark.parametrize(("calls", "most"), [(8, {"connections": 8}), (4, {"waiting_bytes": 16})])
+def test_answers_that_clients_do_not_take_are_limited_by_address(
+    tmp_path: Path, calls: int, most: dict[str, int]
+) -> None:
+    connections = ConnectionLimits(**most)  # type: ignore[arg-type]
+
+    async def drill() -> None:
+        service = Service(
+            lambda _, __: Response(200, b'{"live": true}'), lambda *_: None, Limits(connections=connections)
+        )
+        unix, port = f"unix:{tmp_path}/socket", processes.free_port()
+        service._server.add_insecure_port(unix)
+        await service.start(f"127.0.0.1:{port}")
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+
+        async def asked(address: str) -> str:
+            async with grpc.aio.insecure_channel(address) as channel:
+                call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"")
+                return str((await call.code()).name)
+
+        writer.write(without_reading("ServerLive", calls))
+        await asyncio.sleep(0.3)
+        assert await asked(f"127.0.0.1:{port}") == "UNAVAILABLE"
+        assert await asked(unix) == "OK"
+        writer.close()
+        await asyncio.sleep(0.3)
+        assert await asked(f"127.0.0.1:{port}") == "OK"
+        await asyncio.sleep(0.1)
+        assert not service._calls
+        assert not service._untaken
+        await service.stop()
+
+    asyncio.run(drill())
+
+
+def test_long_messages_that_wait_to_be_read_are_limited_and_those_of_one_address_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(_: Service, kind: str, message: bytes) -> Any:
+        time.sleep(0.1)
+        raise RequestError(400, "read.")
+
+    monkeypatch.setattr(Service, "_read", read)
+
+    async def drill() -> None:
+        service = Service(lambda _, __: None, lambda *_: None, Limits(in_flight=4))
+        unix, tcp = f"unix:{tmp_path}/socket", f"127.0.0.1:{processes.free_port()}"
+        service._server.add_insecure_port(unix)
+        await service.start(tcp)
+
+        async def asked(address: str) -> str:
+            async with grpc.aio.insecure_channel(address) as channel:
+                call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(bytes(100_000))
+                return str((await call.code()).name)
+
+        many = [asyncio.create_task(asked(tcp)) for _ in range(20)]
+        await asyncio.sleep(0.15)
+        assert await asked(unix) == "INVALID_ARGUMENT"
+        codes = Counter(await asyncio.gather(*many))
+        assert set(codes) == {"INVALID_ARGUMENT", "UNAVAILABLE"}
+        assert codes["INVALID_ARGUMENT"] <= 8
         await service.stop()
 
     asyncio.run(drill())
