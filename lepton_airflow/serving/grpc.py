@@ -31,7 +31,7 @@ import numpy as np  # noqa: TID253
 from google.protobuf.message import DecodeError
 
 from lepton_airflow.errors import did_you_mean
-from lepton_airflow.serving.http import Request, Response, address_of, count_down
+from lepton_airflow.serving.http import Request, Response, Turns, address_of, count_down
 from lepton_airflow.serving.messages import CLASSES
 from lepton_airflow.serving.protocol import HEADER_LENGTH, RequestError, check_count
 from lepton_airflow.serving.worker import Limits, Queue
@@ -86,9 +86,17 @@ class Service:
 
     :param answering: answers the requests of REST.
     :param refused: called with the HTTP status of each call that does not get as far as that, and the model's name.
+    :param turns: of the addresses, in which requests are answered.
     """
 
-    def __init__(self, answering: Answering, refused: Callable[[int, str], None], limits: Limits) -> None:
+    def __init__(
+        self,
+        answering: Answering,
+        refused: Callable[[int, str], None],
+        limits: Limits,
+        turns: Turns | None = None,
+    ) -> None:
+        self._turns = turns or Turns()
         self._answering = answering
         self._refused = refused
         self._limits = limits
@@ -219,7 +227,12 @@ class Service:
             if not future.done():  # the client may be gone
                 future.set_result(response)
 
-        return self._answering(request, later) or await future
+        def ask() -> None:
+            if (response := self._answering(request, later)) is not None:
+                later(response)
+
+        self._turns.add(request.address, ask)
+        return await future
 
     async def _look(self, request: Request, path: str, *may: int) -> tuple[Response, Any]:
         """The answer at a path, and what its JSON says; raises what it refuses, but for the statuses that may be."""

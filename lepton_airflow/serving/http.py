@@ -98,6 +98,39 @@ def refusal(
 Handler = Callable[[Request, Callable[[Response], None]], Response | None]
 
 
+class Turns:
+    """Work for the event loop's thread: a piece of each address in turn, and only a little before the loop looks for more."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[str, deque[Callable[[], object]]] = {}
+        self._is_next = False
+
+    def add(self, address: str, work: Callable[[], object]) -> None:
+        """Have some work done when it is the turn of an address."""
+        self._waiting.setdefault(address, deque()).append(work)
+        if not self._is_next:
+            self._is_next = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        until = time.perf_counter() + _TURN_S
+        try:
+            while self._waiting:
+                address = next(iter(self._waiting))
+                line = self._waiting.pop(address)
+                work = line.popleft()
+                if line:
+                    self._waiting[address] = line  # behind all others
+                work()
+                if time.perf_counter() > until:
+                    break
+        finally:
+            self._is_next = bool(self._waiting)
+            if self._is_next:
+                self._loop.call_soon(self._go_on)
+
+
 class Listener:
     """Accepts connections from a socket that several workers may share, one at a time, so that the idlest takes most.
 
@@ -118,6 +151,7 @@ class Listener:
         self.waiting_by_address: Counter[str] = Counter()
         self._sockets: list[socket.socket] = []
         self._loop = asyncio.get_running_loop()
+        self.turns = Turns()
         self._tasks: set[asyncio.Task[object]] = set()
         self._sweeper = self._loop.create_task(self._sweep())
 
@@ -274,7 +308,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked is answered."""
         self._half_closed = True
-        return bool(self.busy or self._ready or self._rest)
+        return self.busy or bool(self._rest)
 
     def pause_writing(self) -> None:
         """The client does not take its answers, so nothing more is read of it."""
@@ -351,19 +385,13 @@ class Connection(asyncio.Protocol):
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
-        """Unless a request is being answered, read on for the next and hand it on; only one, as other clients wait, too."""
+        """Unless a request is being answered, read on for the next, which is handed on when it is the turn of the address."""
         while self._rest and not (self.busy or self._ready or self._ended):
             piece, self._rest = self._rest[:_PIECE], self._rest[_PIECE:]
             self._parse(piece)
-        if self._ready and not (self.busy or self._writing or self.transport.is_closing()):
-            request = self._ready.popleft()
-            self._ready_bytes -= _REQUEST + len(request.body)
-            self.busy, self.since, self.deadline = True, time.monotonic(), math.inf
-            response = self.listener.handler(request, partial(self._respond_later, request))
-            if response is not None:
-                self._respond(request, response)
-            if (self._ready or self._rest) and not (self.busy or self._writing):
-                asyncio.get_running_loop().call_soon(self._go_on)
+        if self._ready and not (self.busy or self._writing):
+            self.busy, self.deadline = True, math.inf
+            self.listener.turns.add(self.address, self._hand_on)
         self._hold()
         if self._refusal:
             self._forget()
@@ -376,6 +404,24 @@ class Connection(asyncio.Protocol):
             self.transport.close()
         else:
             self.transport.resume_reading()
+
+    def _hand_on(self) -> None:
+        """Have the next request answered."""
+        if self.transport.is_closing():
+            return
+        request = self._ready.popleft()
+        self._ready_bytes -= _REQUEST + len(request.body)
+        self.since = time.monotonic()
+        try:
+            response = self.listener.handler(request, partial(self._respond_later, request))
+        except Exception:
+            log.exception("%s %s", request.method, request.path[:100])
+            self.abandon()
+            return
+        if response is None:
+            self._hold()
+        else:
+            self._respond_later(request, response)
 
     def _parse(self, piece: memoryview) -> None:
         before, size = self._state, len(piece)
@@ -525,6 +571,7 @@ _NOTHING = memoryview(b"")
 _PIECE = 16 * 1024  # bytes that are parsed at a time
 _HEADERS = 100  # of a request, with those that follow a body in chunks
 _FRAMES = 64 * 1024  # bytes around the chunks of a body
+_TURN_S = 0.002  # of work before the event loop looks for what has come meanwhile
 _REQUEST = 1024  # bytes that a request takes without its body, low rather than high
 
 

@@ -21,6 +21,7 @@ import math
 import re
 import struct
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -406,8 +407,8 @@ def _by_name(tensors: Sequence[_Tensor], known: Sequence[str]) -> dict[str, _Ten
     """The tensors by their names; each input of the model once, and nothing else."""
     found = {tensor.name: tensor for tensor in tensors}
     if len(found) < len(tensors):
-        names = [tensor.name for tensor in tensors]
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        counts = Counter(tensor.name for tensor in tensors)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise RequestError(400, f"inputs names {_short(twice)} twice.")
     if unknown := found.keys() - set(known):
         name = next(name for name in found if name in unknown)

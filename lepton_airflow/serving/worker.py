@@ -58,6 +58,7 @@ BEAT_S = 1.0  # between two signs of life to the supervisor
 _INLINE_S = 0.003  # a request that should take no longer is computed in the thread that reads and writes
 _FAIR = 5.0  # how many times the time that a request takes it may be overtaken by smaller ones
 _BATCHES = "batches"  # the address of the requests of many
+_PAGE_S = 0.01  # that a page should take
 _PACKED = 16 * 1024  # bytes of an answer from which on it is compressed for clients that accept that
 
 
@@ -196,7 +197,7 @@ class _Worker:
             # Not before the fork, which gRPC's threads would not survive.
             from lepton_airflow.serving.grpc import Service
 
-            self.grpc = Service(self.answer, self._refused, self.post.limits)
+            self.grpc = Service(self.answer, self._refused, self.post.limits, self.listener.turns)
             await self.grpc.start(self.post.grpc)
 
     def _drain(self) -> None:
@@ -228,14 +229,15 @@ class _Worker:
         try:
             return self._route(request, later)
         except RequestError as error:
-            return refusal(error.status, str(error), error.headers)
+            return _refusal(error)
         except Exception:
             log.exception("%s %s", request.method, request.path)
             return refusal(500, "the server failed on this request; its log says why.")
 
     def _route(self, request: Request, later: Callable[[Response], None]) -> Response | None:
         path = request.path.partition("?")[0]
-        parts = tuple(unquote(part) for part in path.strip("/").split("/"))
+        # No more of a long path than shows that there is nothing.
+        parts = tuple(unquote(part[:1000]) for part in path.strip("/").split("/", 6))
         match parts:
             case ("v2", "models", name, "infer") | ("v2", "models", name, "versions", _, "infer"):
                 if request.method != "POST":
@@ -255,6 +257,11 @@ class _Worker:
                 if len(self._pages) == 1:  # who asks while a page is made gets that one
                     self._send("page")
                 return None
+            case ("docs",) | ("openapi.json",) | ("v2", "openapi.json"):
+                if request.method not in ("GET", "HEAD"):
+                    raise _not_allowed(request, "GET, HEAD")
+                make = self._page if parts == ("docs",) else self._description
+                return self._make(later, request, partial(make, request))
             case _:
                 found = self._look(request, path, parts)
                 if request.method not in ("GET", "HEAD"):
@@ -267,14 +274,6 @@ class _Worker:
             case ("v2",):
                 extensions = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
                 return _json({"name": "lepton_airflow", "version": __version__, "extensions": extensions})
-            case ("v2", "openapi.json") | ("openapi.json",):
-                serving = {e.name: served for e in self.endpoints if (served := e.current())}
-                return _json(describe.openapi(serving, self.post.limits.rows))
-            case ("docs",):
-                port = self.post.listener.getsockname()[1]
-                models = {e.name: e.current() for e in self.endpoints}
-                page = describe.page(models, describe.base_url(request.headers, port))
-                return Response(200, page.encode(), "text/html; charset=utf-8", _NO_SCRIPTS)
             case ("v2", "health", "live"):
                 return _json({"live": True})
             case ("v2", "health", "ready"):
@@ -294,6 +293,36 @@ class _Worker:
                 return _json({"model_stats": [self._endpoint(name).statistics(version)]})
             case _:
                 raise _nothing_at(path)
+
+    def _description(self, _: Request) -> Response:
+        serving = {e.name: served for e in self.endpoints if (served := e.current())}
+        return _json(describe.openapi(serving, self.post.limits.rows))
+
+    def _page(self, request: Request) -> Response:
+        port = self.post.listener.getsockname()[1]
+        models = {e.name: e.current() for e in self.endpoints}
+        page = describe.page(models, describe.base_url(request.headers, port))
+        return Response(200, page.encode(), "text/html; charset=utf-8", _NO_SCRIPTS)
+
+    def _make(
+        self, later: Callable[[Response], None], request: Request, make: Callable[[], Response]
+    ) -> Response | None:
+        """Make a page in a thread, which takes long for a model of many inputs."""
+
+        def job() -> None:
+            self.loop.call_soon_threadsafe(told, _attempt(make))
+
+        def told(found: Response | RequestError) -> None:
+            later(found if isinstance(found, Response) else _refusal(found))
+
+        dropped = partial(self.loop.call_soon, told, full := self._full())
+        return None if self._queue.put(request.address, _PAGE_S, job, dropped) else _refusal(full)
+
+    def _full(self) -> RequestError:
+        most = self.post.limits.in_flight
+        return RequestError(
+            503, f"{most} requests are in flight, the limit: come back later.", retry_after="1"
+        )
 
     def _endpoint(self, name: str) -> Endpoint:
         endpoint = self.by_name.get(name)
@@ -321,10 +350,7 @@ class _Worker:
             endpoint.count_in_flight(-1)
             later(question.answered(outcome))
 
-        most = self.post.limits.in_flight
-        full = RequestError(
-            503, f"{most} requests are in flight, the limit: come back later.", retry_after="1"
-        )
+        full = self._full()
         if not self._queue.put(address, question.seconds, job, partial(self.loop.call_soon, done, full)):
             return question.answered(full)
         endpoint.count_in_flight(1)
@@ -449,7 +475,7 @@ class Endpoint:
         def answered(outcome: Answer | RequestError) -> Response:
             if isinstance(outcome, RequestError):
                 add(outcome.status)
-                return refusal(outcome.status, str(outcome), outcome.headers)
+                return _refusal(outcome)
             add(200, time.perf_counter() - request.started, outcome.rows)
             headers = {}
             if outcome.encoding is not None:
@@ -509,6 +535,10 @@ class Question:
         return self.finish(inference, self.model.run(inference))
 
 
+def _refusal(error: RequestError) -> Response:
+    return refusal(error.status, str(error), error.headers)
+
+
 def _attempt(compute: Callable[[], _T]) -> _T | RequestError:
     try:
         return compute()
@@ -517,7 +547,7 @@ def _attempt(compute: Callable[[], _T]) -> _T | RequestError:
     except MemoryError:
         return RequestError(503, "too little memory for this request: send its rows in several requests.")
     except Exception:
-        log.exception("an inference request failed")
+        log.exception("a request failed")
         return RequestError(500, "the server failed on this request; its log says why.")
 
 

@@ -275,6 +275,16 @@ def test_requests_in_a_row_of_one_client_do_not_hold_up_others() -> None:
             thread.join(5)
 
 
+def test_many_connections_of_one_address_do_not_hold_up_another(server: Server) -> None:
+    clients = [server.connect("127.0.0.2") for _ in range(100)]
+    for client in clients:
+        client.sendall(b"GET /slow HTTP/1.1\r\n\r\n" * 10)  # 5 s in all
+    time.sleep(0.2)
+    assert max(is_good(server) for _ in range(5)) < 0.3
+    for client in clients:
+        client.close()
+
+
 def test_requests_that_wait_for_an_answer_count_as_waiting_bytes(server: Server) -> None:
     body = b"a" * 390_000
     whole = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body

@@ -350,6 +350,15 @@ def test_whatever_is_sent_is_read_or_refused_in_a_short_sentence(body: bytes, he
     assert all(error.status in (400, 413) and len(str(error)) < 600 for error in refused)
 
 
+def test_the_input_that_is_named_twice_is_found_among_many_at_once() -> None:
+    names = [f"n{number}" for number in range(1999)]
+    body = json.dumps({"inputs": [tensor(name, [1]) for name in [*names, names[-1]]]}).encode()
+    started = time.thread_time()
+    with pytest.raises(RequestError, match="inputs names 'n1998' twice"):
+        read(body)
+    assert time.thread_time() - started < 0.03
+
+
 def test_a_text_without_an_end_beside_a_nan_takes_no_longer_than_its_bytes() -> None:
     started = time.monotonic()
     with pytest.raises(RequestError, match="not JSON"):
