@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -48,6 +50,7 @@ _SECONDS, _ROUNDS, _CLIENTS = 1.5, 5, 4
 def measure() -> dict[str, Any]:
     """Measure it all; about four minutes."""
     sys.path.insert(0, str(ROOT))
+    from benchmarks.servers.attacks import ATTACKS, GRPC_ATTACKS, Target, attacked, repeating
     from lepton_airflow.stages import RunInfo
     from lepton_airflow.testing import LocalEndpoint, processes
 
@@ -56,12 +59,16 @@ def measure() -> dict[str, Any]:
         home = Path(folder)
         run = RunInfo.local(home / "run")
         models = [_train(run, home, seed) for seed in (0, 1)]
+        grpc_port = processes.free_port()
+        grpc = ("--grpc-port", str(grpc_port), "--drain-s", "3")  # of the server that is attacked
         bare = stack.enter_context(_bare_server(run.fetch(models[0]) / "model.onnx", processes.free_port()))
         servers = [
             stack.enter_context(
-                LocalEndpoint("bench", run.store.root, home / f"serve-{n}", options=("--workers", str(n)))
+                LocalEndpoint(
+                    "bench", run.store.root, home / f"serve-{n}", options=("--workers", str(n), *more)
+                )
             )
-            for n in (1, 2)
+            for n, more in ((1, grpc), (2, ()))
         ]
         _deploy(run, models[0], 0)
         pids = [processes.pid("endpoint-bench", server.home) or 0 for server in servers]
@@ -75,8 +82,17 @@ def measure() -> dict[str, Any]:
         )
         found["rps_two_workers_vs_one"] = round(statistics.median(two) / statistics.median(one), 2)
         found |= _changes(run, models, servers[1].port)
-        for name, attack in _ATTACKS.items():
-            share, worst = _attacked(servers[0].port, attack)
+        target = Target(
+            servers[0].port, "bench", lambda rows, binary: _body(rows, binary=binary), grpc=grpc_port
+        )
+        tried = {name: attacked(target, attack) for name, attack in (ATTACKS | GRPC_ATTACKS).items()}
+        many = repeating(80, lambda t: t.rows(t.large))
+        tried["large_requests_of_both"] = attacked(target, many, rows=10_000)
+        pid = processes.pid("endpoint-bench", servers[0].home) or 0
+        tried["metrics_in_the_drain"] = attacked(
+            target, ATTACKS["metrics"], asked=40, then=lambda: os.kill(pid, signal.SIGTERM)
+        )
+        for name, (share, worst) in tried.items():
             found[f"good_client_answered_under_{name}"] = share
             found[f"good_client_p99_ms_under_{name}"] = worst
     shares = [v for k, v in found.items() if k.startswith("good_client_answered")]
@@ -321,104 +337,3 @@ def _changes(run: Any, models: list[str], port: int) -> dict[str, int]:
 
     _together([change, *[client] * _CLIENTS])
     return {"failed_requests": failed[0], "requests_during_20_changes": answered[0]}
-
-
-# -- attacks ----------------------------------------------------------------------------------------------------------
-
-
-def _connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=5, source_address=("127.0.0.2", 0))
-
-
-def _many(count: int, head: bytes, drop: bytes) -> Callable[[int, threading.Event], None]:
-    """Sockets that send a head and then a byte a second; each that is closed is opened again."""
-
-    def attack(port: int, stop: threading.Event) -> None:
-        sockets: list[socket.socket] = []
-        while not stop.is_set():
-            while len(sockets) < count and not stop.is_set():
-                with suppress(OSError):
-                    sockets.append(_connect(port))
-                    sockets[-1].sendall(head)
-                    sockets[-1].setblocking(False)
-            stop.wait(1.0)
-            alive = []
-            for each in sockets:
-                with suppress(OSError):
-                    if drop:
-                        each.send(drop)
-                    alive.append(each)
-            sockets = alive
-        for each in sockets:
-            each.close()
-
-    return attack
-
-
-def _again_and_again(clients: int, request: Callable[[], bytes]) -> Callable[[int, threading.Event], None]:
-    """Clients that send a request, read the answer and begin anew."""
-
-    def attack(port: int, stop: threading.Event) -> None:
-        content = request()
-
-        def client() -> None:
-            while not stop.is_set():
-                with suppress(OSError), _connect(port) as each:
-                    each.sendall(content)
-                    while each.recv(65536):
-                        pass
-
-        _together([client] * clients)
-
-    return attack
-
-
-def _post(body: bytes) -> bytes:
-    head = f"POST /v2/models/bench/infer HTTP/1.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-_MIB = 2**20
-_ATTACKS = {
-    "slow_bodies": _many(64, b"POST /v2/models/bench/infer HTTP/1.1\r\nContent-Length: 100000\r\n\r\n", b"x"),
-    "slow_heads": _many(300, b"GET / HTTP/1.1\r\nX: ", b"x"),
-    "silent_sockets": _many(1050, b"", b""),
-    "endless_header": _again_and_again(2, lambda: b"GET / HTTP/1.1\r\nX: " + b"a" * (100 * _MIB)),
-    "nested_arrays": _again_and_again(
-        4, lambda: _post(b'{"inputs":[{"name":"f0","datatype":"FP32","shape":[1],"data":[' + b"[],[]," * _MIB)
-    ),
-    "long_name": _again_and_again(
-        4, lambda: _post(b'{"inputs":[{"name":"' + b"a" * (8 * _MIB - 100) + b'"}]}')
-    ),
-    "large_requests": _again_and_again(8, lambda: _post(_body(10_000)[0])),
-    "connections": _again_and_again(8, lambda: b"GET /v2/health/live HTTP/1.1\r\nConnection: close\r\n\r\n"),
-}
-
-
-def _attacked(port: int, attack: Callable[[int, threading.Event], None]) -> tuple[float, float]:
-    """The share of a good client's requests that were answered within 2 s, and the 99th percentile of the time [ms]."""
-    body, _ = _body(1)
-    stop = threading.Event()
-    attacking = threading.Thread(target=attack, args=(port, stop), daemon=True)
-    attacking.start()
-    time.sleep(2)
-    times, good, asked = [], 0, 100
-    connection: http.client.HTTPConnection | None = None
-    for _ in range(asked):
-        began = time.monotonic()
-        try:
-            if connection is None:
-                connection = http.client.HTTPConnection(
-                    "127.0.0.1", port, timeout=2, source_address=("127.0.0.3", 0)
-                )
-            connection.request("POST", "/v2/models/bench/infer", body)
-            answer = connection.getresponse()
-            answer.read()
-            good += answer.status == 200
-        except (OSError, http.client.HTTPException):
-            connection = None
-        times.append(time.monotonic() - began)
-        time.sleep(max(0.0, 0.05 - times[-1]))
-    stop.set()
-    attacking.join(30)
-    return good / asked, round(1000 * sorted(times)[98], 1)
