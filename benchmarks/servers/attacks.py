@@ -99,7 +99,7 @@ def holding(
     return attack
 
 
-def repeating(clients: int, request: Callable[[Target], bytes], *, grpc: bool = False) -> Attack:
+def repeating(clients: int, request: Callable[[Target], bytes]) -> Attack:
     """Clients that send a request, read the answer and begin anew."""
 
     def attack(target: Target, stop: threading.Event) -> None:
@@ -107,10 +107,7 @@ def repeating(clients: int, request: Callable[[Target], bytes], *, grpc: bool = 
 
         def client() -> None:
             while not stop.is_set():
-                with (
-                    suppress(OSError),
-                    _connect((target.grpc or 0) if grpc else target.port) as each,
-                ):
+                with suppress(OSError), _connect(target.port) as each:
                     each.sendall(content)
                     while not stop.is_set() and each.recv(65536):
                         pass
@@ -165,22 +162,39 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
-def calls(method: str, count: int, message: bytes = b"", window: int = 2**31 - 1) -> bytes:
-    """Calls of gRPC at once on one connection, whose client has room for so many bytes of each answer."""
+def calls_unread(method: str, count: int) -> bytes:
+    """Calls of gRPC at once, without a message, on one connection whose client has no room for answers."""
     path = f"/inference.GRPCInferenceService/{method}"
     head = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
     head["content-type"] = "application/grpc"
     fields = b"".join(
         b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in field) for field in head.items()
     )
-    data = b"\0" + len(message).to_bytes(4, "big") + message
-    parts = [data[at : at + 16384] for at in range(0, len(data), 16384)]
-    settings = b"\0\4" + window.to_bytes(4, "big")
-    found = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", frame(4, 0, 0, settings), frame(4, 1, 0)]
+    found = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"\0\4" + bytes(4)) + frame(4, 1, 0)
     for stream in range(1, 2 * count, 2):
-        found.append(frame(1, 4, stream, fields))
-        found += [frame(0, int(number == len(parts)), stream, part) for number, part in enumerate(parts, 1)]
-    return b"".join(found)
+        found += frame(1, 4, stream, fields) + frame(0, 1, stream, bytes(5))
+    return found
+
+
+def calling(clients: int, at_once: int, message: Callable[[Target], bytes]) -> Attack:
+    """Clients of gRPC that have so many calls under way; they use another port, and the address 127.0.0.1."""
+
+    def attack(target: Target, stop: threading.Event) -> None:
+        import grpc
+
+        content = message(target)
+
+        def client() -> None:
+            own = [("grpc.use_local_subchannel_pool", 1)]
+            with grpc.insecure_channel(f"127.0.0.1:{target.grpc}", own) as channel:
+                call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+                while not stop.is_set():
+                    for one in [call.future(content, timeout=5) for _ in range(at_once)]:
+                        one.exception()
+
+        _together([client] * clients)
+
+    return attack
 
 
 def _asked_by_grpc(target: Target, rows: int) -> bytes:
@@ -232,7 +246,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "small_chunks": repeating(4, lambda t: t.post(b"2\r\nab\r\n" * (t.max_bytes // 2), *CHUNKED)),
     "small_chunks_within_limits": repeating(
-        8, lambda t: t.post(b"14\r\n01234567890123456789\r\n" * (t.max_bytes // 20), *CHUNKED)
+        8, lambda t: t.post(b"14\r\n01234567890123456789\r\n" * (t.max_bytes // 20) + b"0\r\n\r\n", *CHUNKED)
     ),
     "chunk_extensions": repeating(4, lambda _: b"".join([_CHUNKS, b"1;", b"x" * (100 * MIB)])),
     "endless_trailers": repeating(4, lambda _: b"".join([_CHUNKS, b"0\r\n", b"X: y\r\n" * (10 * MIB)])),
@@ -251,12 +265,10 @@ ATTACKS: dict[str, Attack] = {
 }
 
 GRPC_ATTACKS: dict[str, Attack] = {
-    "grpc_calls": repeating(8, lambda t: calls("ModelInfer", 100, _asked_by_grpc(t, 1)), grpc=True),
-    "grpc_large_calls": repeating(8, lambda t: calls("ModelInfer", 4, _asked_by_grpc(t, t.large)), grpc=True),
-    "grpc_wrong_messages": repeating(
-        4, lambda t: calls("ModelInfer", 1, b"\x2a\0" * (t.max_bytes // 2 - 100)), grpc=True
-    ),
-    "grpc_unread": holding(50, lambda t: calls("ModelInfer", 100, _asked_by_grpc(t, 1), 0), grpc=True),
+    "grpc_calls": calling(8, 100, lambda t: _asked_by_grpc(t, 1)),
+    "grpc_large_calls": calling(8, 4, lambda t: _asked_by_grpc(t, t.large)),
+    "grpc_wrong_messages": calling(4, 1, lambda t: b"\x2a\0" * (t.max_bytes // 2 - 100)),  # empty tensors
+    "grpc_unread": holding(50, lambda _: calls_unread("ServerMetadata", 100), grpc=True),
 }
 
 

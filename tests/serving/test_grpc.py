@@ -21,6 +21,7 @@ from tritonclient import grpc as triton
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.servers.attacks import calls_unread
 from lepton_airflow.contract import split_pin
 from lepton_airflow.errors import BadConfiguration
 from lepton_airflow.serving.grpc import Service
@@ -530,25 +531,6 @@ def test_few_messages_may_arrive_slowly_and_they_hold_up_nobody(
     asyncio.run(drill())
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """A frame of HTTP/2."""
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def without_reading(method: str, calls: int) -> bytes:
-    """What a client sends that has no room for any answer: a window of 0 bytes, and calls."""
-    path = f"/inference.GRPCInferenceService/{method}"
-    head = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
-    head["content-type"] = "application/grpc"
-    fields = b"".join(
-        b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in field) for field in head.items()
-    )
-    found = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"\0\4" + bytes(4)) + frame(4, 1, 0)
-    for stream in range(1, 2 * calls, 2):
-        found += frame(1, 4, stream, fields) + frame(0, 1, stream, bytes(5))
-    return found
-
-
 @pytest.mark.parametrize(("calls", "most"), [(8, {"connections": 8}), (4, {"waiting_bytes": 16})])
 def test_answers_that_clients_do_not_take_are_limited_by_address(
     tmp_path: Path, calls: int, most: dict[str, int]
@@ -569,7 +551,7 @@ def test_answers_that_clients_do_not_take_are_limited_by_address(
                 call = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"")
                 return str((await call.code()).name)
 
-        writer.write(without_reading("ServerLive", calls))
+        writer.write(calls_unread("ServerLive", calls))
         await asyncio.sleep(0.3)
         assert await asked(f"127.0.0.1:{port}") == "UNAVAILABLE"
         assert await asked(unix) == "OK"
