@@ -51,7 +51,7 @@ _AGE_S = (
 )
 _DRAIN_S = 30.0  # for the calls that are under way at the end
 # Entries beyond which a list is longer than the checks allow, so that nothing of it need be translated.
-_TENSORS, _PARAMETERS, _DIMENSIONS = 2001, 4000, 20
+_TENSORS, _PARAMETERS, _DIMENSIONS = 2000, 4000, 20
 _NAME = 1000  # characters, more than an endpoint's name may have
 
 _CODES = {
@@ -401,12 +401,17 @@ class _Asked:
                 400,
                 f"raw_input_contents has {len(raws)} tensors, inputs has {len(asked.inputs)}: expected one for each.",
             )
+        if len(asked.inputs) > _TENSORS:
+            raise RequestError(
+                413,
+                f"the request has {len(asked.inputs)} inputs, the limit of gRPC is {_TENSORS}: ask by REST.",
+            )
         self.parameters = _from_parameters(asked.parameters)
         head: dict[str, Any] = {"parameters": {**(self.parameters or {}), "binary_data_output": True}}
         if asked.id:
             head["id"] = asked.id
         head["inputs"], blobs = [], []
-        for number, tensor in enumerate(islice(asked.inputs, _TENSORS)):
+        for number, tensor in enumerate(asked.inputs):
             if not self.raw:
                 blob = _binary(tensor, max_rows)
             elif tensor.HasField("contents") and tensor.contents.ListFields():
@@ -432,7 +437,7 @@ class _Asked:
                     "name": o.name,
                     "parameters": {**(_from_parameters(o.parameters) or {}), "binary_data": True},
                 }
-                for o in islice(asked.outputs, _TENSORS)
+                for o in islice(asked.outputs, _TENSORS + 1)
             ]
         encoded = msgspec.json.encode(head)
         request.method, request.path = "POST", f"{_path(asked.model_name, asked.model_version)}/infer"

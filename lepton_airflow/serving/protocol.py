@@ -50,7 +50,7 @@ DATATYPES = (*_NUMPY, "BYTES")
 _EXAMPLE = {"BOOL": "true", "BYTES": '"text"', **dict.fromkeys(_BITS, "7"), **dict.fromkeys(_FLOATS, "0.5")}
 _SHORT = 1000  # characters of a name or an id
 _PARAMETERS = 16 * 1024  # bytes of an object of parameters
-_TENSORS = 2000  # beyond the model's own inputs, where more of them are not worth reading
+_TENSORS = 2000  # inputs and outputs that are worth reading, if the model does not have more
 
 
 class RequestError(Exception):
@@ -84,10 +84,6 @@ class _Rest(Struct, kw_only=True):
     outputs: Annotated[list[_Asked], Meta(max_length=_TENSORS)] | None = None
     id: Annotated[str, Meta(max_length=_SHORT)] | None = None
     parameters: Raw = _NOTHING
-
-
-class _Request(_Rest, kw_only=True):
-    inputs: Annotated[list[_Tensor], Meta(min_length=1, max_length=_TENSORS)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ def parse(
     if usual is not None:
         request, feed, rows = usual
     else:
-        request, with_infinity = _read(head)
+        request, with_infinity = _read(head, max(_TENSORS, len(features)))
         feed, rows = _read_tensors(request.inputs, features, max_rows, binary, with_infinity=with_infinity)
     parameters = _parameters(request.parameters, "the request")
     return Inference(feed, rows, _asked(request, outputs, parameters), request.id, parameters)
@@ -351,20 +347,28 @@ def _usual_binary(tensors: Sequence[Any], rows: int, binary: memoryview) -> list
     return found if at == len(binary) else None
 
 
-_REQUEST = msgspec.json.Decoder(_Request)
+@lru_cache(maxsize=64)
+def _request(most: int) -> msgspec.json.Decoder[Any]:
+    """Of a request in any form, with so many inputs at most."""
+    inputs = Annotated[list[_Tensor], Meta(min_length=1, max_length=most)]
+    return msgspec.json.Decoder(
+        msgspec.defstruct("_Request", [("inputs", inputs)], bases=(_Rest,), kw_only=True)
+    )
+
+
 _OF_MLSERVER = ("content_type", "headers")  # which its client writes as null where they are not set
 _PARAMETERS_OF = msgspec.json.Decoder(_Parameters)
 
 
-def _read(body: bytes) -> tuple[_Request, bool]:
+def _read(body: bytes, most: int) -> tuple[Any, bool]:
     """The frame of a request, all but the values of its tensors; and whether the largest number in it means infinity."""
     try:
-        return _REQUEST.decode(body), False
+        return _request(most).decode(body), False
     except msgspec.ValidationError as error:
         raise RequestError(400, f"the request does not fit the protocol: {_told(error)}.") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if (b"NaN" in body or b"Infinity" in body) and (mended := _mended(body)) != body:
-            return _read(mended)[0], b"Infinity" in body
+            return _read(mended, most)[0], b"Infinity" in body
         hint = ", or text holds half of a surrogate pair" if re.search(rb"\\u[dD][89a-fA-F]", body) else ""
         raise RequestError(400, f"the request is not JSON: {_told(error)}{hint}.") from None
 
@@ -720,9 +724,7 @@ def _as_float(value: float | None) -> float:
         return math.inf
 
 
-def _asked(
-    request: _Request, outputs: Sequence[str], parameters: Mapping[str, Any] | None
-) -> dict[str, bool]:
+def _asked(request: _Rest, outputs: Sequence[str], parameters: Mapping[str, Any] | None) -> dict[str, bool]:
     """The outputs asked for, and whether each is to come as binary data."""
     all_binary = _flag(parameters, "binary_data_output", "the request", default=False)
     if not request.outputs:

@@ -287,7 +287,7 @@ def test_what_is_wrong_is_refused_in_the_sentence_of_rest_and_counted(wine: Serv
     cases: list[tuple[Any, str, str]] = [
         (b"\xff\xff", bad, "does not fit the protocol: it is no ModelInferRequest"),
         (pb.ModelInferRequest(model_name="wine"), bad, "Expected array of length >= 1 - at $.inputs"),
-        (many, bad, "Expected array of length <= 2000 - at $.inputs"),
+        (many, "RESOURCE_EXHAUSTED", "inputs, the limit of gRPC is 2000: ask by REST"),
         (typed(found, model_version="9"), "NOT_FOUND", "version '9' of 'wine' is not in service"),
         (typed(big), "RESOURCE_EXHAUSTED", "356 rows, the limit is 200"),
         (typed(found, id="x" * 1001), bad, "length <= 1000 - at $.id"),

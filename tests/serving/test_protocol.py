@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lepton_airflow.data.features import Feature
 from lepton_airflow.serving.protocol import Inference, Output, RequestError, parse, render, request_body
@@ -108,6 +110,7 @@ def test_rows_keep_their_order_and_inputs_their_safe_names() -> None:
         (whole(tensor("hour", [1.0], ["FP32"])), 400, "got array - at $.inputs[0].datatype"),  # type: ignore[arg-type]
         (whole(tensor("hour", [1.0], shape=[1, 2])), 400, "shape [1, 2] should be [N, 1] or [N]"),
         (whole(tensor("hour", [1.0], shape=[-1])), 400, "Expected int >= 0 - at $.inputs[0].shape[0]"),
+        (whole(tensor("hour", [1.0], shape=[1.5])), 400, "Expected int, got float - at $.inputs[0].shape[0]"),
         (whole(tensor("hour", [1.0], shape=[True])), 400, "got bool - at $.inputs[0].shape[0]"),
         (whole(tensor("hour", [1.0], shape="1")), 400, "got str - at $.inputs[0].shape"),
         (whole(tensor("hour", [], shape=[0, 1])), 400, "has no rows"),
@@ -335,6 +338,115 @@ def test_the_usual_form_is_read_in_one_pass_and_means_the_same(
     assert other_order.feed["carrier"].ravel().tolist() == texts
 
 
+_ODD: list[Any] = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    2.5,
+    1e39,
+    2**64,
+    "",
+    "x",
+    [],
+    [1],
+    [[1]],
+    {},
+    {"a": 1},
+    "FP32",
+    "BYTES",
+    "INT8",
+]
+
+
+@st.composite
+def _nearly_usual(draw: st.DrawFn) -> tuple[bytes, int | None]:
+    """A body of the usual form, a third in another order, in half of the cases with faults; and the length of its JSON."""
+    rows, is_binary = draw(st.integers(1, 3)), draw(st.booleans())
+    odd = st.sampled_from(_ODD).map(deepcopy)
+    inputs: list[dict[str, Any]] = []
+    blobs: list[bytes] = []
+    for f in FEATURES:
+        one: dict[str, Any] = {"name": f.name, "datatype": "BYTES", "shape": [rows, 1]}
+        if f.kind == "category":
+            texts = draw(st.lists(st.text("ABÜ", max_size=3), min_size=rows, max_size=rows))
+            one["data"] = texts
+            blobs.append(b"".join(len(t.encode()).to_bytes(4, "little") + t.encode() for t in texts))
+        else:
+            one["datatype"] = draw(st.sampled_from(["FP32", "FP64"]))
+            numbers = draw(st.lists(st.floats(width=32, allow_infinity=False), min_size=rows, max_size=rows))
+            one["data"] = [None if np.isnan(number) else number for number in numbers]
+            blobs.append(np.array(numbers, {"FP32": "<f4", "FP64": "<f8"}[one["datatype"]]).tobytes())
+        if is_binary:
+            del one["data"]
+            one["parameters"] = {"binary_data_size": len(blobs[-1])}
+        inputs.append(one)
+    if draw(st.sampled_from([False, False, True])):
+        inputs, blobs = inputs[::-1], blobs[::-1]
+    asked: dict[str, Any] = {"inputs": inputs}
+    asked |= draw(
+        st.sampled_from([{}, {"id": "7"}, {"outputs": [{"name": "label"}]}, {"parameters": {"a": 1}}])
+    )
+    faults = draw(st.sampled_from([0, 0, 1, 2]))
+    places = [asked, *inputs]
+    for _ in range(faults):
+        place = draw(st.sampled_from(places))
+        match draw(st.sampled_from(["value", "value", "item", "absent", "order", "twice", "more", "bytes"])):
+            case "value":
+                place[draw(st.sampled_from([*place, "parameters"]))] = draw(odd)
+            case "item" if lists := [v for v in place.values() if isinstance(v, list) and v]:
+                chosen = draw(st.sampled_from(lists))
+                chosen[draw(st.integers(0, len(chosen) - 1))] = draw(odd)
+            case "absent" if place:
+                del place[draw(st.sampled_from(list(place)))]
+            case "order" if isinstance(asked.get("inputs"), list):
+                asked["inputs"] = asked["inputs"][::-1]
+            case "twice" if isinstance(asked.get("inputs"), list):
+                asked["inputs"] = [*asked["inputs"], inputs[0]]
+            case "more":
+                place["more"] = draw(odd)
+            case "bytes" if blobs:
+                blobs[-1] = blobs[-1][:-1]
+    head = json.dumps(asked).encode()
+    if faults == 2 and draw(st.booleans()):
+        at = draw(st.integers(0, len(head)))
+        head = head[:at] + draw(st.binary(max_size=2)) + head[at + draw(st.integers(0, 2)) :]
+    return (head + b"".join(blobs), len(head)) if is_binary else (head, None)
+
+
+def _outcome(body: bytes, header: int | None) -> Any:
+    try:
+        found = parse(body, FEATURES, OUTPUTS, 100, header)
+    except RequestError as error:
+        return error.status, str(error)
+    feed = {name: (values.dtype, values.shape, values.tolist()) for name, values in found.feed.items()}
+    return repr(feed), found.rows, found.outputs, found.id, found.parameters
+
+
+def test_the_usual_form_is_read_as_any_other_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read in one pass means what the general way makes of the same bytes, and is not refused by it."""
+    from lepton_airflow.serving import protocol
+
+    usual = protocol._read_usual
+    ways: Counter[str] = Counter()
+
+    @settings(max_examples=300)
+    @given(sent=_nearly_usual())
+    def compare(sent: tuple[bytes, int | None]) -> None:
+        found: list[Any] = []
+        monkeypatch.setattr(protocol, "_read_usual", lambda *args: found.append(usual(*args)) or found[-1])
+        outcome = _outcome(*sent)
+        monkeypatch.setattr(protocol, "_read_usual", lambda *_: None)
+        assert outcome == _outcome(*sent)
+        assert len(outcome) > 2 or (outcome[0] in (400, 413) and len(outcome[1]) < 600)
+        ways["refused" if len(outcome) == 2 else "usual" if any(found) else "general"] += 1
+
+    compare()
+    assert min(ways[way] for way in ("usual", "general", "refused")) > 0.05 * ways.total(), ways
+    assert ways["usual"] > 0.2 * ways.total(), ways
+
+
 @given(body=st.binary(max_size=200) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(
@@ -348,6 +460,16 @@ def test_whatever_is_sent_is_read_or_refused_in_a_short_sentence(body: bytes, he
     except RequestError as error:
         refused.append(error)
     assert all(error.status in (400, 413) and len(str(error)) < 600 for error in refused)
+
+
+def test_a_model_of_many_inputs_is_asked_in_any_form() -> None:
+    features = [Feature(f"n{number}", "number", f"n{number}") for number in range(2500)]
+    inputs = [tensor(f.name, [number]) for number, f in enumerate(features)]
+    for form in (inputs, inputs[::-1], [{**each, "datatype": "INT64"} for each in inputs]):
+        inference = parse(json.dumps({"inputs": form}).encode(), features, OUTPUTS, max_rows=100)
+        assert [inference.feed[f.input].item() for f in features] == list(range(2500))
+    with pytest.raises(RequestError, match="Expected array of length <= 2000"):
+        read(json.dumps({"inputs": inputs}).encode())
 
 
 def test_the_input_that_is_named_twice_is_found_among_many_at_once() -> None:
