@@ -87,7 +87,7 @@ def measure() -> dict[str, Any]:
         )
         tried = {name: attacked(target, attack) for name, attack in (ATTACKS | GRPC_ATTACKS).items()}
         many = repeating(80, lambda t: t.rows(t.large))
-        tried["large_requests_of_both"] = attacked(target, many, rows=10_000)
+        tried["large_requests_of_both"] = attacked(target, many, rows=10_000, asked=30, wait_s=10)
         pid = processes.pid("endpoint-bench", servers[0].home) or 0
         tried["metrics_in_the_drain"] = attacked(
             target, ATTACKS["metrics"], asked=40, then=lambda: os.kill(pid, signal.SIGTERM)

@@ -279,12 +279,14 @@ def attacked(
     asked: int = 100,
     rows: int = 1,
     before_s: float = 2.0,
+    wait_s: float = 2.0,
     then: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """The share of a good client's requests that were answered within 2 s, and the 99th percentile of the time [ms].
+    """The share of a good client's requests that were answered in time, and the 99th percentile of the time [ms].
 
     :param rows: of each of its requests.
     :param before_s: between the attack's and its begin.
+    :param wait_s: for each answer.
     :param then: done when it begins.
     """
     body, _ = target.body(rows, False)
@@ -300,7 +302,7 @@ def attacked(
         try:
             if connection is None:
                 connection = http.client.HTTPConnection(
-                    "127.0.0.1", target.port, timeout=2, source_address=(GOOD, 0)
+                    "127.0.0.1", target.port, timeout=wait_s, source_address=(GOOD, 0)
                 )
             connection.request("POST", f"/v2/models/{target.model}/infer", body)
             answer = connection.getresponse()

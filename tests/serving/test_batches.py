@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,3 +128,23 @@ def test_many_clients_get_the_answers_of_their_own_rows(shelf: Any, run_at: RunI
     assert wrong == []
     assert page['lepton_serve_in_flight{endpoint="batched"}'] == 0
     assert page['lepton_serve_requests_total{endpoint="batched",status="200"}'] == len(range(len(rows) - 3))
+
+
+@pytest.mark.slow
+def test_what_waits_for_a_batch_is_limited_and_what_is_beyond_does_not_wait(
+    shelf: Any, run_at: RunInfo, tmp_path: Path
+) -> None:
+    options = ("--poll-s", "0.1", "--batch-rows", "64", "--batch-wait-ms", "3000", "--max-in-flight", "2")
+    with LocalEndpoint("few", shelf.run.store.root, tmp_path, options=options) as server:
+        deploy(run_at, "few", shelf.wine.uri)
+        body = {"inputs": tensors(shelf.wine.rows[:1], shelf.wine.package)}
+        waiting = [threading.Thread(target=server.infer, args=(body,)) for _ in range(2)]
+        for thread in waiting:
+            thread.start()
+        time.sleep(0.5)
+        assert metrics(server)['lepton_serve_in_flight{endpoint="few"}'] == 2
+        started = time.monotonic()
+        assert server.infer(body)["outputs"]
+        assert time.monotonic() - started < 1
+        for thread in waiting:
+            thread.join()
