@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import os
 import resource
 import signal
 import socket
@@ -374,7 +375,7 @@ class Fleet:
         """Have a worker load a version, and wait until it has done so."""
         w.load(endpoint, slot, version)
         if not self._wait(lambda: not w.is_loading, told):
-            w.process.kill()  # it listens to nothing else
+            _kill(w.process)  # it listens to nothing else
             raise LeptonError(f"a worker has not loaded it within {_TRY_S:g} s. Deploy a lighter model.")
         if w.loaded[1] is not None:
             raise LeptonError(f"a worker cannot load it: {w.loaded[1]}")
@@ -465,7 +466,7 @@ class Fleet:
             self._listener.shutdown(socket.SHUT_RDWR)  # if that worker did not
         until = time.monotonic() + _DRAIN_S
         for w in workers:
-            await asyncio.to_thread(w.process.join, max(0.0, until - time.monotonic()))
+            await asyncio.to_thread(self._has_ended, w, until)
         await asyncio.to_thread(self.kill)
 
     def kill(self) -> None:
@@ -473,10 +474,17 @@ class Fleet:
         was_ending, self._ending, self._ended = self._ending, True, True
         if self._watching.is_alive() and not was_ending:
             self._watching.join(5)  # it may be starting one
-        for process in [*(w.process for w in self._workers.values()), *self._trials]:
-            if process.is_alive():
-                process.kill()
+        for process in [*(w.process for w in list(self._workers.values())), *self._trials]:
+            _kill(process)
             process.join(5)
+
+    def _has_ended(self, w: _Worker, until: float) -> bool:
+        """Wait for the end of a worker, by its pipe: its process tells of none when what forked it was killed."""
+        while self._workers.get(w.number) is w:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+        return True
 
     def _start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
@@ -524,7 +532,7 @@ class Fleet:
         for w in list(self._workers.values()):
             if time.monotonic() - w.heard > _HUNG_S:
                 log.error("worker %d has not answered for %g s", w.number, _HUNG_S)
-                w.process.kill()
+                _kill(w.process)
                 w.heard = time.monotonic()
 
     def _hear(self, w: _Worker, message: tuple[Any, ...]) -> None:
@@ -537,7 +545,7 @@ class Fleet:
                 self._loaded.notify_all()
             if failure is not None and self.slots[endpoint] == slot:
                 log.error("worker %d cannot load what is in service: %s", w.number, failure)
-                w.process.kill()  # so that it is tried again
+                _kill(w.process)  # so that it is tried again
         elif what == "page":
             w.send("page", self.page())
 
@@ -693,6 +701,13 @@ def _within_files(settings: Settings) -> Limits:
         per_address=max(1, min(-(-settings.limits.connections.per_address // settings.workers), allowed)),
     )
     return replace(settings.limits, connections=connections)
+
+
+def _kill(process: BaseProcess) -> None:
+    """End a process that has not ended, also where multiprocessing takes it for ended, as when what forked it was killed."""
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _how(exitcode: int | None) -> str:

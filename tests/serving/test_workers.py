@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import http.client
 import json
@@ -10,11 +11,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -361,6 +363,32 @@ def test_a_trial_that_never_ends_ends_when_its_supervisor_is_killed(shelf: Any, 
         both = workers_of(server)
         kill_supervisor(server)
         _until(lambda: not any(p.is_running() for p in both))
+
+
+def test_workers_whose_forker_was_killed_are_watched_and_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fleet = Fleet(replace(fleet_of_one().settings, workers=3), listener, bytes)
+        fleet.start()
+        one, hangs, late = (w.process.pid or 0 for w in fleet._workers.values())
+        os.kill(psutil.Process(one).ppid(), signal.SIGKILL)
+        os.kill(one, signal.SIGKILL)
+        _until(lambda: fleet.restarts > 0 and len(fleet._workers) == 3)
+        os.kill(hangs, signal.SIGSTOP)
+        time.sleep(1)  # what it has said is heard
+        next(w for w in fleet._workers.values() if w.process.pid == hangs).heard -= 3600
+        _until(lambda: not _runs(hangs))
+        os.kill(late, signal.SIGSTOP)  # so it has something left to answer
+        threading.Timer(1.5, os.kill, (late, signal.SIGCONT)).start()
+        before = time.monotonic()
+        asyncio.run(fleet.end(0))
+        assert time.monotonic() - before > 1
+        assert not _runs(late)
+
+
+def _runs(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _until(condition: Any) -> None:
