@@ -163,7 +163,8 @@ class Store:
                     fs.get(path, str(part), recursive=fs.isdir(path))
                     part.rename(local)
         if wanted:
-            found, _ = digest_path(local)
+            with self._errors(f"reading {plain}"):
+                found, _ = digest_path(local)
             if found != wanted:
                 raise IntegrityError(_altered(plain, found, wanted))
         return local
@@ -185,12 +186,13 @@ class Store:
                 raise BadInput(
                     f"{plain} does not exist; expected an artifact there. Run what makes it again."
                 )
+            content = _content if _is_local(fs) else fs.cat_file
             if fs.isdir(path):
                 base = path.rstrip("/")
-                files = {p[len(base) + 1 :]: bytes(fs.cat_file(p)) for p in fs.find(base)}
+                files = {p[len(base) + 1 :]: bytes(content(p)) for p in fs.find(base)}
                 found = digest_of([[name, _digest_bytes(files[name])[0]] for name in sorted(files)])
             else:
-                files = {"": bytes(fs.cat_file(path))}
+                files = {"": bytes(content(path))}
                 found = _digest_bytes(files[""])[0]
         if found != wanted:
             raise IntegrityError(_altered(plain, found, wanted))
@@ -278,6 +280,8 @@ class Store:
         """The bytes of a key, or None when there is none."""
         with self._errors(f"reading {key}"):
             try:
+                if self.is_local:
+                    return _content(self._path(key))
                 return bytes(self.fs.cat_file(self._path(key), **self._in_one_request))
             except FileNotFoundError:
                 return None
@@ -617,7 +621,7 @@ def digest_path(path: Path) -> tuple[str, int]:
     """The sha256 and the size in bytes of a file or a directory; a directory's is that of its sorted names and digests."""
     if not path.is_dir():
         digest, size = hashlib.sha256(), 0
-        with path.open("rb") as stream:
+        with open(path, "rb", opener=_files_only) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
@@ -632,6 +636,20 @@ def digest_path(path: Path) -> tuple[str, int]:
 
 def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_file())
+
+
+def _files_only(path: str, flags: int) -> int:
+    """An opener of files: what is none, such as a pipe, which would keep its reader waiting, is refused."""
+    number = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return number
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb", opener=_files_only) as stream:
+        return stream.read()
 
 
 def _digest_bytes(content: bytes) -> tuple[str, int]:

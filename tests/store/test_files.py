@@ -120,6 +120,30 @@ def test_a_pinned_artifact_is_read_into_memory_once_and_verified(store: Store, t
         store.load(file.uri)
 
 
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path: Path, tree: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    artifact, file = store.put("model", tree), store.put("rows", "1")
+    for path in (
+        "records/one.json",
+        *(split_pin(a.uri)[0].removeprefix(f"{store.root}/") for a in (artifact, file)),
+    ):
+        place = tmp_path / "store" / path
+        if place.is_dir():
+            place /= "model.json"
+        place.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(place)
+    for read in (
+        lambda: store.read("records/one.json"),
+        lambda: store.load(artifact.uri),
+        lambda: store.load(file.uri),
+        lambda: store.digest(file.uri),
+        lambda: store.fetch(file.uri, tmp_path / "work"),
+    ):
+        with pytest.raises(StoreError, match="regular file"):
+            read()
+
+
 def test_nothing_there_is_a_sentence(store: Store, tmp_path: Path) -> None:
     uri = store.uri("artifacts/none")
     with pytest.raises(BadInput, match="artifacts/none does not exist"):
