@@ -340,7 +340,7 @@ class Connection(asyncio.Protocol):
             headers, key, text = (
                 self._request.headers,
                 name.decode("latin-1").lower(),
-                value.decode("latin-1"),
+                value.decode("latin-1").rstrip(" \t"),  # those before it the parser takes off
             )
             headers[key] = f"{headers[key]}, {text}" if key in headers else text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import socket
@@ -283,6 +284,17 @@ def test_what_a_body_is_said_to_be_changes_nothing(
 ) -> None:
     with Client(server) as client:
         client.say(post(asked[0].body, *headers))
+        asked[0].check(*client.hear())
+
+
+def test_spaces_around_a_value_are_no_part_of_it(server: LocalEndpoint, asked: list[Asked]) -> None:
+    body = asked[0].body
+    length = f"Inference-Header-Content-Length: \t {len(body)} \t"
+    request = post(gzip.compress(body), "Content-Encoding:  gzip \t", length, "Expect: 100-continue\t ")
+    with Client(server) as client:
+        client.say(request)
+        assert client.file.readline() == b"HTTP/1.1 100 Continue\r\n"
+        assert client.file.readline() == b"\r\n"
         asked[0].check(*client.hear())
 
 
