@@ -202,7 +202,7 @@ class Reconciler:
             if any(problem.startswith(_OF_LOG) for problem in self._problems):
                 return None  # it is known, and looked at again now and then
             if not isinstance(error, IntegrityError):
-                raise
+                self._log.highest()  # raises where it is not that record alone
             self._looked = False  # a record is damaged since: the log is read anew, past it
             return None
         return fresh[-1] if fresh else None
@@ -239,6 +239,8 @@ class Reconciler:
         for failure in self._failures.values():
             failure.left -= 1
         known = self._newest
+        # One behind a record that is missing is not found by its number.
+        is_behind = self._log.highest() > (known.sequence if known else 0)
         if known is not None and self._is_damaged(known):
             self._looked = False  # which tells of it
         elif known is not None and self._log.whole(known.sequence) != known:
@@ -251,9 +253,9 @@ class Reconciler:
             self._newest, self._looked = None, False
             self._errors, self._told, self._failures = {}, {}, {}
             self._set_status(errors={})
-        elif self._problems or self.status.state == "rejected":
+        elif is_behind or self._problems or self.status.state == "rejected":
             # What was accepted and could not be loaded here may be mended by now; a verdict stays.
-            self._looked = not any(p.startswith(_OF_LOG) for p in self._problems)
+            self._looked = not is_behind and not any(p.startswith(_OF_LOG) for p in self._problems)
             self._newest = known if self._looked else None
             self._errors = {}
             self._settled = False

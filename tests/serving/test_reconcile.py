@@ -832,6 +832,20 @@ def test_a_damaged_report_of_another_server_stops_nobody(bench: Bench) -> None:
     server.recover()
 
 
+@pytest.mark.parametrize("damage", [no_longer_json, a_folder_in_its_place, Path.unlink])
+def test_a_server_goes_past_a_record_that_it_cannot_read_while_it_serves(bench: Bench, damage: Any) -> None:
+    bench.ask_good()
+    server = bench.server()
+    server.step()
+    bench.ask_good()
+    bench.ask_other()
+    damage(_path(bench, "desired", "000", "000002.json"))
+    server.step()
+    server._look_again = 1e-9
+    server.step()
+    assert (server.status.state, server.status.serving, server.status.version) == ("serving", 3, "v3")
+
+
 def test_a_server_whose_clock_is_an_hour_ahead_does_not_live_an_hour_longer() -> None:
     ahead = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     assert not Status(server="a", url="", beat=ahead).alive
