@@ -89,7 +89,7 @@ def _read_numbers(values: Any) -> NDArray[np.float32]:
             wide = np.asarray(values, dtype=np.float64)  # None becomes NaN
     except OverflowError:  # a whole number that no float can hold
         wide = np.array([_as_float(value) for value in values])
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN of the kind that signals
         narrow = wide.astype(np.float32)
     infinite = np.isinf(narrow)
     if infinite.any():

@@ -699,7 +699,8 @@ def _packed(columns: Sequence[Any], rows: int) -> NDArray[np.float64]:
     into = struct.Struct(f"{rows}d").pack_into  # in less than half of numpy's time
     for place, values in enumerate(columns):
         if type(values) is not list:
-            block[place] = values
+            with np.errstate(invalid="ignore"):  # NaN of the kind that signals
+                block[place] = values
             continue
         try:
             into(block[place], 0, *values)

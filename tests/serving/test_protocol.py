@@ -62,6 +62,21 @@ def test_a_number_comes_in_many_forms(given: dict[str, Any], wanted: float) -> N
     np.testing.assert_array_equal(inference.feed["hour"], [[np.float32(wanted)]])
 
 
+@pytest.mark.parametrize(
+    ("datatype", "bits"), [("FP16", "017c"), ("FP32", "0100807f"), ("FP64", "010000000000f07f")]
+)
+def test_a_nan_of_any_bits_is_a_missing_value(datatype: str, bits: str) -> None:
+    blobs = [bytes.fromhex(bits), bytes.fromhex(bits), b"\x02\x00\x00\x00AA"]
+    inputs = [
+        {"name": f.name, "shape": [1, 1], "parameters": {"binary_data_size": len(blob)}}
+        | {"datatype": "BYTES" if f.kind == "category" else datatype}
+        for f, blob in zip(FEATURES, blobs, strict=True)
+    ]
+    head = json.dumps({"inputs": inputs}).encode()
+    found = parse(b"".join([head, *blobs]), FEATURES, OUTPUTS, 100, len(head))
+    assert np.isnan(found.feed["hour"]).all()
+
+
 def test_a_category_is_text_a_number_or_missing() -> None:
     for datatype, value, wanted in (
         ("BYTES", "é", "é"),
