@@ -51,4 +51,4 @@ bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py
 
 bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, serving, store, validate); its last line is one JSON object
-	@$(python) benchmarks/run.py $*
+	@$(python) benchmarks/run.py $* $(ARGS)
