@@ -692,7 +692,7 @@ class _MixedLoad:
     def _wrong_one(self, chance: random.Random) -> tuple[Any, ...]:
         """A request that is refused; texts in it are new each time, so that whatever is kept of them shows."""
         text = f"{chance.random():.17f}" * 50
-        body, _ = _body(1)
+        body, _ = self._good[0]
         return chance.choice(
             [
                 ("POST", _INFER, b'{"inputs":[' + text.encode(), {}, "400"),

@@ -86,7 +86,7 @@ def together(model: ServedModel, inferences: Sequence[Inference]) -> list[Outcom
         try:
             found.append(model.run(inference))
         except RequestError as error:
-            found.append(error)
+            found.append(error.to_keep())
     return found
 
 

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -60,6 +60,12 @@ class RequestError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def to_keep(self) -> Self:
+        """Itself without its frames: they lead to those of its callers, so to itself, and hold the request until Python's
+        collector comes, which may be minutes."""
+        self.__context__ = None
+        return self.with_traceback(None)
 
 
 _Name = Annotated[str, Meta(max_length=_SHORT)]

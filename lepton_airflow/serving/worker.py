@@ -543,7 +543,7 @@ def _attempt(compute: Callable[[], _T]) -> _T | RequestError:
     try:
         return compute()
     except RequestError as error:
-        return error
+        return error.to_keep()
     except MemoryError:
         return RequestError(503, "too little memory for this request: send its rows in several requests.")
     except Exception:
