@@ -143,19 +143,22 @@ class Service:
                 raise RequestError(405, _unknown(name))
             address = _host(context.peer())
             self._admit(context, address)
-            message = await self._message(context, address)
-            request = Request("GET", "", started=started, address=address)
-            return self._until_taken(context, address, await method(self, message, request))
+            answer = await method(
+                self,
+                await self._message(context, address),
+                Request("GET", "", started=started, address=address),
+            )
+            return self._until_taken(context, address, answer)
         except RequestError as error:
-            code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
-            wait = error.headers.get("retry-after")
-            trailing = (("grpc-retry-pushback-ms", f"{wait}000"),) if wait else ()
-            await context.abort(code, str(error), trailing)
+            refused = error.to_keep()
         except Exception:
             log.exception("gRPC %s", name)
-            await context.abort(
-                grpc.StatusCode.INTERNAL, "the server failed on this request; its log says why."
-            )
+            refused = RequestError(500, "the server failed on this request; its log says why.")
+        # Not where it was caught, and with no message in this frame: what abort raises keeps both until the collector comes.
+        code = _CODES.get(refused.status, grpc.StatusCode.INTERNAL)
+        wait = refused.headers.get("retry-after")
+        trailing = (("grpc-retry-pushback-ms", f"{wait}000"),) if wait else ()
+        await context.abort(code, str(refused), trailing)
         raise AssertionError  # abort does not return
 
     def _admit(self, context: Any, address: str) -> None:

@@ -621,3 +621,22 @@ def settings(**more: Any) -> Settings:
         drain_s=0,
         **more,
     )
+
+
+def test_refused_messages_do_not_wait_in_memory(shelf: Any, run_at: RunInfo, tmp_path: Path) -> None:
+    """Their frames would, until Python's collector comes: half a GB of one client that asks one thing after the other."""
+    values = pb.ModelInferRequest.InferInputTensor(name="malic_acid", datatype="FP32", shape=[1_500_000, 1])
+    lacking = pb.ModelInferRequest(
+        model_name="wein", inputs=[values], raw_input_contents=[bytes(6_000_000)]
+    ).SerializeToString()
+    with Served("wein", run_at.store.root, tmp_path) as served:
+        served.deploy(run_at, shelf.wine.uri)
+        supervisor = psutil.Process(processes.pid("endpoint-wein", tmp_path))
+        [worker] = [w for forkserver in supervisor.children() for w in forkserver.children()]
+        for message in (lacking, b"\xff" * 6_000_000):
+            held = []
+            for calls in (10, 60):
+                for _ in range(calls):
+                    assert served.refusal(message)[0] == "INVALID_ARGUMENT"
+                held.append(worker.memory_info().rss / 2**20)
+            assert held[1] - held[0] < 100
