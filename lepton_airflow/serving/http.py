@@ -291,6 +291,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         """The client is gone, or was ended."""
+        # This and its parser know each other: what they held would wait for Python's collector.
         self._forget()
         self._ready.clear()
         self._ready_bytes = 0

@@ -1,8 +1,10 @@
-"""What a worker does with one request, without a server."""
+"""What a worker keeps of a request that it is done with: nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import socket
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from lepton_airflow.serving import worker
 from lepton_airflow.serving.batches import together
+from lepton_airflow.serving.http import Connection, ConnectionLimits, Listener
 from lepton_airflow.serving.protocol import RequestError
 
 if TYPE_CHECKING:
@@ -60,3 +63,24 @@ def test_a_refusal_keeps_nothing_of_its_request(refused: Callable[[Model], Reque
 
     assert answer() == 400
     assert [body() for body in held] == [None]
+
+
+def test_a_connection_that_is_lost_forgets_the_requests_that_waited() -> None:
+    async def life() -> None:
+        listener = Listener(ConnectionLimits(), lambda _, __: None)
+        ours, theirs = socket.socketpair()
+        _, connection = await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: Connection(listener), theirs
+        )
+        ours.sendall(2 * b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx")
+        async with asyncio.timeout(10):
+            while not connection._ready:
+                await asyncio.sleep(0.01)
+            ours.close()
+            connection.abandon()
+            while listener.connections:
+                await asyncio.sleep(0.01)
+        assert not connection._ready
+        listener.close()
+
+    asyncio.run(life())
