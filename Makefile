@@ -50,5 +50,5 @@ docs: setup ## Build the documentation as one site, in site/; it loads nothing f
 bench: setup ## Run every benchmark; each writes its part of docs/benchmarks.md
 	@$(python) benchmarks/run.py
 
-bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, serving, store, validate); its last line is one JSON object
+bench-%: setup ## Run one benchmark (drift, drills, gpu, parse, pipeline, pods, quantize, serving, store, validate); its last line is one JSON object; some take ARGS="--only peers"
 	@$(python) benchmarks/run.py $* $(ARGS)
