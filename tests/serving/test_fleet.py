@@ -180,6 +180,7 @@ def test_a_late_answer_about_another_version_does_not_count(bench: Bench) -> Non
 def test_a_worker_that_never_loads_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.put("v1")
     monkeypatch.setattr(supervisor, "_TRY_S", 0.5)
+    monkeypatch.setattr(supervisor, "_kill", Actor.kill)
     never = threading.Event()
     bench.stage.on_load = lambda actor, version, _: str(never.wait(5)) if version == "v2" else None
     with pytest.raises(LeptonError, match=r"not loaded it within 0\.5 s"):
