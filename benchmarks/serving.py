@@ -16,7 +16,7 @@ for MLServer and KServe is the same as ours. Before, its answers are compared wi
 float32, to the last bit. The servers are benchmarks/servers/on_….py. A peer that cannot be installed is `None`, and `…_is_not_measured` says why.
 
 `memory_mib_…` is the resident memory of the server with two workers, 2 minutes after the beginning and at the end of 10 minutes of mixed load,
-both while no request is under way: 1, 100 and 10,000 rows, in JSON and binary, plain and packed, requests that are refused, clients that
+the median of 30 s each: 1, 100 and 10,000 rows, in JSON and binary, plain and packed, requests that are refused, clients that
 are gone before their answer, `/metrics` and other pages, and another version every 30 s.
 """
 
@@ -575,21 +575,26 @@ def _memory(bench: _Bench) -> dict[str, Any]:
     supervisor = psutil.Process(processes.pid("endpoint-bench", bench.two.home))
     workers = [worker for forkserver in supervisor.children() for worker in forkserver.children()]
     seconds = 60 * bench.memory_minutes
+    # Between two versions. A change gives memory back, so what is held is the median of such a time.
+    every = min(30.0, seconds / 10)
     load = _MixedLoad(bench.two.port)
     stop = threading.Event()
-    held: list[tuple[float, float]] = []
+    held: list[tuple[float, ...]] = []
 
     def change() -> None:
-        while not stop.wait(min(30.0, seconds / 10)):
+        while not stop.wait(every):
             load.counts["change"] += 1
             bench.deploy(bench.models[load.counts["change"] % 2])
 
     def look() -> None:
         try:
             for moment in (min(120.0, seconds / 5), seconds):
-                time.sleep(max(0.0, began + moment - time.monotonic()))
-                with load.at_rest():
-                    held.append((_held_mib([supervisor]), _held_mib(workers)))
+                time.sleep(max(0.0, began + moment - every - time.monotonic()))
+                seen = []
+                while time.monotonic() < began + moment:
+                    seen.append((_held_mib([supervisor]), _held_mib(workers)))
+                    time.sleep(0.5)
+                held.append(tuple(map(statistics.median, zip(*seen, strict=True))))
         finally:
             stop.set()
 
@@ -626,8 +631,6 @@ class _MixedLoad:
         self.port = port
         self.counts: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()  # what was answered with another status than it should
-        self._going = threading.Event()
-        self._going.set()
         self._good: list[tuple[bytes, dict[str, str]]] = []
         for rows in (1, 1, 1, 100, 100, 10_000):
             for body, headers in (_body(rows), _body(rows, binary=True)):
@@ -640,23 +643,12 @@ class _MixedLoad:
                     (zlib.compress(body, 1), headers | {"Content-Encoding": "deflate"}),
                 ]
 
-    @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """No client asks in the block."""
-        self._going.clear()
-        time.sleep(3)
-        try:
-            yield
-        finally:
-            self._going.set()
-
     def client(self, number: int, stop: threading.Event) -> None:
         """Ask until it is over, from an address of its own."""
         chance = random.Random(number)
         address = (f"127.0.0.{10 + number}", 0)
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60, source_address=address)
         while not stop.is_set():
-            self._going.wait()
             kind = chance.choices(list(_KINDS), list(_KINDS.values()))[0]
             self.counts[kind] += 1
             if kind == "aborted":
