@@ -46,9 +46,8 @@ _SLOW_S = 1.0  # for a message to arrive before it counts as slow
 _GIVEN_UP = 0.0  # as the deadline of a call: long ago
 _TOO_MANY = "too many unfinished requests wait here: come back later."
 _STREAMS = 100  # calls of one connection at a time; a client's library holds back further ones
-_AGE_S = (
-    600.0  # of a connection; gRPC's libraries then open another, and what a client does not take is forgotten
-)
+# Of a connection: gRPC's libraries then open another, and what a client does not take is forgotten.
+_AGE_S = 600.0
 _DRAIN_S = 30.0  # for the calls that are under way at the end
 # Entries beyond which a list is longer than the checks allow, so that nothing of it need be translated.
 _TENSORS, _PARAMETERS, _DIMENSIONS = 2000, 4000, 20
