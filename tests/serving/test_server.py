@@ -8,6 +8,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from lepton_airflow import contract
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog
@@ -234,6 +236,16 @@ def test_a_server_needs_no_more_than_its_extra_brings(shelf: Any, tmp_path: Path
     assert {"airflow", "duckdb", "onnx", "pandas", "pyarrow", "scipy", "sklearn", "torch"} & set(
         modules
     ) == set()
+
+
+def test_the_request_of_the_page_is_one(shelf: Any, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    found = re.search(r"<<'JSON'\n(.*?)\nJSON\n", page, re.DOTALL)
+    assert found is not None
+    request = contract.Request.from_json(found[1])
+    stage = DeployModel(**request.parameters, on_backfill="full", timeout_s=0.1)
+    with pytest.raises(LeptonError, match=r"serve flights-late --store"):
+        replace(stage, model=shelf.wine.uri).run(replace(shelf.run, workdir=tmp_path))
 
 
 def test_every_metric_is_described(wine: LocalEndpoint) -> None:
