@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 
 from lepton_airflow import __version__
-from lepton_airflow.cli import cache, envs, pods, run, serve, stages
+from lepton_airflow.cli import cache, envs, pods, rollback, run, serve, stages
 from lepton_airflow.errors import LeptonError
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lepton_airflow", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (run, stages, cache, envs, pods, serve):
+    for command in (run, stages, cache, envs, pods, serve, rollback):
         command.add(commands)
     args = parser.parse_args(argv)
     try:

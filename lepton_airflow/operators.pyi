@@ -240,6 +240,7 @@ class PromoteModelOperator(StageOperator):
         threshold: float | str | XComArg = ...,
         resamples: int | str | XComArg = ...,
         seed: int | str | XComArg = ...,
+        allow_rolled_back: bool | str | XComArg = ...,
         on_backfill: Literal["register_only", "skip", "full"] | str | XComArg = ...,
         tracking_uri: str | XComArg | None = ...,
         mlflow: ConnectionId | str | XComArg | None = ...,
@@ -303,6 +304,31 @@ class RegisterModelOperator(StageOperator):
         tags: Mapping[str, str] | str | XComArg = ...,
         description: str | XComArg = ...,
         on_backfill: Literal["register_only", "skip", "full"] | str | XComArg = ...,
+        runner: Runner | None = None,
+        store: str | XComArg | None = None,
+        store_conn_id: str | None = None,
+        cache: Literal["use", "refresh", "off"] | str | XComArg = "use",
+        cache_ttl_s: float | None = None,
+        window: Mapping[str, str] | XComArg | None = None,
+        **kwargs: Unpack[_TaskArguments],
+    ) -> None: ...
+
+class RollbackModelOperator(StageOperator):
+    """Go back to a former champion: in the ledger, in MLflow's aliases and, if one is named, at an endpoint."""
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        name: str | XComArg,
+        reason: str | XComArg,
+        version: int | str | XComArg | None = ...,
+        endpoint: str | XComArg | None = ...,
+        tracking_uri: str | XComArg | None = ...,
+        mlflow: ConnectionId | str | XComArg | None = ...,
+        allow_other_inputs: bool | str | XComArg = ...,
+        on_backfill: Literal["register_only", "skip", "full"] | str | XComArg = ...,
+        timeout_s: float | str | XComArg = ...,
         runner: Runner | None = None,
         store: str | XComArg | None = None,
         store_conn_id: str | None = None,

@@ -190,6 +190,11 @@ class DesiredLog(Log[Desired]):
         return None, damaged
 
 
+def endpoints_asked(store: Store) -> list[str]:
+    """The names of the endpoints that were asked for a version, or have a server."""
+    return [name.rstrip("/") for name in store.children(f"{ROOT}/endpoints")]
+
+
 def read_verdict(store: Store, endpoint: str, sequence: int) -> LoadVerdict | None:
     """The verdict about a desired version, or None as long as there is none."""
     key = _verdict_key(endpoint, sequence)

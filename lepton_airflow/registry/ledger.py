@@ -17,7 +17,7 @@ version of that run key.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,7 +72,9 @@ class LedgerEntry:
     :ivar action: ``bootstrap``, ``promote`` or ``rollback``.
     :ivar package: pinned URI of the champion's package.
     :ivar previous: the version that was champion before, None after a bootstrap.
+    :ivar sentence: why.
     :ivar evidence: pinned URI of what the decision rests on.
+    :ivar rolled_back: of a rollback: the digest of the package that it took out.
     """
 
     name: str
@@ -87,6 +89,7 @@ class LedgerEntry:
     evidence: str | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     decided: str = ""
+    rolled_back: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -197,7 +200,37 @@ class Ledger(Log[LedgerEntry]):
     """The moves of one model's champion, in order; the newest one says who is champion."""
 
     def __init__(self, store: Store, name: str) -> None:
-        super().__init__(store, f"ledger/{name}", LedgerEntry, find_by=("run_key",))
+        super().__init__(store, f"ledger/{name}", LedgerEntry, find_by=("run_key", "rolled_back"))
+
+    def taken_out(self, sha256: str) -> LedgerEntry | None:
+        """The rollback that took this package out, unless it became champion again since."""
+        found = self.find("rolled_back", sha256)
+        if not found or any(move.sha256 == sha256 for move in self.after(found[-1].sequence)):
+            return None
+        return found[-1]
+
+
+def champion_before(moves: Sequence[LedgerEntry]) -> LedgerEntry | None:
+    """The move that made the champion before the present one; None when there is none to go back to.
+
+    A rollback cuts off what came after the champion that it brought back. A package that one took out is passed over until
+    it becomes champion again.
+
+    :param moves: the whole ledger, oldest move first.
+    """
+    line: list[
+        LedgerEntry
+    ] = []  # the present champion is the last; before each stands the one that it followed
+    taken_out: set[str] = set()
+    for move in moves:
+        if move.rolled_back:
+            taken_out.add(move.rolled_back)
+            places = [place for place, before in enumerate(line) if before.version == move.version]
+            line = line[: places[-1]] if places else line
+        taken_out.discard(move.sha256)
+        line.append(move)
+    passed_over = taken_out | {move.sha256 for move in line[-1:]}
+    return next((move for move in reversed(line) if move.sha256 not in passed_over), None)
 
 
 def models_with_champion(store: Store) -> list[str]:

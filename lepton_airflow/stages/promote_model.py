@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lepton_airflow.contract import Artifact, split_pin
 from lepton_airflow.errors import BadConfiguration, BadInput, brief, require
+from lepton_airflow.registry.champion import show
 from lepton_airflow.registry.ledger import (
     Ledger,
     LedgerEntry,
     Registration,
-    Registrations,
     check_model_name,
     find_version,
     is_newer,
 )
-from lepton_airflow.registry.mlflow import MlflowRegistry, glance, open_registry, resolve_tracking
+from lepton_airflow.registry.mlflow import resolve_tracking
 from lepton_airflow.sdk import backfill
 from lepton_airflow.sdk.stage import ArtifactUri, ConnectionId, Result, RunInfo, Stage
 from lepton_airflow.store.files import now
-from lepton_airflow.store.lease import lease
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,8 +44,8 @@ class PromoteModel(Stage):
     - ``bootstrap``: there is no champion yet, the candidate becomes the first;
     - ``promote``: the whole confidence interval of the difference lies above ``min_effect``;
     - ``reject``: the whole interval lies below zero;
-    - ``hold``: neither; or the candidate is the champion; or the champion was trained on newer data; or the champion
-      has touched these rows, so that the comparison would flatter it.
+    - ``hold``: neither; or the candidate is the champion; or its package was champion and was rolled back; or the
+      champion was trained on newer data; or the champion has touched these rows, so that the comparison would flatter it.
 
     ``bootstrap`` and ``promote`` move the champion: a numbered record in the store's ledger, made once however often
     the task runs and however many tasks run at the same time. The MLflow aliases ``champion`` and ``previous`` follow
@@ -66,6 +65,7 @@ class PromoteModel(Stage):
     :param threshold: probability of the positive class from which on it is predicted, for accuracy, precision, recall and F1.
     :param resamples: bootstrap resamples for the interval of each model's own metric.
     :param seed: of these resamples; the paired test uses no random numbers.
+    :param allow_rolled_back: judge the candidate also when its package was champion, and RollbackModel has taken it out.
     :param on_backfill: in a backfill, ``register_only`` judges and moves nothing, ``skip`` does nothing, ``full`` moves.
     :param tracking_uri: MLflow as a database, ``sqlite:////data/mlflow.db``, or as a server, ``http://host:5000``.
     :param mlflow: id of an Airflow Connection to an MLflow server; use it instead of ``tracking_uri`` with credentials.
@@ -90,6 +90,7 @@ class PromoteModel(Stage):
     threshold: float = 0.5
     resamples: int = 1000
     seed: int = 0
+    allow_rolled_back: bool = False
     on_backfill: Literal["register_only", "skip", "full"] = "register_only"
     tracking_uri: str | None = None
     mlflow: ConnectionId | None = None
@@ -103,14 +104,7 @@ class PromoteModel(Stage):
         connection = run.connection(self.mlflow) if self.mlflow else None
         resolve_tracking(self.tracking_uri, connection)  # a wrong one is refused before anything is judged
         finding, evidence, moved = _moved_before(run, candidate) or self._decide(run, candidate, may_move)
-        shown = glance(self.tracking_uri, connection, self.name, candidate.version)
-        champion, previous, aliases = _decided(run, self.name)
-        if shown and shown.agrees(tags={}, aliases=aliases):
-            link: str | None = shown.link
-        else:
-            with open_registry(self.tracking_uri, connection, run.workdir) as mlflow:
-                champion, previous = _show(run, mlflow, self.name)
-                link = mlflow.link(self.name, candidate.version)
+        shown = show(run, self.name, candidate.version, self.tracking_uri, connection)
         reason = finding.sentence
         if finding.decision in ("bootstrap", "promote") and not moved:
             reason += f" The champion stays: {backfill.reason(self.on_backfill)}"
@@ -121,11 +115,11 @@ class PromoteModel(Stage):
                 "decision": finding.decision,
                 "moved": moved,
                 "reason": reason,
-                "champion": champion,
-                "previous": previous,
+                "champion": shown.champion,
+                "previous": shown.previous,
             },
             metrics=finding.metrics,
-            links={"mlflow": link} if link else {},
+            links={"mlflow": shown.link} if shown.link else {},
         )
 
     def _decide(
@@ -251,6 +245,18 @@ class _Bench:
                 else f"has the same package as version {champion.version},"
             )
             sentence = f"hold: version {self.candidate.version} {same} the champion already."
+            return _Finding("hold", sentence, metrics)
+        taken_out = Ledger(self.run.store, self.stage.name).taken_out(self.candidate.sha256)
+        if taken_out and not self.stage.allow_rolled_back:
+            same = (
+                ""
+                if taken_out.previous == self.candidate.version
+                else f"has the same package as version {taken_out.previous}, which "
+            )
+            sentence = (
+                f"hold: version {self.candidate.version} {same}was champion and was rolled back: {taken_out.sentence} "
+                "(allow_rolled_back=True judges it all the same.)"
+            )
             return _Finding("hold", sentence, metrics)
         package = ModelPackage.open(self.run.fetch(champion.package))
         why_not = self._why_not_compared(champion, package)
@@ -398,26 +404,6 @@ def _moved_before(run: RunInfo, candidate: Registration) -> tuple[_Finding, Arti
                 True,
             )
     return None
-
-
-def _show(run: RunInfo, mlflow: MlflowRegistry, name: str) -> tuple[int | None, int | None]:
-    """Set MLflow's aliases to what the ledger says now; returns the champion and the previous one.
-
-    The ledger is read again under the lease, so that of two tasks the one that writes last never shows the older state.
-    """
-    with lease(run.store, f"register/{name}", run.check_stop):
-        champion, previous, aliases = _decided(run, name)
-        mlflow.point(name, aliases, lambda version: find_version(run.store, name, version).sha256)
-    return champion, previous
-
-
-def _decided(run: RunInfo, name: str) -> tuple[int | None, int | None, dict[str, int | None]]:
-    """Champion, previous and all aliases as the store has them now."""
-    move = Ledger(run.store, name).newest()
-    registration = Registrations(run.store, name).newest()
-    champion, previous = (move.version, move.previous) if move else (None, None)
-    aliases: dict[str, int | None] = {"champion": champion, "previous": previous}
-    return champion, previous, aliases | (registration.alias_versions if registration else {})
 
 
 def _span(window: Mapping[str, str] | None) -> str:

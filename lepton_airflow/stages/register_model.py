@@ -87,7 +87,9 @@ class RegisterModel(Stage):
 
         check_model_name(self.name)
         if self.alias in ("champion", "previous"):
-            raise BadConfiguration(f"alias={self.alias!r} is moved by PromoteModel alone: pass another one.")
+            raise BadConfiguration(
+                f"alias={self.alias!r} is moved by PromoteModel and RollbackModel alone: pass another one."
+            )
         if self.alias is not None:
             check_alias(self.alias)
         metrics = _numbers(self.metrics)

@@ -61,7 +61,7 @@ class Log(Generic[_R]):
 
     :param name: where it lies under ``records/``.
     :param kind: the dataclass of its records. It may get further fields with defaults; fields it does not know are passed over.
-    :param find_by: fields by whose values :meth:`find` finds records; each costs a request more to append.
+    :param find_by: fields by whose values, other than None, :meth:`find` finds records; each costs a request more to append.
     """
 
     def __init__(self, store: Store, name: str, kind: type[_R], find_by: Sequence[str] = ()) -> None:
@@ -132,7 +132,8 @@ class Log(Generic[_R]):
         self.store.check_exclusive()
         # The marks come first: a writer that is killed in between leaves a mark too many, and never a record without one.
         for field in self._find_by:
-            self.store.write(f"{self._mark(field, getattr(record, field))}/{record.sequence:06d}", b"")
+            if (value := getattr(record, field)) is not None:
+                self.store.write(f"{self._mark(field, value)}/{record.sequence:06d}", b"")
         return self.store.create_exclusive(self._key(record.sequence), to_json(record))
 
     def _last(self) -> int:

@@ -42,6 +42,7 @@ from lepton_airflow.errors import (
     RunnerError,
     Skipped,
 )
+from lepton_airflow.registry.ledger import Ledger, Registrations
 from lepton_airflow.runners import InProcess, Runner
 from lepton_airflow.stages import get_stage
 from lepton_airflow.store import Store
@@ -512,7 +513,30 @@ STAGES: dict[str, Callable[[Chain], dict[str, Any]]] = {
         "name": c.value("RegisterModel", "name"),
         "max_latency_ms": 10_000.0,  # a slow machine must not fail this
     },
+    "RollbackModel": lambda c: {
+        "name": _followed(c),
+        "reason": "It is worse.",
+        "endpoint": _MODEL,
+        "tracking_uri": c.tracking_uri,
+    },
 }
+
+
+def _followed(chain: Chain) -> str:
+    """The name of the model, whose champion another one has followed: there is one to go back to."""
+    store = Store(str(chain.folder / "store"))
+    records, ledger = Registrations(store, _MODEL), Ledger(store, _MODEL)
+    first, champion = records.newest(), ledger.newest()
+    assert first is not None
+    assert champion is not None
+    package, version = chain.artifact("PrepareData", "profile"), first.version + 1
+    worse = replace(first, version=version, package=package, run_key="worse", alias=None)
+    assert records.append_after(first, worse)
+    move = replace(
+        champion, sequence=champion.sequence + 1, version=version, package=package, run_key="worse"
+    )
+    assert ledger.append(replace(move, previous=champion.version))
+    return _MODEL
 
 
 class StageConformance:
@@ -642,7 +666,7 @@ def _exact(receipt: Receipt) -> tuple[dict[str, str | None], object]:
 
 
 # What these do stays: each is asked to stop until it has done it once.
-_LEAVES_TRACES = ("RegisterModel", "PromoteModel", "DeployModel")
+_LEAVES_TRACES = ("RegisterModel", "PromoteModel", "DeployModel", "RollbackModel")
 _START_S = 4.0  # until a stage has imported its libraries, roughly
 
 

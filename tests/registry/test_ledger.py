@@ -18,6 +18,7 @@ from lepton_airflow.registry.ledger import (
     Registration,
     Registrations,
     alias_targets,
+    champion_before,
     check_model_name,
     find_version,
     is_newer,
@@ -192,6 +193,56 @@ def test_a_record_of_a_later_version_of_this_package_is_read(store: Store) -> No
         "records/ledger/late/000/000001.json", json.dumps(asdict(entry(1, 1)) | {"canary": True}).encode()
     )
     assert Ledger(store, "late").entries() == [entry(1, 1)]
+
+
+def line(*moves: int) -> list[LedgerEntry]:
+    """A ledger of these versions, each of a package of its own; a negative one was brought back by a rollback."""
+    found: list[LedgerEntry] = []
+    for version in moves:
+        package = f"file:///store/model@sha256:{abs(version):064}"
+        made = replace(entry(len(found) + 1, abs(version)), package=package, run_key=f"run-{len(found)}")
+        if version < 0:
+            made = replace(made, action="rollback", rolled_back=found[-1].sha256, previous=found[-1].version)
+        found.append(made)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("moves", "before"),
+    [
+        ([], None),
+        ([1], None),
+        ([1, 2], 1),
+        ([1, 2, 3, -2], 1),
+        ([1, 2, 3, -2, -1], None),
+        ([1, 2, 3, -1], None),  # to a version that was named: what came after it is not before it
+        ([1, 2, -1, 3], 1),
+        ([1, 2, -1, 3, 4], 3),
+        ([1, 2, -1, 3, 2, 4], 2),  # promoted again, it is as good as any
+        ([1, 2, 3, -2, 3, -2], 1),
+        ([1, 2, 3, -2, -3], 1),  # named again: now the other one is the bad one
+        ([1, 2, 1, 3, -1], 2),  # the later of two times
+        ([1, 2, 1], 2),
+    ],
+)
+def test_the_champion_before(store: Store, moves: list[int], before: int | None) -> None:
+    found = champion_before(line(*moves))
+    assert (found and found.version) == before
+    ledger = Ledger(store, "late")
+    assert all(ledger.append(move) for move in line(*moves))
+    for version in range(1, 5):
+        taken_out = ledger.taken_out(line(version)[0].sha256)
+        last = max((n for n, m in enumerate(moves) if abs(m) == version), default=0)
+        assert bool(taken_out) == (last + 1 < len(moves) and moves[last + 1] < 0)
+
+
+def test_who_was_taken_out_is_told_without_reading_all(store_on_s3: tuple[LocalS3, Store]) -> None:
+    s3, store = store_on_s3
+    ledger = Ledger(store, "late")
+    for move in line(*range(1, 31), -29):
+        assert ledger.append(move)
+    assert s3.count(lambda: ledger.taken_out(line(5)[0].sha256)) <= 3
+    assert s3.count(lambda: ledger.taken_out(line(30)[0].sha256)) <= 6
 
 
 def append_ten(root: str, process: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lepton_airflow.packaging.schema import features_of
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry
 from lepton_airflow.stages import RunInfo, check_drift
 from lepton_airflow.stages.check_drift import CheckDrift
+from lepton_airflow.stages.rollback_model import RollbackModel
 from lepton_airflow.store.files import digest_path
 
 if TYPE_CHECKING:
@@ -373,6 +375,24 @@ def test_the_package_of_the_ledger_must_be_the_one_that_was_promoted(bench: Benc
     stored.write_text(stored.read_text().replace("JFK", "XXX"))
     with pytest.raises(Exception, match="was altered or is damaged"):
         bench.check(rows(4), name="flights")
+
+
+def test_the_reference_is_that_of_the_champion_that_came_back(bench: Bench, mlflow_sqlite: str) -> None:
+    calm = bench.package()
+    bench.crown(calm)
+    con = duckdb.connect()
+    con.register("train", rows(3, wind=2.0))
+    profile = reference_profile(con, "train", replace(INFO, rows=28 * 40), None)
+    bench.profile = bench.run.save("windy.json", json.dumps(profile))
+    shutil.rmtree(bench.folder / "package-True")
+    ledger, windy = Ledger(bench.run.store, "flights"), bench.package()
+    assert ledger.append(LedgerEntry("flights", 2, "promote", 8, windy.uri, 7, "p", "better."))
+    assert "from champion version 8" in bench.check(rows(7, wind=2.0), name="flights").summary
+    assert bench.check(rows(7, wind=2.0), name="flights").values["drifted"] is False
+    RollbackModel(name="flights", reason="Too windy.", tracking_uri=mlflow_sqlite).run(bench.run)
+    result = bench.check(rows(7, wind=2.0), name="flights")
+    assert result.values["columns"] == ["wind"]
+    assert "from champion version 7" in result.summary
 
 
 def test_excluded_columns_are_not_judged_and_are_named(bench: Bench) -> None:

@@ -19,11 +19,12 @@ from lepton_airflow.delivery import endpoints
 from lepton_airflow.delivery.endpoints import Desired, DesiredLog, Status
 from lepton_airflow.errors import BadConfiguration, BadInput, IntegrityError, LeptonError, Preempted, Skipped
 from lepton_airflow.packaging.package import ModelPackage
+from lepton_airflow.registry.deployment import Deployment
 from lepton_airflow.registry.ledger import Ledger, LedgerEntry
 from lepton_airflow.serving.model import ServedModel, measure
 from lepton_airflow.serving.reconcile import Reconciler
 from lepton_airflow.stages import RunInfo
-from lepton_airflow.stages.deploy_model import DeployModel, _Wanted
+from lepton_airflow.stages.deploy_model import DeployModel
 from lepton_airflow.testing import LocalEndpoint
 
 if TYPE_CHECKING:
@@ -284,8 +285,8 @@ def test_golden_answers_are_computed_once_a_package(
     desk: Desk, following: Reconciler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[str] = []
-    compute = _Wanted._computed
-    monkeypatch.setattr(_Wanted, "_computed", lambda self, p: (computed.append(p), compute(self, p))[1])
+    compute = Deployment._computed
+    monkeypatch.setattr(Deployment, "_computed", lambda self, p: (computed.append(p), compute(self, p))[1])
     first, second = desk.package(1.0), desk.package(2.0)
 
     def deploy(package: str, key: str, **more: Any) -> Artifact:

@@ -427,7 +427,7 @@ def test_a_backfill_that_skips(run, put_model) -> None:
         ({"tracking_uri": "databricks://x"}, "not a database or a server"),
         ({"tracking_uri": "sqlite:////x.db", "mlflow": "server"}, "both set"),
         ({"tracking_uri": "sqlite:////x.db", "name": "a/b"}, "cannot name a model"),
-        ({"tracking_uri": "sqlite:////x.db", "alias": "champion"}, "PromoteModel alone"),
+        ({"tracking_uri": "sqlite:////x.db", "alias": "champion"}, "PromoteModel and RollbackModel alone"),
         *(
             ({"tracking_uri": "sqlite:////x.db", "alias": alias}, "which MLflow keeps for itself")
             for alias in ("v1", "V22", "Latest", "release-2024.01", "", "a b", "x" * 256)
