@@ -66,6 +66,8 @@ def _rollback(args: argparse.Namespace) -> int:
             deployment="shell", dag_id="rollback", task_id=args.model, run_id=secrets.token_hex(8)
         ),
     )
+    # The endpoint waits for the answer of an MLflow that is away; by default that is six minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     try:
         receipt = run_stage(request)
     except KeyboardInterrupt:

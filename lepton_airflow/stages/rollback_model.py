@@ -247,7 +247,7 @@ class RollbackModel(Stage):
         except Preempted:
             raise
         except LeptonError as error:
-            log.warning("MLflow does not show it yet: %s", error)
+            log.info("MLflow does not show it yet: %s", error)
             shown = error
         champion = Ledger(run.store, self.name).newest() or move
         summary = f"version {move.version} of {self.name} is champion again, version {move.previous} was taken out: {move.sentence}"

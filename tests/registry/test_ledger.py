@@ -238,7 +238,7 @@ def test_the_champion_before(store: Store, moves: list[int], before: int | None)
 
 def test_who_was_taken_out_is_told_without_reading_all(store_on_s3: tuple[LocalS3, Store]) -> None:
     s3, store = store_on_s3
-    ledger = Ledger(store, "late")
+    ledger = Ledger(store, "taken out")
     for move in line(*range(1, 31), -29):
         assert ledger.append(move)
     assert s3.count(lambda: ledger.taken_out(line(5)[0].sha256)) <= 3

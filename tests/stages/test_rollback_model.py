@@ -504,6 +504,14 @@ def test_what_was_taken_out_is_held_until_it_is_champion_again(desk: Desk, datas
 # -- from a shell ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command sets for its process does not outlive the test."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.usefixtures("shell")
 def test_from_a_shell(desk: Desk, served: LocalEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     desk.champions(3)
     desk.deploy("deploy")
@@ -523,11 +531,11 @@ def test_from_a_shell(desk: Desk, served: LocalEndpoint, capsys: pytest.CaptureF
     assert err.startswith("lepton_airflow: there is nothing to go back to")
 
 
+@pytest.mark.usefixtures("shell")
 def test_a_shell_says_what_is_missing(
     desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.champions(2)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     rollback = ["rollback", "late", "--reason", REASON, "--store"]
     assert main([*rollback, desk.run.store.root]) == 80
     assert "which MLflow? Pass --tracking-uri" in capsys.readouterr().err
