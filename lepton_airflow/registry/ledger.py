@@ -218,9 +218,8 @@ def champion_before(moves: Sequence[LedgerEntry]) -> LedgerEntry | None:
 
     :param moves: the whole ledger, oldest move first.
     """
-    line: list[
-        LedgerEntry
-    ] = []  # the present champion is the last; before each stands the one that it followed
+    # The present champion is the last; before each stands the one that it followed.
+    line: list[LedgerEntry] = []
     taken_out: set[str] = set()
     for move in moves:
         if move.rolled_back:
