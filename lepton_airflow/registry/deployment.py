@@ -81,7 +81,7 @@ class Deployment:
                 verdict = endpoints.read_verdict(self.run.store, self.endpoint, desired.sequence)
                 if verdict and verdict.error:
                     return None
-                # A server that could not load an accepted version, as its bytes were damaged, tries again for a new record only.
+                # A server that could not load an accepted version, as its bytes were damaged, tries at once for a new record only.
                 statuses = endpoints.read_statuses(self.run.store, self.endpoint)
                 failed = any(
                     s.alive
@@ -109,12 +109,12 @@ class Deployment:
 
     def refuse_other_inputs(self, wanted: Desired | LedgerEntry) -> None:
         """Raise BadConfiguration where clients of the version in service could not ask the wanted one, or would misread it."""
-        standing = self._standing(DesiredLog(self.run.store, self.endpoint).newest())
-        if standing is None or standing.sha256 == wanted.sha256:
-            return
         try:
+            standing = self._standing(DesiredLog(self.run.store, self.endpoint).newest())
+            if standing is None or standing.sha256 == wanted.sha256:
+                return
             former = _card(self.run, standing.package)
-        except LeptonError as error:
+        except (LeptonError, OSError) as error:
             log.warning("endpoint %s: what is in service cannot be read to compare: %s", self.endpoint, error)
             return
         if differences := _differences(former, _card(self.run, wanted.package)):

@@ -50,6 +50,10 @@ class _Failure:
     left: int
 
 
+class NotNow(LeptonError):
+    """Raised when a version cannot be tried or loaded for reasons that say nothing about it."""
+
+
 class Fleet(Protocol):
     """What loads versions and answers requests with them."""
 
@@ -137,6 +141,8 @@ class Reconciler:
         former = next((s for s in statuses if s.server == self.status.server), None)
         if former is None or former.state != "loading" or not former.desired:
             return
+        if not former.reason.endswith(_LOADING):  # it could not be read, or not be tried
+            return
         if self._verdict_of(former.desired) is not None:
             return
         tries = former.tries + 1
@@ -165,7 +171,7 @@ class Reconciler:
                 self._set_status(
                     state="loading",
                     desired=fresh.sequence,
-                    reason=f"version {fresh.version} is being loaded.",
+                    reason=f"version {fresh.version} {_LOADING}",
                     tries=self.status.tries if same else 0,
                 )
         if self._newest is None:
@@ -193,7 +199,9 @@ class Reconciler:
             self._problems = [f"{_OF_LOG}{sentence}" for sentence in damaged]
             self._looked = True
             here = self._in_service
-            if here and (newest.sequence if newest else 0) < here.sequence and self._is_damaged(here):
+            is_back = here is not None and (newest.sequence if newest else 0) < here.sequence
+            # The log could not be read for a moment, or its end is damaged.
+            if here is not None and is_back and (self._log_has(here) or self._is_damaged(here)):
                 return here
             return newest
         try:
@@ -214,7 +222,6 @@ class Reconciler:
         if self._identity is None:
             with suppress(LeptonError):  # one that is damaged serves what it can
                 identity_of(self.store)  # makes it where there is none yet
-            with suppress(LeptonError):
                 self._identity = self.store.read(IDENTITY)
         elif (found := self.store.read(IDENTITY)) != self._identity:
             if found and self._newest is None:  # before a version was asked for there
@@ -224,6 +231,11 @@ class Reconciler:
             raise StoreError(
                 f"{self.store.root} holds {what}: mount the one that was there again, or restart the server where this one is meant."
             )
+
+    def _log_has(self, known: Desired) -> bool:
+        with suppress(LeptonError):
+            return self._log.whole(known.sequence) == known
+        return False
 
     def _is_damaged(self, known: Desired) -> bool:
         """Whether the record of a version that was read before is there, and cannot be read any more."""
@@ -274,7 +286,8 @@ class Reconciler:
                     return
             except _UNREADABLE as error:  # which says nothing about the version
                 failed = failed or error
-                self._problems.append(f"version {desired.version} cannot be read: {error}")
+                what = "waits" if isinstance(error, NotNow) else "cannot be read"
+                self._problems.append(f"version {desired.version} {what}: {error}")
                 if self._in_service is not None:
                     return
         if failed and self._in_service is None:
@@ -347,7 +360,7 @@ class Reconciler:
                     "endpoint %s: version %s was accepted before: %s", self.endpoint, desired.version, over
                 )
             self._tried(desired, lambda: self._fleet.put(desired, files, numbers, accept))
-        except StoreError:
+        except (StoreError, NotNow):
             raise
         except LeptonError as error:
             if self._stop.is_set():
@@ -449,4 +462,5 @@ class Reconciler:
 
 # What a damaged store raises. A record of the wrong types shows when it is used.
 _UNREADABLE = (LeptonError, TypeError, ValueError, AttributeError, KeyError)
+_LOADING = "is being loaded."
 _OF_LOG = "the log of the endpoint is damaged: "

@@ -34,7 +34,7 @@ from lepton_airflow.errors import BadConfiguration, LeptonError, StoreError
 from lepton_airflow.serving import worker
 from lepton_airflow.serving.counters import Counters
 from lepton_airflow.serving.http import ConnectionLimits, Listener, Request, Response, refusal
-from lepton_airflow.serving.reconcile import Died, Reconciler
+from lepton_airflow.serving.reconcile import Died, NotNow, Reconciler
 from lepton_airflow.serving.worker import NONE, Limits, Post
 from lepton_airflow.store.files import Store
 
@@ -274,6 +274,11 @@ class _Worker:
         with suppress(OSError), self.sending:
             self.pipe.send(message)
 
+    def close(self) -> None:
+        """Tell it nothing more."""
+        with self.sending:
+            self.pipe.close()
+
 
 class Fleet:
     """The workers of a server, and the versions that they hold.
@@ -348,7 +353,9 @@ class Fleet:
                     if not accepted:
                         return
                     with self._members:
-                        if set(told) == set(self._workers.values()):  # none has ended meanwhile
+                        if set(self._workers.values()) <= set(
+                            told
+                        ):  # none has taken another's place meanwhile
                             self._held.pop((endpoint, before), None)
                             self._held[endpoint, slot] = version
                             self.slots[endpoint], spare = slot, before
@@ -366,7 +373,7 @@ class Fleet:
             return len(workers) == self.settings.workers and not any(w.is_loading for w in workers)
 
         if not self._wait(all_run, told):
-            raise LeptonError(
+            raise NotNow(
                 f"not all of {self.settings.workers} workers run with what is in service; the server's log says why."
             )
         return next((w for w in list(self._workers.values()) if w not in told), None)
@@ -381,14 +388,19 @@ class Fleet:
             raise LeptonError(f"a worker cannot load it: {w.loaded[1]}")
 
     def _wait(self, condition: Callable[[], bool], told: Sequence[_Worker]) -> bool:
-        """Wait for something; False: it takes too long. Raises Died when a worker that was told to load a version has ended."""
+        """Wait for something; False: it takes too long.
+
+        Raises Died when a worker has ended that was told to load a version: the last one while it loads, another one for want of memory.
+        What ended otherwise may have had its reason in a request, and is told anew in its new place.
+        """
         until = time.monotonic() + _TRY_S
         with self._loaded:
             while True:
                 for w in told:
-                    if self._workers.get(w.number) is not w:
-                        how = _how(w.process.exitcode)
-                        raise Died(f"a worker that held it beside what is in service ended {how}.")
+                    code = w.process.exitcode
+                    loads = w.is_loading and w is told[-1]
+                    if self._workers.get(w.number) is not w and (loads or code in (None, -signal.SIGKILL)):
+                        raise Died(f"a worker that held it beside what is in service ended {_how(code)}.")
                 if condition():
                     return True
                 if self._ending:
@@ -411,7 +423,7 @@ class Fleet:
         except (OSError, EOFError) as error:  # EOFError: the process that forks could not
             ours.close()
             lifeline.close()
-            raise Died(f"no process can be started to try it: {error!r}.") from None
+            raise NotNow(f"no process can be started to try it: {error!r}.") from None
         finally:
             theirs.close()
             alive.close()
@@ -456,11 +468,11 @@ class Fleet:
             w.send("drain")
         await asyncio.sleep(drain_s)
         # The last worker takes the connections that wait, and closes the port.
-        *others, last = workers
-        for w in others:
+        for w in workers[:-1]:
             w.send("close", False)
         await asyncio.sleep(0.02)
-        last.send("close", True)
+        for w in workers[-1:]:
+            w.send("close", True)
         await asyncio.sleep(0.2)
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # if that worker did not
@@ -471,6 +483,8 @@ class Fleet:
 
     def kill(self) -> None:
         """End at once what still runs."""
+        if self._ended:  # what ended then may have left its number to another process
+            return
         was_ending, self._ending, self._ended = self._ending, True, True
         if self._watching.is_alive() and not was_ending:
             self._watching.join(5)  # it may be starting one
@@ -527,13 +541,14 @@ class Fleet:
                 self._bury(w)
             except Exception:  # whatever it was, the others are to be kept
                 log.exception("worker %d", w.number)
-        for number in sorted(set(range(self.settings.workers)) - self._workers.keys()):
-            self._start_again(number)
+        # Before any is started, which may take long: what was said meanwhile was not heard.
         for w in list(self._workers.values()):
             if time.monotonic() - w.heard > _HUNG_S:
                 log.error("worker %d has not answered for %g s", w.number, _HUNG_S)
                 _kill(w.process)
                 w.heard = time.monotonic()
+        for number in sorted(set(range(self.settings.workers)) - self._workers.keys()):
+            self._start_again(number)
 
     def _hear(self, w: _Worker, message: tuple[Any, ...]) -> None:
         w.heard = time.monotonic()
@@ -552,7 +567,7 @@ class Fleet:
     def _bury(self, w: _Worker) -> None:
         """Take a worker out that has ended."""
         w.process.join(5)
-        w.pipe.close()
+        w.close()
         with self._members:
             self._workers.pop(w.number, None)
         self.counters.forget_in_flight(w.number)
@@ -706,7 +721,7 @@ def _within_files(settings: Settings) -> Limits:
 def _kill(process: BaseProcess) -> None:
     """End a process that has not ended, also where multiprocessing takes it for ended, as when what forked it was killed."""
     if process.pid is not None:
-        with suppress(ProcessLookupError):
+        with suppress(OSError):
             os.kill(process.pid, signal.SIGKILL)
 
 

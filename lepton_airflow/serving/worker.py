@@ -14,6 +14,7 @@ import fcntl
 import logging
 import math
 import os
+import queue
 import signal
 import socket
 import threading
@@ -112,6 +113,7 @@ class _Worker:
         self.endpoints = [Endpoint(name, number, post) for number, name in enumerate(post.names)]
         self.by_name = {endpoint.name: endpoint for endpoint in self.endpoints}
         self.ended = asyncio.Event()
+        self._to_load: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._pages: list[Callable[[Response], None]] = []  # who waits for the page of metrics
         self._sending = threading.Lock()
         self._queue = Queue(post.limits.threads, post.limits.in_flight)
@@ -125,7 +127,8 @@ class _Worker:
     async def life(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.listener = Listener(self.post.limits.connections, self.answer, self._refused)
-        threading.Thread(target=self._obey, name="control", daemon=True).start()
+        for what in (self._obey, self._load_all):
+            threading.Thread(target=what, name=what.__name__, daemon=True).start()
         beating = self.loop.create_task(self._beat())
         await self.ended.wait()
         beating.cancel()
@@ -135,21 +138,19 @@ class _Worker:
     # -- the supervisor ----------------------------------------------------------------------------------------------
 
     def _obey(self) -> None:
-        """Do what the supervisor says; in a thread of its own."""
+        """Do what the supervisor says, at once; in a thread of its own."""
         while True:
             try:
                 what, *rest = self.post.pipe.recv()
             except (EOFError, OSError):
                 os._exit(1)  # the supervisor is gone
-            if what == "load":
-                self._load(*rest)
-            elif what == "drop":
-                endpoint, slot = rest
-                self.endpoints[endpoint].models[slot] = None
+            except Exception:  # too little memory for a version, for example
+                log.exception("worker %d cannot hear the supervisor", self.post.number)
+                os._exit(1)
+            if what in ("load", "drop", "open"):
+                self._to_load.put((what, *rest))
             elif what == "page":
                 self.loop.call_soon_threadsafe(self._page_there, *rest)
-            elif what == "open":
-                asyncio.run_coroutine_threadsafe(self._open(), self.loop).add_done_callback(_end_on_failure)
             elif what == "drain":
                 self.loop.call_soon_threadsafe(self._drain)
             elif what == "close":
@@ -157,7 +158,20 @@ class _Worker:
             elif what == "end":
                 self.loop.call_soon_threadsafe(self.ended.set)
             del rest  # with the bytes of a version
-            if what in ("load", "drop"):
+
+    def _load_all(self) -> None:
+        """Load and drop versions one after the other, and open the port when all are there; in a thread of its own."""
+        while True:
+            what, *rest = self._to_load.get()
+            if what == "load":
+                self._load(*rest)
+            elif what == "drop":
+                endpoint, slot = rest
+                self.endpoints[endpoint].models[slot] = None
+            else:
+                asyncio.run_coroutine_threadsafe(self._open(), self.loop).add_done_callback(_end_on_failure)
+            del rest  # with the bytes of a version
+            if what != "open":
                 _give_back()
 
     def _load(
@@ -192,6 +206,8 @@ class _Worker:
 
     async def _open(self) -> None:
         """Take requests, with what was in service when this worker started."""
+        if self.listener.draining:
+            return
         self.listener.listen(self.post.listener)
         if self.post.grpc is not None:
             # Not before the fork, which gRPC's threads would not survive.

@@ -15,7 +15,7 @@ import pytest
 from lepton_airflow.delivery.endpoints import Desired
 from lepton_airflow.errors import LeptonError
 from lepton_airflow.serving import supervisor
-from lepton_airflow.serving.reconcile import Died
+from lepton_airflow.serving.reconcile import Died, NotNow
 from lepton_airflow.serving.supervisor import Fleet, Settings
 from lepton_airflow.serving.worker import NONE, Limits
 
@@ -206,6 +206,58 @@ def test_a_worker_that_dies_of_what_is_in_service_says_nothing_about_the_next_ve
     bench.put("v2")
     assert bench.told(of="v2") == [(0, "load"), (3, "load")]
     assert bench.serving == 1
+
+
+def test_a_request_that_ends_a_worker_says_nothing_about_the_next_version(bench: Bench) -> None:
+    bench.put("v1")
+
+    def on_load(actor: Any, version: str, _: int) -> None:
+        if version == "v2" and actor.number == 1:
+            bench.stage.actors[0].exitcode = -11  # which has loaded it, and crashes in what is in service
+            bench.stage.actors[0].kill()
+            time.sleep(0.3)
+
+    bench.stage.on_load = on_load
+    bench.put("v2")
+    assert bench.told(of="v2") == [(0, "load"), (1, "load"), (2, "load")]
+    assert bench.serving == 1
+
+
+def test_nobody_is_blamed_where_workers_do_not_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.put("v1")
+    monkeypatch.setattr(supervisor, "_TRY_S", 0.5)
+    monkeypatch.setattr(bench.stage, "Process", None)
+    bench.stage.actors[0].kill()
+    time.sleep(0.3)
+    with pytest.raises(NotNow, match="not all of 2 workers run"):
+        bench.put("v2")
+
+
+def test_what_a_worker_has_to_load_keeps_nobody_from_hearing_the_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.put("v1")
+    monkeypatch.setattr(supervisor, "_HUNG_S", 1.0)
+    monkeypatch.setattr(supervisor, "_kill", Actor.kill)
+    start = bench.fleet._start
+
+    def slowly(number: int) -> None:
+        time.sleep(1.5)
+        start(number)
+
+    monkeypatch.setattr(bench.fleet, "_start", slowly)
+    beating = threading.Event()
+
+    def beat() -> None:
+        while not beating.wait(0.1):
+            with contextlib.suppress(OSError):
+                bench.stage.actors[1].pipe.send(("beat",))
+
+    threading.Thread(target=beat, daemon=True).start()
+    bench.stage.actors[0].kill()
+    time.sleep(2.5)
+    beating.set()
+    assert bench.stage.actors[1].exitcode is None
 
 
 def test_a_worker_that_is_replaced_while_the_others_load_gets_the_version_too(bench: Bench) -> None:

@@ -20,7 +20,7 @@ from lepton_airflow.delivery.endpoints import Desired, DesiredLog, LoadVerdict, 
 from lepton_airflow.errors import LeptonError, StoreError
 from lepton_airflow.serving import reconcile
 from lepton_airflow.serving.model import ServedModel, measure, scale_of
-from lepton_airflow.serving.reconcile import Died, Reconciler
+from lepton_airflow.serving.reconcile import Died, NotNow, Reconciler
 from lepton_airflow.store import Store
 from lepton_airflow.store.identity import identity_of
 
@@ -402,13 +402,36 @@ def test_a_good_version_survives_the_death_of_a_server_that_loads_it(bench: Benc
     endpoints.write_status(
         bench.store,
         ENDPOINT,
-        Status(server="a", url="", state="loading", desired=1, beat=endpoints.precise_now()),
+        Status(
+            server="a",
+            url="",
+            state="loading",
+            reason="version v1 is being loaded.",
+            desired=1,
+            beat=endpoints.precise_now(),
+        ),
     )
     again = bench.server()
     again.recover()
     assert again.status.tries == 1
     again.step()
     assert (again.status.state, again.status.serving, again.status.tries) == ("serving", 1, 0)
+
+
+def test_a_server_that_is_killed_while_it_cannot_read_or_try_a_version_rejects_nothing(bench: Bench) -> None:
+    fleet = Here()
+    bench.ask_good()
+    bench.server().step()
+    bench.ask_other()
+    for _ in range(4):
+        fleet.puts = [NotNow("not all of 2 workers run.")]
+        server = bench.server("elsewhere", fleet)
+        server.recover()
+        server.step()
+        assert server.status.problems == ["version v2 waits: not all of 2 workers run."]
+    server._look_again = 1e-9
+    server.step()
+    assert (server.status.state, server.status.serving, server.status.problems) == ("serving", 2, [])
 
 
 def test_a_server_that_was_killed_on_its_way_back_rejects_nothing(bench: Bench) -> None:
@@ -671,11 +694,15 @@ def test_a_verdict_is_not_written_to_another_store(bench: Bench, tmp_path: Path)
 
 def test_a_store_whose_identity_is_damaged_is_served(bench: Bench) -> None:
     bench.ask_good()
-    (Path(bench.store.root.removeprefix("file://")) / "identity").write_bytes(b"?")
+    file = Path(bench.store.root.removeprefix("file://")) / "identity"
+    file.write_bytes(b"?")
     server = bench.server()
     server.step()
     server.report()
     assert (server.status.state, server.status.serving) == ("serving", 1)
+    file.unlink()  # as the sentence about it says
+    server.step()
+    server.report()
 
 
 def test_an_empty_folder_on_which_a_store_is_mounted_later_serves_it(bench: Bench, tmp_path: Path) -> None:

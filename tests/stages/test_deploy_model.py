@@ -269,6 +269,15 @@ def test_a_model_that_the_clients_cannot_ask_is_refused(
     assert desk.deploy("three", model=other, allow_other_inputs=True).values["deployed"] is True
 
 
+def test_a_damaged_verdict_keeps_no_champion_out(desk: Desk, following: Reconciler) -> None:
+    desk.promote(desk.package(1.0))
+    desk.deploy("one", name="late")
+    root = Path(desk.run.store.root.removeprefix("file://"))
+    (root / f"records/endpoints/{desk.endpoint}/verdicts/000001.json").write_bytes(b"?")
+    desk.promote(desk.package(2.0))
+    assert desk.deploy("two", name="late").values["version"] == "2"
+
+
 def test_a_package_from_outside_the_store_is_copied_into_it(
     desk: Desk, following: Reconciler, tmp_path: Path
 ) -> None:
