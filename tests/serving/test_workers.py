@@ -29,7 +29,7 @@ import pytest
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.serving import worker
-from lepton_airflow.serving.reconcile import Died
+from lepton_airflow.serving.reconcile import NotNow
 from lepton_airflow.serving.supervisor import Fleet, Settings
 from lepton_airflow.serving.worker import Limits, end_with
 from lepton_airflow.store import Store
@@ -296,7 +296,7 @@ def test_memory_that_is_free_goes_back_to_the_system() -> None:
     assert last
 
 
-def test_a_trial_for_which_there_is_no_process_is_one_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_for_which_there_is_no_process_says_nothing_about_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(_: Any) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
@@ -304,7 +304,7 @@ def test_a_trial_for_which_there_is_no_process_is_one_that_died(monkeypatch: pyt
     monkeypatch.setattr(fleet._context.Process, "start", refused)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with pytest.raises(Died, match="Resource temporarily unavailable"):
+        with pytest.raises(NotNow, match="Resource temporarily unavailable"):
             fleet.try_out(desired_of(""), {}, {})
     assert len(os.listdir("/proc/self/fd")) == before
 
