@@ -60,7 +60,7 @@ class Fleet(Protocol):
     def try_out(
         self, desired: Desired, files: Mapping[str, bytes], golden: Mapping[str, Any]
     ) -> dict[str, float]:
-        """Load and measure a version where its failure harms nobody; raises LeptonError, :class:`Died` when it ends the process."""
+        """Load and measure a version where its failure harms nobody; raises LeptonError, :class:`Died` when it ends the process, :class:`NotNow`."""
         ...
 
     def put(

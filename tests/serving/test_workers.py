@@ -29,7 +29,7 @@ import pytest
 from lepton_airflow.contract import split_pin
 from lepton_airflow.delivery import endpoints
 from lepton_airflow.serving import worker
-from lepton_airflow.serving.reconcile import NotNow
+from lepton_airflow.serving.reconcile import Died, NotNow
 from lepton_airflow.serving.supervisor import Fleet, Settings
 from lepton_airflow.serving.worker import Limits, end_with
 from lepton_airflow.store import Store
