@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
@@ -22,6 +23,7 @@ class Counters:
     def __init__(self, context: BaseContext, workers: int, endpoints: int) -> None:
         self._workers, self._endpoints = workers, endpoints
         self._cells: Any = context.RawArray("d", workers * endpoints * _WIDTH)
+        self._connections: Any = context.RawArray("d", [math.inf] * workers)  # infinity: it takes none
 
     def add(
         self, worker: int, endpoint: int, status: int, seconds: float | None = None, rows: int = 0
@@ -39,8 +41,14 @@ class Counters:
         """Say how many requests a worker has admitted and not answered."""
         self._cells[self._at(worker, endpoint) + _IN_FLIGHT] = number
 
-    def forget_in_flight(self, worker: int) -> None:
-        """A worker has ended with what it had admitted."""
+    def has_more_connections(self, worker: int, number: int) -> bool:
+        """Say how many connections a worker has; whether another one has fewer."""
+        self._connections[worker] = number
+        return number > min(self._connections)
+
+    def forget(self, worker: int) -> None:
+        """A worker has ended with its connections and what it had admitted."""
+        self._connections[worker] = math.inf
         for endpoint in range(self._endpoints):
             self.set_in_flight(worker, endpoint, 0)
 

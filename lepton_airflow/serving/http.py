@@ -28,6 +28,7 @@ import httptools
 
 log = logging.getLogger(__name__)
 
+_LEAVE_S = 0.002  # for which a connection is left to another worker
 _SWEEP_S = 0.25  # between two looks at the time of connections
 _LINGER_S = 2.0  # for which what a refused client still sends is thrown away, so that it reads its answer
 _JUST_S = 1.0  # after which a client that was accepted, or answered, should have asked
@@ -132,16 +133,22 @@ class Turns:
 
 
 class Listener:
-    """Accepts connections from a socket that several workers may share, one at a time, so that the idlest takes most.
+    """Accepts connections from a socket that several workers may share.
 
     :param handler: answers requests.
     :param refused: called with the status of each request that ended before the handler saw it.
+    :param leaves: called with the number of connections here; whether the next one is for another worker, which has fewer.
     """
 
     def __init__(
-        self, limits: ConnectionLimits, handler: Handler, refused: Callable[[int], None] = lambda _: None
+        self,
+        limits: ConnectionLimits,
+        handler: Handler,
+        refused: Callable[[int], None] = lambda _: None,
+        leaves: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self.limits = limits
+        self.leaves = leaves
         self.handler = handler
         self.refused = refused
         self.draining = False
@@ -159,7 +166,21 @@ class Listener:
         """Accept what comes to a listening socket."""
         listener.setblocking(False)
         self._sockets.append(listener)
-        self._loop.add_reader(listener, self._accept, listener)
+        self._loop.add_reader(listener, self._offered, listener)
+
+    def _offered(self, listener: socket.socket) -> None:
+        """Accept a connection, or leave it to another worker for a moment."""
+        if self.leaves(len(self.connections) + len(self._tasks)):
+            self._loop.remove_reader(listener)
+            self._loop.call_later(_LEAVE_S, self._take, listener)
+        else:
+            self._accept(listener)
+
+    def _take(self, listener: socket.socket) -> None:
+        """Accept a connection that no other worker has taken."""
+        if listener in self._sockets:
+            self._loop.add_reader(listener, self._offered, listener)
+            self._accept(listener)
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept one connection, if there is one."""
@@ -187,7 +208,7 @@ class Listener:
 
     def _again(self, listener: socket.socket) -> None:
         if listener in self._sockets:
-            self._loop.add_reader(listener, self._accept, listener)
+            self._loop.add_reader(listener, self._offered, listener)
 
     @property
     def accepting(self) -> bool:
@@ -233,6 +254,7 @@ class Listener:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
+            self.leaves(len(self.connections))  # so that others know
             now = time.monotonic()
             for connection in [c for c in self.connections if c.deadline < now]:
                 try:

@@ -570,7 +570,7 @@ class Fleet:
         w.close()
         with self._members:
             self._workers.pop(w.number, None)
-        self.counters.forget_in_flight(w.number)
+        self.counters.forget(w.number)
         if not self._ending:
             log.error("worker %d ended %s; another one takes its place", w.number, _how(w.process.exitcode))
 

@@ -126,7 +126,8 @@ class _Worker:
 
     async def life(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.listener = Listener(self.post.limits.connections, self.answer, self._refused)
+        leaves = partial(self.post.counters.has_more_connections, self.post.number)
+        self.listener = Listener(self.post.limits.connections, self.answer, self._refused, leaves)
         for what in (self._obey, self._load_all):
             threading.Thread(target=what, name=what.__name__, daemon=True).start()
         beating = self.loop.create_task(self._beat())

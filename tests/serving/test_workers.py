@@ -296,7 +296,9 @@ def test_memory_that_is_free_goes_back_to_the_system() -> None:
     assert last
 
 
-def test_a_trial_for_which_there_is_no_process_says_nothing_about_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_for_which_there_is_no_process_says_nothing_about_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refused(_: Any) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
