@@ -421,7 +421,7 @@ class Connection(asyncio.Protocol):
             self._hold()
             if not self.busy and not self._ready:
                 self._end_with(self._refusal)
-        elif self._ready or self._rest or self._writing:
+        elif self._rest or self._writing:
             self.transport.pause_reading()
         elif self._half_closed and not self.busy:
             self.transport.close()
