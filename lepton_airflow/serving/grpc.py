@@ -230,11 +230,17 @@ class Service:
                 future.set_result(response)
 
         def ask() -> None:
+            if future.done():  # the client is gone
+                return
             if (response := self._answering(request, later)) is not None:
                 later(response)
 
         self._turns.add(request.address, ask)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            request.body = b""  # which would wait for its turn
+            raise
 
     async def _look(self, request: Request, path: str, *may: int) -> tuple[Response, Any]:
         """The answer at a path, and what its JSON says; raises what it refuses, but for the statuses that may be."""

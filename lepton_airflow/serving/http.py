@@ -28,6 +28,7 @@ import httptools
 
 log = logging.getLogger(__name__)
 
+_BACKLOG = 1024  # connections that may wait to be accepted
 _LEAVE_S = 0.002  # for which a connection is left to another worker
 _SWEEP_S = 0.25  # between two looks at the time of connections
 _LINGER_S = 2.0  # for which what a refused client still sends is thrown away, so that it reads its answer
@@ -220,8 +221,9 @@ class Listener:
         for listener in self._sockets:
             self._loop.remove_reader(listener)
             if for_all:
-                while self._accept(listener):
-                    pass
+                for _ in range(_BACKLOG):
+                    if not self._accept(listener):
+                        break
                 with suppress(OSError):
                     listener.shutdown(socket.SHUT_RDWR)  # at once, or what comes in between would be reset
         self._sockets.clear()
@@ -249,7 +251,7 @@ class Listener:
         else:
             return
         idle = [c for c in self.connections if c.address == address and not c.busy]
-        min(idle, key=lambda c: c.since, default=newest).abandon()
+        min(idle, key=lambda c: (c.sends, c.since), default=newest).abandon()
 
     async def _sweep(self) -> None:
         while True:
@@ -291,12 +293,22 @@ class Connection(asyncio.Protocol):
         self._request: Request | None = None
         self._ready: deque[Request] = deque()
         self._refusal: Response | None = None
+        self._untaken = (
+            0,
+            0.0,
+        )  # bytes of an answer for which there was no room, and until when they may be taken
         self._parser = httptools.HttpRequestParser(self)
 
     @property
     def idle(self) -> bool:
         """Whether no request is under way."""
-        return not (self.busy or self._ready or self._rest or self._ended) and self._state == _IDLE
+        under_way = self.busy or self._ready or self._rest or self._ended or self.sends
+        return not under_way and self._state == _IDLE
+
+    @property
+    def sends(self) -> bool:
+        """Whether a part of an answer has not been taken."""
+        return self.transport.get_write_buffer_size() > 0
 
     # -- what the event loop says ------------------------------------------------------------------------------------
 
@@ -383,7 +395,7 @@ class Connection(asyncio.Protocol):
         if int(request.headers.get("content-length") or 0) > self.limits.body_bytes:
             self._refuse_large()
         expects = request.headers.get("expect", "").lower() == "100-continue"
-        if expects and not self.busy and self._parser.get_http_version() != "1.0":
+        if expects and not (self.busy or self._ready) and self._parser.get_http_version() != "1.0":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, part: bytes) -> None:
@@ -484,6 +496,8 @@ class Connection(asyncio.Protocol):
         self.transport.write(_as_bytes(response, close=close, without_body=request.method == "HEAD"))
         if close:
             self._forget()
+            self._ready.clear()
+            self._ready_bytes = 0
             self.deadline = self.since + self.limits.write_s
             self.transport.close()  # after what was written
         else:
@@ -500,11 +514,18 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The client takes its answers again."""
         self._writing = False
+        if self.transport.is_closing():
+            self._hold()
+            return
         self._set_deadline()
         self._go_on()
 
     def overdue(self) -> None:
         """Its time is over."""
+        untaken, until = self._untaken
+        if (left := self.transport.get_write_buffer_size()) < untaken and time.monotonic() < until:
+            self._untaken, self.deadline = (left, until), time.monotonic() + _LINGER_S
+            return
         if self._state == _IDLE or self._ended or self._writing:
             self.abandon()
             return
@@ -526,8 +547,7 @@ class Connection(asyncio.Protocol):
         self._hold()
         self._refusal = None
         if self.transport.is_closing():
-            self.transport.abort()
-            return
+            return  # after an answer that said so, whose time is limited
         self.listener.refused(response.status)
         self.transport.write(_as_bytes(response, close=True))
         with suppress(OSError):  # the client may be gone
@@ -567,10 +587,20 @@ class Connection(asyncio.Protocol):
         listener, most = self.listener, self.limits.waiting_bytes
         listener.waiting += change
         count_down(listener.waiting_by_address, self.address, -change)
-        if change > 0 and (listener.waiting > most or listener.waiting_by_address[self.address] > most // 2):
+        if change < 0 or (
+            listener.waiting <= most and listener.waiting_by_address[self.address] <= most // 2
+        ):
+            return
+        if self._open or self._rest:
             self._refusal = self._refusal or refusal(
                 503, "too many bytes of unfinished requests wait here: come back later.", {"retry-after": "1"}
             )
+        elif self._writing and not self.transport.is_closing():  # nothing was asked that could be refused
+            self._forget()
+            now = time.monotonic()
+            self._untaken = self.transport.get_write_buffer_size(), now + self.limits.write_s
+            self.deadline = now + _LINGER_S
+            self.transport.close()  # after what was written
 
     def _forget(self) -> None:
         """Read nothing more, and forget what was not read."""

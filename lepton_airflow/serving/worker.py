@@ -68,8 +68,9 @@ class Limits:
     """What one server takes at a time.
 
     :ivar rows: of one request.
-    :ivar in_flight: large requests that wait or are computed, of one worker; further ones get 503 with Retry-After, and so
-        do those of the address that has most when another one asks. So many small ones may wait for a batch besides.
+    :ivar in_flight: large requests, and pages that describe models, that wait or are computed, of one worker; further ones get
+        503 with Retry-After, and so do those of the address that has most when another one asks. So many small ones may wait
+        for a batch besides.
     :ivar threads: of one worker, that compute large requests side by side.
     :ivar batch_rows: small requests that come within ``batch_wait_s`` are computed together, up to so many rows; 0: each by itself.
     """
@@ -675,6 +676,7 @@ class Queue:
     def __init__(self, threads: int, places: int) -> None:
         self._places = places
         self._jobs: list[_Job] = []  # that wait
+        self._placed = 0  # jobs that have a place
         self._taken: Counter[str] = Counter()  # jobs that wait or are done, by address
         self._used: dict[str, float] = {}  # seconds that an address has had
         self._fair = 0.0  # the seconds of one that asks all the time, with which one begins that comes
@@ -695,13 +697,15 @@ class Queue:
         """
         loser: _Job | None = None
         with self._change:
-            if dropped is not None and self._taken.total() >= self._places:
+            if dropped is not None and self._placed >= self._places:
                 may = [job for job in self._jobs if job.dropped is not None]
                 loser = max(may, key=lambda job: (self._taken[job.address], job.due), default=None)
                 if loser is None or self._taken[loser.address] <= self._taken[address] + 1:
                     return False
                 self._jobs.remove(loser)
                 self._taken[loser.address] -= 1
+                self._placed -= 1
+            self._placed += dropped is not None
             self._taken[address] += 1
             self._used.setdefault(address, self._fair)
             due = time.monotonic() + _FAIR * seconds
@@ -718,13 +722,14 @@ class Queue:
                     self._change.wait()
                 job = min(self._jobs, key=lambda job: (self._used[job.address], job.due))
                 self._jobs.remove(job)
-            began, address = time.monotonic(), job.address
+            began, address, placed = time.monotonic(), job.address, job.dropped is not None
             try:
                 job.do()
             except Exception:  # no job may end the thread that others wait for
                 log.exception("a job failed")
             del job  # its request
             with self._change:
+                self._placed -= placed
                 self._charge(address, time.monotonic() - began)
 
     def _charge(self, address: str, seconds: float) -> None:

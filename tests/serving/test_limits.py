@@ -323,6 +323,61 @@ def test_answers_that_clients_do_not_take_count_as_waiting_bytes() -> None:
             client.close()
 
 
+def test_an_answer_for_which_there_is_no_room_is_whole_and_the_last_one() -> None:
+    with serving(waiting_bytes=20_000_000, write_s=30.0) as server, server.connect("127.0.0.2") as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.5)
+        found = bytearray()
+        while part := client.recv(2_000_000):
+            found += part
+            time.sleep(0.2)  # slowly
+        head, _, body = bytes(found).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert len(body) == 20_000_000  # and no refusal of something that nobody has asked
+        assert server.refused == []
+
+
+@pytest.mark.parametrize("after", [b"", b"x", b"GET /later HTTP/1.1\r\n\r\n"])
+def test_an_answer_that_ends_the_connection_is_whole_whatever_came_after_the_request(
+    server: Server, after: bytes
+) -> None:
+    with server.connect() as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nConnection: close\r\n\r\n" + after)
+        time.sleep(0.3)
+        assert len(said(client)) > 20_000_000
+
+
+def test_an_answer_on_its_way_is_no_idle_connection() -> None:
+    with serving(write_s=30.0, waiting_bytes=100_000_000) as server, server.connect() as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(1.5)  # longer than a client that was just answered has
+        server.loop.call_soon_threadsafe(server.listener.close_idle)
+        found = 0
+        while found < 20_000_000 and (part := client.recv(1_000_000)):
+            found += len(part)
+        assert found > 20_000_000
+
+
+def test_in_the_drain_one_that_asks_on_and_does_not_read_is_ended() -> None:
+    with serving(write_s=0.5, waiting_bytes=100_000_000) as server, server.connect() as client:
+        client.sendall(b"GET /later HTTP/1.1\r\n\r\nGET /large HTTP/1.1\r\n\r\n")
+        until(lambda: bool(server.later))
+        server.listener.draining = True
+        server.later.pop()()
+        until(lambda: not server.listener.connections)
+
+
+def test_nobody_is_told_to_go_on_before_the_answer_to_what_was_asked_before(server: Server) -> None:
+    with server.connect() as client:
+        client.sendall(
+            b"GET /later HTTP/1.1\r\n\r\nPOST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
+        )
+        until(lambda: bool(server.later))
+        time.sleep(0.1)
+        server.later.pop()()
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     ("host", "address"),
     [
@@ -447,7 +502,9 @@ def test_an_address_that_has_more_places_than_another_loses_one_to_it() -> None:
         assert lost == {"a": 4}
         assert put(queue, "c")
         assert lost.total() == 5
-        assert queue.put("batches", 0.0, lambda: None)  # which stand for the places of their own requests
+        for _ in range(9):
+            assert queue.put("batches", 0.0, lambda: None)  # which take no place
+        assert put(queue, "d")
         gate.set()
         time.sleep(0.2)
         assert [put(queue, "a") for _ in range(9)] == [True] * 9
