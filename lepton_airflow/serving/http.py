@@ -507,9 +507,11 @@ class Connection(asyncio.Protocol):
         if self.busy:
             return
         seconds = {_HEAD: self.limits.head_s, _BODY: self.limits.body_s}.get(self._state, self.limits.idle_s)
-        self.deadline = time.monotonic() + seconds
         if self._writing:
-            self.deadline = time.monotonic() + self.limits.write_s
+            seconds = self.limits.write_s
+        elif self._ended:
+            seconds = _LINGER_S
+        self.deadline = time.monotonic() + seconds
 
     def resume_writing(self) -> None:
         """The client takes its answers again."""
@@ -553,7 +555,7 @@ class Connection(asyncio.Protocol):
         with suppress(OSError):  # the client may be gone
             self.transport.write_eof()
         self._state = _IDLE
-        self.deadline = time.monotonic() + _LINGER_S
+        self._set_deadline()
 
     # -- limits ------------------------------------------------------------------------------------------------------
 

@@ -566,6 +566,47 @@ def test_answers_that_clients_do_not_take_are_limited_by_address(
     asyncio.run(drill())
 
 
+def test_a_call_that_is_cancelled_before_its_turn_is_not_computed() -> None:
+    class Held:
+        """Turns that come when the test says so."""
+
+        def __init__(self) -> None:
+            self.waiting: list[Callable[[], object]] = []
+
+        def add(self, _: str, work: Callable[[], object]) -> None:
+            self.waiting.append(work)
+
+    computed: list[str] = []
+
+    def answering(request: Request, _: object) -> Response:
+        computed.append(request.path)
+        return Response(200, b'{"live": true}')
+
+    async def drill() -> None:
+        held = Held()
+        limits = Limits(connections=ConnectionLimits(connections=5))
+        service = Service(answering, lambda *_: None, limits, held)  # type: ignore[arg-type]
+        port = processes.free_port()
+        await service.start(f"127.0.0.1:{port}")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            ask = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+            calls = [ask(b"") for _ in range(5)]
+            await asyncio.sleep(0.3)
+            assert len(held.waiting) == 5
+            for call in calls[:4]:
+                call.cancel()
+            await asyncio.sleep(0.3)
+            for work in held.waiting:
+                work()
+            assert (await calls[4].code()).name == "OK"
+            await asyncio.sleep(0.1)
+        assert computed == ["/v2/health/live"]
+        assert not service._calls
+        await service.stop()
+
+    asyncio.run(drill())
+
+
 def test_long_messages_that_wait_to_be_read_are_limited_and_those_of_one_address_give_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

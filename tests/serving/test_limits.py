@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -508,3 +509,33 @@ def test_an_address_that_has_more_places_than_another_loses_one_to_it() -> None:
         gate.set()
         time.sleep(0.2)
         assert [put(queue, "a") for _ in range(9)] == [True] * 9
+
+
+def test_a_wrong_request_after_a_large_answer_does_not_cut_it() -> None:
+    with serving(write_s=10.0, waiting_bytes=100_000_000) as server, server.connect() as client:
+        client.sendall(b"GET /large HTTP/1.1\r\n\r\nnonsense\r\n\r\n")
+        time.sleep(3.0)
+        found = said(client)
+    assert found.count(b"HTTP/1.1 ") == 2
+    assert len(found) > 20_000_000
+
+
+def test_a_slow_client_has_no_more_time_for_its_last_answer_when_it_goes_on_reading() -> None:
+    with serving(write_s=1.0, idle_s=60.0) as server, server.connect() as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nConnection: close\r\n\r\n")
+        until(lambda: bool(server.listener.waiting))
+        (connection,) = server.listener.connections
+        server.loop.call_soon_threadsafe(connection.resume_writing)
+        time.sleep(0.2)
+        assert connection.deadline < time.monotonic() + 2
+
+
+def test_connections_without_end_do_not_hold_up_the_end_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = []
+    with serving() as server:
+        monkeypatch.setattr(
+            server.listener, "_accept", lambda _: accepted.append(1) or len(accepted) < 100_000
+        )
+        server.loop.call_soon_threadsafe(partial(server.listener.stop_accepting, for_all=True))
+        time.sleep(0.5)
+    assert len(accepted) == 1024
