@@ -293,10 +293,8 @@ class Connection(asyncio.Protocol):
         self._request: Request | None = None
         self._ready: deque[Request] = deque()
         self._refusal: Response | None = None
-        self._untaken = (
-            0,
-            0.0,
-        )  # bytes of an answer for which there was no room, and until when they may be taken
+        # Bytes of an answer for which there was no room, and until when they may be taken.
+        self._untaken = (0, 0.0)
         self._parser = httptools.HttpRequestParser(self)
 
     @property

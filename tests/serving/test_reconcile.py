@@ -761,6 +761,7 @@ def test_a_version_that_fails_here_alone_is_tried_ever_more_rarely_and_logged_on
 ) -> None:
     two_versions(bench)
     caplog.set_level("INFO")
+    caplog.clear()
     server = bench.server()
     model = Path(split_pin(bench.other)[0].removeprefix("file://")) / "model.onnx"
     model.rename(model.with_suffix(".away"))
