@@ -1,7 +1,7 @@
 """What a canary does next: a pure function of its plan, its state and what was seen since the last look.
 
 It reads no clock, no store and no server. So a trigger, a task and a test call the same function, and whoever takes a canary over
-goes on from the state that was kept.
+goes on from the state that was kept. Nothing calls it yet: the servers do not split traffic so far.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from lepton_airflow.errors import BadConfiguration
@@ -178,9 +179,9 @@ def _judges(plan: Plan, state: State) -> dict[str, Any]:
         points = sorted({*_FINE, *(-p for p in _FINE), plan.tolerance[metric], plan.max_harm[metric]})
         if metric == "predictions":
             # Each point is bet against for every set of buckets.
-            new: Any = lambda m=metric: Shift(plan.buckets, [plan.tolerance[m], plan.max_harm[m]])  # noqa: E731
+            new: Any = partial(Shift, plan.buckets, [plan.tolerance[metric], plan.max_harm[metric]])
         else:
-            new = lambda p=points, m=metric: Harm(p, cautious=m == "slow" and not plan.by_unit)  # noqa: E731
+            new = partial(Harm, points, cautious=metric == "slow" and not plan.by_unit)
         judges[metric] = Units(new) if plan.by_unit else new()
     for name, judge in judges.items():
         if name in state.judges:
